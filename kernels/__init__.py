@@ -1,0 +1,1 @@
+"""Code under test. Nothing here imports an oracle."""

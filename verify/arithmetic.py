@@ -1,0 +1,58 @@
+"""Arithmetic: the numerics that a kernel declares. Its error bound and its expected error follow from it (verify/bounds.py)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from verify.errors import VerifyError
+
+FORMATS = ("input", "fp64", "fp32", "tf32", "fp16", "bf16")
+"""Names of formats; `input` is the dtype of the problem."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arithmetic:
+    """Where a kernel rounds, and to which format. The defaults are FlashAttention-2's (arXiv 2307.08691, Algorithms 1 and 2).
+
+    FP64 problems are computed in FP64 throughout, whatever is declared as FP32.
+    """
+
+    scores: str = "fp32"
+    """Products and accumulation of Q K^T and dO V^T."""
+    stored_scores: str = "fp32"
+    """S (and dP) as they are handed to the next step; `input` for a kernel that writes them to memory in its dtype."""
+    probs: str = "input"
+    """P as the operand of P V and P^T dO."""
+    normalized_probs: bool = False
+    """True: P is divided by its row sum before it is rounded (a softmax function); False: after P V (FlashAttention)."""
+    rowsum: str = "unrounded"
+    """Which P the row sum adds up: `unrounded` or `rounded`."""
+    accumulate: str = "fp32"
+    """Products and accumulation of P V and of the gradients."""
+    output: str = "input"
+    """out, dq, dk, dv as they are stored."""
+    dscores: str = "input"
+    """dS as the operand of dS K and dS^T Q."""
+    delta: str = "out"
+    """How rowsum is formed in the backward: `out` = rowsum(dO * stored out), `probs` = rowsum(P * dP)."""
+    group_sum: str = "fp32"
+    """dk, dv of a group of query heads as they are added up (GQA)."""
+
+    def __post_init__(self) -> None:
+        for name in ("scores", "stored_scores", "probs", "accumulate", "output", "dscores", "group_sum"):
+            if getattr(self, name) not in FORMATS:
+                raise VerifyError(f"{name}={getattr(self, name)!r}: one of {', '.join(FORMATS)}")
+        if self.rowsum not in ("unrounded", "rounded"):
+            raise VerifyError(f"rowsum={self.rowsum!r}: unrounded or rounded")
+        if self.delta not in ("out", "probs"):
+            raise VerifyError(f"delta={self.delta!r}: out or probs")
+
+    def format(self, field: str, dtype: str) -> str:
+        """The format in force for this field in a problem of this dtype."""
+        declared = getattr(self, field)
+        if dtype == "fp64":
+            return "fp64"
+        return dtype if declared == "input" else declared
+
+
+FLASH = Arithmetic()

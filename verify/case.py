@@ -1,0 +1,88 @@
+"""Case = problem + recipe + seed: a dozen small values that give the same tensors everywhere and print as one line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+
+from verify.errors import VerifyError
+from verify.problem import EXAMPLE, Problem
+from verify.recipes import Recipe
+
+TORCH_DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The tensors of a case. q [B,H,Q,D], k [B,Hk,K,D], v [B,Hk,K,Dv], do [B,H,Q,Dv] (the cotangent of out),
+    bias [B|1,H|1,Q,K] or None, slopes [H] (ALiBi, always float32-representable) or None."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    do: torch.Tensor
+    bias: torch.Tensor | None = None
+    slopes: torch.Tensor | None = None
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Inputs:
+        """The same with every tensor changed."""
+        present = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        return replace(self, **{name: change(tensor) for name, tensor in present.items()})
+
+    def rounded(self, dtype: str) -> Inputs:
+        """Rounded to nearest and clamped to the dtype's finite range. Slopes stay float32, as kernels take them."""
+        kind = TORCH_DTYPES[dtype]
+        largest = torch.finfo(kind).max
+        narrow = self.map(lambda t: t.clamp(-largest, largest).to(kind))
+        return replace(narrow, slopes=None if self.slopes is None else self.slopes.to(torch.float32))
+
+    def exact(self, device: str | torch.device = "cpu") -> Inputs:
+        """The same values as float64, for an oracle."""
+        return self.map(lambda t: t.to(device=device, dtype=torch.float64))
+
+
+def alibi_slopes(heads: int) -> np.ndarray:
+    """2^(-8 (h+1) / heads) rounded to float32 (Press et al. 2022, section 3, for any number of heads)."""
+    return (2.0 ** (-8.0 * (np.arange(heads) + 1) / heads)).astype(np.float32).astype(np.float64)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is computed, on which values. Prints and parses as ``PROBLEM/RECIPE#SEED``."""
+
+    problem: Problem
+    recipe: Recipe = Recipe()
+    seed: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.problem}/{self.recipe}#{self.seed}"
+
+    @classmethod
+    def parse(cls, text: str) -> Case:
+        """Inverse of str(). Raises VerifyError where the text is no id of a case."""
+        found = re.fullmatch(r"([^/#\s]+)/([^/#\s]+)#(\d+)", text)
+        if not found:
+            raise VerifyError(f"case id {text!r} does not parse: write it like {EXAMPLE}/outliers(0.001,10)#7")
+        return cls(Problem.parse(found[1]), Recipe.parse(found[2]), int(found[3]))
+
+    def draw(self) -> Inputs:
+        """The unrounded values, float64 on the CPU. Bias and cotangent are N(0,1); whole numbers where the recipe's are."""
+        problem, rng = self.problem, np.random.Generator(np.random.Philox(self.seed))
+        q, k, v = self.recipe.draw(rng, problem)
+        whole = self.recipe.name == "integers"
+        rest = {}
+        for name in ("do", "bias"):
+            if name in problem.shapes:
+                drawn = rng.standard_normal(problem.shapes[name])
+                rest[name] = torch.from_numpy(np.round(drawn) if whole else drawn)
+        if problem.bias == "alibi":
+            rest["slopes"] = torch.from_numpy(alibi_slopes(problem.heads_q))
+        return Inputs(torch.from_numpy(q), torch.from_numpy(k), torch.from_numpy(v), **rest)
+
+    def inputs(self, device: str = "cpu") -> Inputs:
+        """What the kernel is given: rounded to the problem's dtype, on the device."""
+        return self.draw().rounded(self.problem.dtype).map(lambda t: t.to(device))

@@ -1,0 +1,181 @@
+"""Kernel: a function under test and what it declares; the @kernel decorator; loading by name, file or entry point.
+
+A kernel is ``fn(q, k, v, *, ...) -> out | (out, lse)`` with q [B,H,Q,D], k [B,Hk,K,D], v [B,Hk,K,Dv], out [B,H,Q,Dv],
+lse [B,H,Q] float32. It names the keywords that it takes, and what it does not take it does not support:
+
+    scale: float             softmax scale, always given
+    mask: Tensor | None      bool, True = take part, [B|1, 1, Q, K]
+    bias: Tensor | None      added to the scaled scores, dtype of q, [B|1, H|1, Q, K]
+    slopes: Tensor | None    ALiBi, float32 [H]: bias_ij = -slope |i + len_k - len_q - j|
+    softcap: float           0 = none
+    problem: Problem         all of it, masks as rules included; the kernel then says in `supports` what it can do
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from verify.arithmetic import FLASH, Arithmetic
+from verify.errors import VerifyError
+from verify.problem import Problem
+
+KEYWORDS = ("scale", "mask", "bias", "slopes", "softcap", "problem")
+BUNDLED = ("naive", "torch_sdpa", "triton_fa2")
+Supports = Callable[[Problem, str], str | None]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A registered kernel. `origin` is file:line; `supports(problem, device)` returns None, or why not."""
+
+    name: str
+    fn: Callable[..., Any]
+    takes: frozenset[str]
+    arithmetic: Arithmetic = FLASH
+    declared: Supports | None = None
+    empty_row: str = "zero"
+    origin: str = ""
+
+    def unsupported(self, problem: Problem, device: str) -> str | None:
+        """Why this kernel can't do this problem on this device ("cpu", "cuda"); None where it can."""
+        if "problem" not in self.takes:
+            needs = [
+                ("mask", problem.mask.names != {"full"}),
+                ("bias", problem.bias in ("bhqk", "hqk", "qk")),
+                ("bias", problem.mask_as == "float"),
+                ("slopes", problem.bias == "alibi"),
+                ("softcap", problem.softcap != 0),
+            ]
+            for keyword, needed in needs:
+                if needed and keyword not in self.takes:
+                    return f"takes no `{keyword}`"
+            if "scale" not in self.takes and problem.scale is not None:
+                return "takes no `scale`"
+        return self.declared(problem, device) if self.declared else None
+
+
+REGISTRY: dict[str, Kernel] = {}
+UNAVAILABLE: dict[str, str] = {}
+
+
+def kernel(
+    fn: Callable[..., Any] | None = None,
+    /,
+    *,
+    name: str | None = None,
+    arithmetic: Arithmetic = FLASH,
+    supports: Supports | None = None,
+    empty_row: str = "zero",
+) -> Any:
+    """Register a kernel; usable bare or with arguments. Returns the function unchanged.
+
+    `supports(problem, device)` returns None or one sentence that says why not. `empty_row` is what a row without a visible
+    key gives: "zero" or "nan". Raises VerifyError for an unknown keyword in the signature or a name already taken.
+    """
+    if fn is None:
+        return lambda f: kernel(f, name=name, arithmetic=arithmetic, supports=supports, empty_row=empty_row)
+    label = name or getattr(fn, "__name__", "kernel").replace("_", "-")
+    takes = _keywords(fn, label)
+    if empty_row not in ("zero", "nan"):
+        raise VerifyError(f"kernel {label!r}: empty_row={empty_row!r}: zero or nan")
+    origin = _origin(fn)
+    known = REGISTRY.get(label)
+    if known and known.origin != origin:
+        raise VerifyError(f"kernel {label!r} is registered twice: {known.origin} and {origin}; give one another name=")
+    REGISTRY[label] = Kernel(label, fn, takes, arithmetic, supports, empty_row, origin)
+    return fn
+
+
+def _keywords(fn: Callable[..., Any], label: str) -> frozenset[str]:
+    parameters = list(inspect.signature(fn).parameters.values())[3:]
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return frozenset(KEYWORDS)
+    free = {p.name for p in parameters if p.default is p.empty} | ({p.name for p in parameters} & set(KEYWORDS))
+    if unknown := free - set(KEYWORDS):
+        raise VerifyError(f"kernel {label!r}: keyword {sorted(unknown)[0]!r} is unknown: one of {', '.join(KEYWORDS)}")
+    return frozenset(free)
+
+
+def _origin(fn: Callable[..., Any]) -> str:
+    inner = inspect.unwrap(getattr(fn, "func", fn))
+    code = getattr(inner, "__code__", None)
+    return f"{code.co_filename}:{code.co_firstlineno}" if code else repr(fn)
+
+
+def load_bundled() -> None:
+    """Register the bundled kernels and those of installed packages (entry points in the group `attention_verify.kernels`).
+
+    One that cannot be imported is listed in UNAVAILABLE with the reason.
+    """
+    for stem in BUNDLED:
+        _attempt(stem.replace("_", "-"), lambda stem=stem: importlib.import_module(f"verify.kernels.{stem}"))
+    for entry in importlib.metadata.entry_points(group="attention_verify.kernels"):
+        _attempt(entry.name, entry.load)
+
+
+def _attempt(name: str, load: Callable[[], Any]) -> None:
+    try:
+        load()
+    except Exception as error:  # whatever a third party's import raises becomes the reason that is shown
+        UNAVAILABLE[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+
+
+def load_file(path: Path) -> list[Kernel]:
+    """Run a Python file and return the kernels it registered. Its folder is importable from it.
+
+    Raises VerifyError where the file is missing, raises, or registers nothing.
+    """
+    if not path.is_file():
+        raise VerifyError(f"{path}: no such file; name a kernel ({', '.join(REGISTRY)}) or a Python file that registers one")
+    before = dict(REGISTRY)
+    spec = importlib.util.spec_from_file_location(f"verify_user_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise VerifyError(f"{path}: not a Python file; name one that registers a kernel with @verify.kernel")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module
+    sys.path.insert(0, str(path.resolve().parent))
+    try:
+        spec.loader.exec_module(module)
+    except VerifyError:
+        raise
+    except (Exception, SystemExit) as error:
+        line = next((t.tb_lineno for t in _frames(error) if t.tb_frame.f_code.co_filename == str(path)), None)
+        where = f"{path}:{line}" if line else str(path)
+        raise VerifyError(f"{where}: raised {type(error).__name__} on import: {error}; it must import cleanly") from error
+    new = [k for name, k in REGISTRY.items() if before.get(name) is not k]
+    if not new:
+        raise VerifyError(f"{path}: registers no kernel; decorate a function with @verify.kernel")
+    return new
+
+
+def _frames(error: BaseException) -> list[Any]:
+    frames, trace = [], error.__traceback__
+    while trace:
+        frames.append(trace)
+        trace = trace.tb_next
+    return frames[::-1]
+
+
+def find(target: str) -> list[Kernel]:
+    """The kernels that a target names: `name`, `path/to/file.py` or `path/to/file.py::name`.
+
+    Raises VerifyError for an unknown name, with the known ones, or for a bundled kernel that is unavailable, with the reason.
+    """
+    load_bundled()
+    path, _, wanted = target.partition("::")
+    kernels = load_file(Path(path)) if path.endswith(".py") or "/" in path else list(REGISTRY.values())
+    name = wanted if kernels and (path.endswith(".py") or "/" in path) else target
+    if path.endswith(".py") and not wanted:
+        return kernels
+    if found := [k for k in kernels if k.name == name]:
+        return found
+    if name in UNAVAILABLE:
+        raise VerifyError(f"kernel {name!r} is unavailable here: {UNAVAILABLE[name]}")
+    raise VerifyError(f"kernel {name!r} is unknown: one of {', '.join(k.name for k in kernels)}, or a path to a .py file")

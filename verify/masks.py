@@ -1,0 +1,263 @@
+"""Every mask: one rule of integers, one picture, one citation. A mask is added here and nowhere else.
+
+A rule has the signature ``rule(q, k, len_q, len_k, x, y) -> visible``: query position, key position, the two lengths and
+the mask's own two integers. It uses only comparisons, ``& | + - * % //``, so that the same function is evaluated on Python
+ints (mpmath oracle, pictures), broadcast over tensors (float64 oracle, boolean masks) and compiled by Triton. Composition
+with ``&`` is the conjunction. In pictures ``#`` is visible, rows are queries, columns are keys.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from verify.errors import VerifyError
+
+Rule = Callable[..., Any]
+_PRIME = 2**31 - 1
+
+
+def full(q, k, len_q, len_k, x, y):
+    """Every query sees every key (Vaswani et al. 2017, section 3.2.1).
+
+    full at 2x3
+        # # #
+        # # #
+    """
+    return (q >= 0) & (k >= 0)
+
+
+def causal_upper_left(q, k, len_q, len_k, x, y):
+    """k <= q: the diagonal starts in the upper-left corner (torch.nn.attention.bias.causal_upper_left, `is_causal`).
+
+    causal_upper_left at 3x5
+        # . . . .
+        # # . . .
+        # # # . .
+    causal_upper_left at 5x3
+        # . .
+        # # .
+        # # #
+        # # #
+        # # #
+    """
+    return k <= q
+
+
+def causal_lower_right(q, k, len_q, len_k, x, y):
+    """k <= q + len_k - len_q: the diagonal ends in the lower-right corner (flash-attn since 2.1; decoding).
+
+    causal_lower_right at 3x5
+        # # # . .
+        # # # # .
+        # # # # #
+    causal_lower_right at 5x3
+        . . .
+        . . .
+        # . .
+        # # .
+        # # #
+    """
+    return k <= q + len_k - len_q
+
+
+def window(q, k, len_q, len_k, x, y):
+    """i - x <= k <= i + y with i = q + len_k - len_q: both ends inclusive, lower-right aligned, -1 = unbounded.
+
+    The convention of flash-attn since 2.1 (`window_size=(left, right)`); Beltagy et al. 2020 (Longformer).
+
+    window(1,0) at 4x4
+        # . . .
+        # # . .
+        . # # .
+        . . # #
+    window(1,1) at 3x5
+        . # # # .
+        . . # # #
+        . . . # #
+    window(-1,1) at 3x3
+        # # .
+        # # #
+        # # #
+    """
+    return ((x < 0) | (k >= q + len_k - len_q - x)) & ((y < 0) | (k <= q + len_k - len_q + y))
+
+
+def prefix_lm(q, k, len_q, len_k, x, y):
+    """The first x keys are visible to all, the rest is causal, upper-left (Raffel et al. 2020, figure 4; FlexAttention).
+
+    prefix_lm(2) at 4x4
+        # # . .
+        # # . .
+        # # # .
+        # # # #
+    """
+    return (k < x) | (k <= q)
+
+
+def padding(q, k, len_q, len_k, x, y):
+    """Batch entry b sees its first lengths[b] keys; the rest is padding. It hides keys and moves no diagonal.
+
+    padding(2) at 3x4
+        # # . .
+        # # . .
+        # # . .
+    """
+    return k < x
+
+
+def blocks(q, k, len_q, len_k, x, y):
+    """Block-diagonal: packed sequences of these lengths, what is left over is one more (flash-attn's varlen interface).
+
+    The rule of one boundary x: both before it, or both not before it. n lengths give n boundaries, all of which must hold.
+
+    blocks(1,2) at 4x5
+        # . . . .
+        . # # . .
+        . # # . .
+        . . . # #
+    """
+    return (q >= x) == (k >= x)
+
+
+def dense(q, k, len_q, len_k, x, y):
+    """An arbitrary boolean matrix: each entry is visible with a probability of x per cent, drawn by hashing (q, k, seed y).
+
+    Handed to a kernel as a boolean tensor. A hash and not a stored matrix, so that the oracle needs no O(len_q len_k) memory.
+
+    dense(50,1) at 3x6
+        . # . # . #
+        # . . . # .
+        # # # # # #
+    """
+    mixed = (q * 48271 + k * 69621 + y * 16807 + 12345) % _PRIME
+    return (mixed * mixed % _PRIME) // 7 % 100 < x
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a mask's printed arguments become its rule's integers. `arguments` is the text shown in errors."""
+
+    rule: Rule
+    arguments: str
+    legal: Callable[[Sequence[int]], bool]
+    bind: Callable[[Sequence[int], int], list[tuple[tuple[int, int], ...]]]
+    """(arguments, batch) -> one entry per conjunct, each holding (x, y) for every batch entry"""
+
+
+def _same(x: int, y: int, batch: int) -> list[tuple[tuple[int, int], ...]]:
+    return [((x, y),) * batch]
+
+
+def _boundaries(lengths: Sequence[int], batch: int) -> list[tuple[tuple[int, int], ...]]:
+    return [((sum(lengths[: n + 1]), 0),) * batch for n in range(len(lengths))]
+
+
+def _fixed(rule: Rule) -> Kind:
+    return Kind(rule, "no arguments", lambda a: len(a) == 0, lambda a, batch: _same(0, 0, batch))
+
+
+KINDS: dict[str, Kind] = {
+    "full": _fixed(full),
+    "causal_upper_left": _fixed(causal_upper_left),
+    "causal_lower_right": _fixed(causal_lower_right),
+    "window": Kind(
+        window, "(left, right), each >= -1", lambda a: len(a) == 2 and min(a) >= -1, lambda a, batch: _same(a[0], a[1], batch)
+    ),
+    "prefix_lm": Kind(
+        prefix_lm, "(prefix length >= 0)", lambda a: len(a) == 1 and a[0] >= 0, lambda a, batch: _same(a[0], 0, batch)
+    ),
+    "padding": Kind(
+        padding,
+        "(one key length >= 0 per batch entry)",
+        lambda a: len(a) >= 1 and min(a) >= 0,
+        lambda a, batch: [tuple((n, 0) for n in a)],
+    ),
+    "blocks": Kind(blocks, "(sequence lengths, each >= 1)", lambda a: len(a) >= 1 and min(a) >= 1, _boundaries),
+    "dense": Kind(
+        dense,
+        "(per cent visible in 0..100, seed >= 0)",
+        lambda a: len(a) == 2 and 0 <= a[0] <= 100 and a[1] >= 0,
+        lambda a, batch: _same(a[0], a[1], batch),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Term:
+    """One conjunct of a mask: a rule and its integers, (x, y) per batch entry."""
+
+    rule: Rule
+    integers: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A conjunction of named masks, e.g. ``Mask.parse("causal_lower_right&padding(5,7)")``. Prints as it parses."""
+
+    parts: tuple[tuple[str, tuple[int, ...]], ...] = (("full", ()),)
+
+    def __post_init__(self) -> None:
+        for name, args in self.parts:
+            if name not in KINDS:
+                raise VerifyError(f"mask {name!r} is unknown: one of {', '.join(KINDS)}")
+            if not KINDS[name].legal(args):
+                raise VerifyError(f"mask {name}{args}: takes {KINDS[name].arguments}")
+
+    @classmethod
+    def parse(cls, text: str) -> Mask:
+        """Inverse of str(). Raises VerifyError where the text is no mask."""
+        parts = []
+        for part in text.split("&"):
+            found = re.fullmatch(r"(\w+)(?:\((-?\d+(?:,-?\d+)*)\))?", part)
+            if not found:
+                raise VerifyError(f"mask {part!r} does not parse: write it like causal_lower_right or window(64,0)")
+            parts.append((found[1], tuple(int(a) for a in found[2].split(",")) if found[2] else ()))
+        return cls(tuple(parts))
+
+    def __str__(self) -> str:
+        return "&".join(f"{name}({','.join(map(str, args))})" if args else name for name, args in self.parts)
+
+    def __and__(self, other: Mask) -> Mask:
+        kept = tuple(p for p in self.parts + other.parts if p[0] != "full")
+        return Mask(tuple(dict.fromkeys(kept)) or Mask().parts)
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(name for name, _ in self.parts)
+
+    def batch_sizes(self) -> set[int]:
+        """The batch sizes that the arguments speak of: one for each padding mask."""
+        return {len(args) for name, args in self.parts if name == "padding"}
+
+    def reordered(self, order: Sequence[int]) -> Mask:
+        """The mask of the same problem with its batch entries in this order."""
+        return Mask(tuple((n, tuple(a[i] for i in order) if n == "padding" else a) for n, a in self.parts))
+
+    def terms(self, batch: int) -> list[Term]:
+        """The conjuncts, in order; `full` has none."""
+        kinds = [(KINDS[name], args) for name, args in self.parts if name != "full"]
+        return [Term(kind.rule, integers) for kind, args in kinds for integers in kind.bind(args, batch)]
+
+    def visible(self, q: Any, k: Any, len_q: int, len_k: int, *, batch: int = 1, lift: Callable[[Sequence[int]], Any]) -> Any:
+        """Visibility over positions q and k; `lift` makes whatever broadcasts against them from one integer per batch entry."""
+        seen = full(q, k, len_q, len_k, 0, 0)
+        for term in self.terms(batch):
+            xs, ys = zip(*term.integers, strict=True)
+            seen = seen & term.rule(q, k, len_q, len_k, lift(xs), lift(ys))
+        return seen
+
+    def sees(self, q: int, k: int, len_q: int, len_k: int, *, batch: int = 1, entry: int = 0) -> bool:
+        """Whether query q sees key k in this batch entry: the rule on Python integers."""
+        return bool(self.visible(q, k, len_q, len_k, batch=batch, lift=lambda integers: integers[entry]))
+
+    def picture(self, len_q: int, len_k: int, *, batch: int = 1, entry: int = 0) -> str:
+        """Rows are queries, columns keys; # = visible."""
+        cells = ("#" if self.sees(q, k, len_q, len_k, batch=batch, entry=entry) else "." for q in range(len_q) for k in range(len_k))
+        flat = list(cells)
+        return "\n".join(" ".join(flat[q * len_k : (q + 1) * len_k]) for q in range(len_q))
+
+
+FULL = Mask()
