@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 import torch
 
-from verify.case import Inputs
+from verify.case import Inputs, visibility
 from verify.errors import VerifyError
 from verify.exact import Block, Exact, by_key, from_keys, grouped, to_keys, ungrouped
 from verify.problem import Problem
@@ -51,7 +51,7 @@ def blocks(problem: Problem, inputs: Inputs) -> Iterator[Block]:
 
 def _block(problem: Problem, x: Inputs, rows: slice) -> Block:
     q, do = grouped(x.q[:, :, rows], problem), grouped(x.do[:, :, rows], problem)
-    visible = visibility(problem, x.q.device, rows)
+    visible = visibility(problem, x.q.device, rows).unsqueeze(2)  # [B|1,1,1,n,K]
     raw = problem.softmax_scale * by_key(q, x.k)  # [B,Hk,G,n,K]
     capped = problem.softcap * torch.tanh(raw / problem.softcap) if problem.softcap else raw
     bias = additive(problem, x, rows)
@@ -76,16 +76,6 @@ def _add_gradients(problem: Problem, b: Block, grads: dict[str, torch.Tensor]) -
     grads["dq"][:, :, b.rows] = ungrouped(problem.softmax_scale * from_keys(ds, b.k))
     grads["dk"] += problem.softmax_scale * to_keys(ds, b.q)
     grads["dv"] += to_keys(b.p, b.do)
-
-
-def visibility(problem: Problem, device: torch.device, rows: slice) -> torch.Tensor:
-    """The mask over these query rows, bool [B|1, 1, 1, n, K]."""
-    q = torch.arange(rows.start, rows.stop, device=device)[:, None]
-    k = torch.arange(problem.len_k, device=device)[None, :]
-    seen = problem.mask.visible(
-        q, k, problem.len_q, problem.len_k, batch=problem.batch, lift=lambda n: torch.tensor(n, device=device)[:, None, None, None, None]
-    )
-    return seen.expand(1, 1, 1, *seen.shape) if seen.dim() == 2 else seen
 
 
 def additive(problem: Problem, x: Inputs, rows: slice) -> torch.Tensor | None:

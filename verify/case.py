@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -86,3 +86,20 @@ class Case:
     def inputs(self, device: str = "cpu") -> Inputs:
         """What the kernel is given: rounded to the problem's dtype, on the device."""
         return self.draw().rounded(self.problem.dtype).map(lambda t: t.to(device))
+
+
+def visibility(problem: Problem, device: torch.device, rows: slice | None = None) -> torch.Tensor:
+    """The mask over these query rows (all by default) as booleans, True = take part: [B|1, 1, n, K].
+
+    One entry serves the whole batch where the mask does not speak of it.
+    """
+    rows = rows or slice(0, problem.len_q)
+    q = torch.arange(rows.start, rows.stop, device=device)[:, None]
+    k = torch.arange(problem.len_k, device=device)[None, :]
+    per_entry = bool(problem.mask.batch_sizes())
+
+    def lift(integers: Sequence[int]) -> torch.Tensor | int:
+        return torch.tensor(integers, device=device)[:, None, None, None] if per_entry else integers[0]
+
+    seen = problem.mask.visible(q, k, problem.len_q, problem.len_k, batch=problem.batch, lift=lift)
+    return seen.expand(problem.batch if per_entry else 1, 1, len(q), problem.len_k)

@@ -45,24 +45,19 @@ class Kernel:
 
     def unsupported(self, problem: Problem, device: str) -> str | None:
         """Why this kernel can't do this problem on this device ("cpu", "cuda"); None where it can."""
+        needs = [("bias", problem.bias in ("bhqk", "hqk", "qk") or problem.mask_as == "float"), ("slopes", problem.bias == "alibi")]
         if "problem" not in self.takes:
-            needs = [
-                ("mask", problem.mask.names != {"full"}),
-                ("bias", problem.bias in ("bhqk", "hqk", "qk")),
-                ("bias", problem.mask_as == "float"),
-                ("slopes", problem.bias == "alibi"),
-                ("softcap", problem.softcap != 0),
-            ]
-            for keyword, needed in needs:
-                if needed and keyword not in self.takes:
-                    return f"takes no `{keyword}`"
-            if "scale" not in self.takes and problem.scale is not None:
-                return "takes no `scale`"
+            masked = problem.mask.names != {"full"} and problem.mask_as != "float"
+            needs += [("mask", masked), ("softcap", problem.softcap != 0), ("scale", problem.scale is not None)]
+        for keyword, needed in needs:
+            if needed and keyword not in self.takes:
+                return f"takes no `{keyword}`"
         return self.declared(problem, device) if self.declared else None
 
 
 REGISTRY: dict[str, Kernel] = {}
 UNAVAILABLE: dict[str, str] = {}
+_LOADED: dict[Path, list[Kernel]] = {}
 
 
 def kernel(
@@ -134,6 +129,8 @@ def load_file(path: Path) -> list[Kernel]:
     """
     if not path.is_file():
         raise VerifyError(f"{path}: no such file; name a kernel ({', '.join(REGISTRY)}) or a Python file that registers one")
+    if path.resolve() in _LOADED:
+        return _LOADED[path.resolve()]
     before = dict(REGISTRY)
     spec = importlib.util.spec_from_file_location(f"verify_user_{path.stem}", path)
     if spec is None or spec.loader is None:
@@ -152,6 +149,7 @@ def load_file(path: Path) -> list[Kernel]:
     new = [k for name, k in REGISTRY.items() if before.get(name) is not k]
     if not new:
         raise VerifyError(f"{path}: registers no kernel; decorate a function with @verify.kernel")
+    _LOADED[path.resolve()] = new
     return new
 
 

@@ -1,0 +1,33 @@
+"""Standard attention in the input's own dtype: S, softmax and P V each written to memory. The baseline of the FlashAttention
+papers (arXiv 2205.14135, Algorithm 0), and the error that a fused kernel should stay below."""
+
+from __future__ import annotations
+
+import torch
+
+from verify.arithmetic import Arithmetic
+from verify.kernel import kernel
+
+STANDARD = Arithmetic(stored_scores="input", normalized_probs=True, delta="probs", group_sum="input")
+
+
+@kernel(arithmetic=STANDARD)
+def naive(q, k, v, *, scale, mask, bias, slopes, softcap):
+    """q [B,H,Q,D], k [B,Hk,K,D], v [B,Hk,K,Dv] of any float dtype -> (out [B,H,Q,Dv], lse [B,H,Q] float32)."""
+    b, h, len_q, _ = q.shape
+    len_k = k.shape[2]
+    k, v = (t.repeat_interleave(h // t.shape[1], dim=1) for t in (k, v))
+    s = torch.baddbmm(q.new_empty(1), q.flatten(0, 1), k.flatten(0, 1).mT, beta=0, alpha=scale).view(b, h, len_q, len_k)
+    if softcap:
+        s = softcap * torch.tanh(s / softcap)
+    if bias is not None:
+        s = s + bias
+    if slopes is not None:
+        diagonal = torch.arange(len_q, device=q.device)[:, None] + len_k - len_q
+        s = s - (slopes[:, None, None] * (diagonal - torch.arange(len_k, device=q.device)).abs()).to(s.dtype)
+    visible = s.detach() != -torch.inf  # a float bias hides with -inf
+    visible = visible if mask is None else visible & mask
+    # the smallest finite score and a zero afterwards, not -inf: a row that sees nothing must not turn into 0/0
+    p = torch.softmax(s.masked_fill(~visible, torch.finfo(s.dtype).min), dim=-1).masked_fill(~visible, 0.0)
+    lse = torch.logsumexp(s.to(torch.float32 if s.dtype != torch.float64 else s.dtype).masked_fill(~visible, -torch.inf), dim=-1)
+    return p @ v, lse

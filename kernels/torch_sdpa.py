@@ -1,0 +1,96 @@
+"""torch.nn.functional.scaled_dot_product_attention: four backends, four registrations of one function.
+
+What a backend supports is asked of torch itself (`_fused_sdp_choice` on tensors of the problem's shape), with torch's own
+reason; nothing about its limits is written down here.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from verify.arithmetic import Arithmetic
+from verify.case import TORCH_DTYPES
+from verify.kernel import kernel
+from verify.problem import Problem
+
+FUSED = Arithmetic(group_sum="input")
+IN_FLOAT32 = Arithmetic(probs="fp32", dscores="fp32", normalized_probs=True, delta="probs", group_sum="input")
+BACKENDS = {
+    "math": (SDPBackend.MATH, IN_FLOAT32),
+    "flash": (SDPBackend.FLASH_ATTENTION, FUSED),
+    "efficient": (SDPBackend.EFFICIENT_ATTENTION, FUSED),
+    "cudnn": (SDPBackend.CUDNN_ATTENTION, FUSED),
+}
+_HEADERS = {"flash": "flash", "efficient": "memory efficient", "cudnn": "cudnn"}
+
+
+def sdpa(q, k, v, *, scale, mask, bias, problem, backend):
+    """q [B,H,Q,D], k [B,Hk,K,D], v [B,Hk,K,Dv] -> out [B,H,Q,Dv], through one backend. SDPA does not return an LSE."""
+    with sdpa_kernel([BACKENDS[backend][0]]):
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=_attn_mask(mask, bias, problem), is_causal=_is_causal(problem), scale=scale, enable_gqa=problem.group > 1
+        )
+
+
+def _is_causal(problem: Problem) -> bool:
+    return problem.mask_as == "rule" and str(problem.mask) == "causal_upper_left" and problem.bias == "none"
+
+
+def _attn_mask(mask, bias, problem: Problem):
+    if _is_causal(problem):
+        return None
+    return mask if bias is None else bias if mask is None else bias.masked_fill(~mask, -torch.inf)
+
+
+def supports(problem: Problem, device: str, *, backend: str) -> str | None:
+    """None, or torch's reason why this backend does not take the problem."""
+    if problem.softcap:
+        return "SDPA has no softcap"
+    if problem.bias == "alibi":
+        return "SDPA takes ALiBi only as a bias tensor"
+    if backend in ("efficient", "cudnn") and device == "cpu":
+        return f"SDPA {backend} needs a CUDA GPU"
+    shapes, dtype = problem.shapes, TORCH_DTYPES[problem.dtype]
+    q, k, v = (torch.empty(shapes[n], dtype=dtype, device=device, requires_grad=problem.grads) for n in ("q", "k", "v"))
+    mask = bias = None
+    if "bias" in shapes or problem.mask_as == "float":
+        bias = torch.empty(shapes.get("bias", (1, 1, problem.len_q, problem.len_k)), dtype=dtype, device=device)
+        bias.requires_grad_(problem.grads and problem.bias != "none")
+    if problem.mask.names != {"full"} and problem.mask_as != "float":
+        rows = problem.batch if problem.mask.batch_sizes() else 1
+        mask = torch.empty((rows, 1, problem.len_q, problem.len_k), dtype=torch.bool, device=device)
+    with sdpa_kernel([BACKENDS[backend][0]]), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        attn_mask = None if _is_causal(problem) else bias if bias is not None else mask
+        try:
+            torch._fused_sdp_choice(q, k, v, attn_mask, 0.0, _is_causal(problem), scale=problem.scale, enable_gqa=problem.group > 1)
+        except RuntimeError as error:
+            return _reason(backend, [str(w.message) for w in said]) or str(error).splitlines()[0]
+    return None
+
+
+def _reason(backend: str, messages: list[str]) -> str | None:
+    """The first sentence that torch gave for this backend: what follows the header `... kernel not used because:`."""
+    ours = False
+    for message in messages:
+        text = re.sub(r"\s*\(Triggered internally.*", "", message, flags=re.DOTALL).strip()
+        if "not used because" in text.lower():
+            ours = _HEADERS.get(backend, backend) in text.lower()
+        elif ours and text:
+            return text.splitlines()[0]
+    return None
+
+
+for _backend, (_, _arithmetic) in BACKENDS.items():
+    kernel(
+        functools.partial(sdpa, backend=_backend),
+        name=f"sdpa-{_backend}",
+        arithmetic=_arithmetic,
+        supports=functools.partial(supports, backend=_backend),
+    )

@@ -1,0 +1,172 @@
+"""Hypothesis strategies: what a kernel is tried on. They draw a problem, a recipe and a seed, never tensor elements.
+
+A failing case shrinks to batch 1, one head, the shortest lengths and head dims, FP32, no options, the recipe `integers`.
+Values are those that triggered real bugs: lengths around tile sizes, uneven pairs, GQA, alignment, composed masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from hypothesis import strategies as st
+
+from verify.case import Case
+from verify.kernel import Kernel
+from verify.masks import FULL, Mask
+from verify.problem import Problem
+from verify.recipes import Recipe
+
+LENGTHS = (1, 2, 3, 4, 5, 7, 8, 9, 12, 16, 17, 31, 33, 34, 63, 64, 65, 76, 88, 113, 127, 128, 129, 146, 193, 255, 256, 257)
+LONG = (441, 503, 512, 600, 1001, 1024, 2047)
+DIMS = (1, 2, 3, 4, 8, 16, 32, 40, 64, 72, 80, 96, 128, 192, 256)
+HEADS = ((1, 1), (2, 1), (2, 2), (3, 3), (4, 2), (5, 1), (6, 2), (7, 1), (8, 8), (14, 2), (16, 4))
+BATCHES = (1, 2, 3)
+SCALES = (None, 1.0, 0.5, 0.0, -0.3, 1e-3, 4.0)
+SOFTCAPS = (0.0, 0.0, 0.0, 1.0, 30.0)
+RECIPES = (
+    "integers normal normal uniform normal(5) normal(0.1) outliers(0.01,10) shift(90) shift(-90) shift(1e4) rising(30) rising(-30)"
+    " ties sink one_sign hot_channel(30) constant(1000) constant(133120) tiny"
+).split()
+SCORES_AT_MOST = {"cpu": 2**17, "cuda": 2**23}
+"""batch * heads * len_q * len_k: what a case may cost."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a kernel takes, one option at a time, each probed on a plain problem; and why not, for the rest."""
+
+    taken: dict[str, tuple[Any, ...]]
+    refused: dict[str, dict[str, str]]
+
+    @property
+    def nothing(self) -> str | None:
+        """Why the kernel takes no problem at all here; None where it takes some."""
+        return next(iter(self.refused["dtype"].values())) if not self.taken["dtype"] else None
+
+
+def _masks() -> tuple[Mask, ...]:
+    texts = "full causal_upper_left causal_lower_right window(3,1) prefix_lm(3) padding(5) blocks(4,5) dense(60,1)"
+    return tuple(Mask.parse(text) for text in texts.split())
+
+
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "dtype": ("fp32", "fp16", "bf16", "fp64"),
+    "dim_qk": DIMS,
+    "dim_v": DIMS,
+    "heads": HEADS,
+    "len_q": (0, 1, 17),
+    "len_k": (0, 1, 17),
+    "mask": _masks(),
+    "mask_as": ("rule", "bool", "float"),
+    "bias": ("none", "bhqk", "hqk", "qk", "alibi"),
+    "scale": SCALES,
+    "softcap": (0.0, 30.0),
+    "grads": (False, True),
+}
+
+
+@lru_cache(maxsize=64)
+def options(kernel: Kernel, device: str) -> Options:
+    """Probe what a kernel declares it supports, one option away from a plain problem that it does support."""
+    taken: dict[str, tuple[Any, ...]] = {}
+    refused: dict[str, dict[str, str]] = {name: {} for name in CHOICES}
+    plain = Problem(batch=1, heads_q=2, heads_kv=2, len_q=16, len_k=16, dim_qk=64, dim_v=64, dtype="fp16")
+    for name, values in CHOICES.items():
+        kept = []
+        for value in values:
+            reason = kernel.unsupported(_changed(plain, name, value), device)
+            if reason is None:
+                kept.append(value)
+            else:
+                refused[name][_label(value)] = reason
+        taken[name] = tuple(kept)
+        if name == "dtype" and kept:
+            plain = plain.but(dtype=kept[0])
+    return Options(taken, refused)
+
+
+def _label(value: Any) -> str:
+    return f"{value[0]}:{value[1]}" if isinstance(value, tuple) else str(value)
+
+
+def _changed(plain: Problem, name: str, value: Any) -> Problem:
+    if name == "heads":
+        return plain.but(heads_q=value[0], heads_kv=value[1])
+    if name == "dim_qk":
+        return plain.but(dim_qk=value, dim_v=value)
+    if name == "mask_as":
+        return plain.but(mask=Mask.parse("causal_upper_left"), mask_as=value)
+    return plain.but(**{name: value})
+
+
+@st.composite
+def masks(draw: Callable[..., Any], kinds: frozenset[str], batch: int, len_q: int, len_k: int) -> Mask:
+    """One of these kinds with arguments that matter at these lengths, or two of them composed; shrinks to `full`."""
+    name = draw(st.sampled_from([k for k in _KIND_ORDER if k in kinds] or ["full"]))
+    mask = Mask(((name, draw(_arguments(name, batch, len_q, len_k))),))
+    if name != "full" and draw(st.integers(0, 3)) == 3:
+        other = draw(st.sampled_from([k for k in _KIND_ORDER if k in kinds]))
+        mask = mask & Mask(((other, draw(_arguments(other, batch, len_q, len_k))),))
+    return mask
+
+
+_KIND_ORDER = ("full", "causal_upper_left", "causal_lower_right", "padding", "window", "prefix_lm", "blocks", "dense")
+
+
+def _arguments(name: str, batch: int, len_q: int, len_k: int) -> st.SearchStrategy[tuple[int, ...]]:
+    if name == "padding":
+        return st.lists(st.integers(0, len_k), min_size=batch, max_size=batch).map(tuple)
+    if name == "window":
+        side = st.sampled_from([-1, 0, 1, 2, 7, 63, 64, 65, max(len_k - 1, 0)])
+        return st.tuples(side, side)
+    if name == "prefix_lm":
+        return st.tuples(st.integers(0, len_k))
+    if name == "blocks":
+        return st.lists(st.integers(1, max(1, min(len_q, len_k))), min_size=1, max_size=4).map(tuple)
+    if name == "dense":
+        return st.tuples(st.sampled_from([50, 90, 10, 1]), st.integers(0, 3))
+    return st.just(())
+
+
+@st.composite
+def problems(draw: Callable[..., Any], kernel: Kernel, device: str, *, full_mask: bool = False, grads: bool = False) -> Problem:
+    """A problem made of options that the kernel takes one at a time; a combination may still be unsupported."""
+    taken = options(kernel, device).taken
+    pick = lambda name: draw(st.sampled_from(taken[name]))  # noqa: E731 (a name for one expression that is used ten times)
+    rarely = lambda name, plain: pick(name) if draw(st.integers(0, 3)) == 3 else plain  # noqa: E731
+    dim = pick("dim_qk")
+    lengths = st.sampled_from(LENGTHS + (LONG if device == "cuda" else ())) | st.integers(1, max(LENGTHS))
+    len_q, len_k = draw(lengths), draw(lengths)
+    if 0 in taken["len_k"] and draw(st.integers(0, 24)) == 24:
+        len_q, len_k = draw(st.sampled_from([(1, 0), (0, 1), (3, 0), (0, 0)]))
+    affordable = SCORES_AT_MOST[device] // max(1, len_q * len_k)
+    batch = draw(st.sampled_from([b for b in BATCHES if b <= affordable] or [1]))
+    heads = draw(st.sampled_from([h for h in taken["heads"] if h[0] * batch <= affordable] or [(1, 1)]))
+    kinds = frozenset(name for mask in taken["mask"] for name in mask.names)
+    mask = FULL if full_mask else draw(masks(kinds, batch, len_q, len_k))
+    return Problem(
+        batch=batch,
+        heads_q=heads[0],
+        heads_kv=heads[1],
+        len_q=len_q,
+        len_k=len_k,
+        dim_qk=dim,
+        dim_v=rarely("dim_v", dim) if set(taken["dim_v"]) - {64} else dim,
+        dtype=pick("dtype"),
+        mask=mask,
+        mask_as=pick("mask_as") if mask != FULL else "rule",
+        bias=rarely("bias", "none"),
+        scale=rarely("scale", None),
+        softcap=rarely("softcap", 0.0),
+        grads=grads,
+    )
+
+
+@st.composite
+def cases(draw: Callable[..., Any], kernel: Kernel, device: str, *, full_mask: bool = False, grads: bool = False) -> Case:
+    """A whole case for this kernel on this device ("cpu", "cuda")."""
+    problem = draw(problems(kernel, device, full_mask=full_mask, grads=grads))
+    return Case(problem, Recipe.parse(draw(st.sampled_from(RECIPES))), draw(st.integers(0, 999)))

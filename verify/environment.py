@@ -1,0 +1,78 @@
+"""What can change a number: devices, versions, settings. Chooses the device, prepares Triton for it, and shares GPUs among workers."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+
+from verify.errors import VerifyError
+
+WORKERS_PER_GPU = 4
+"""Kernels under fuzz are small: a few processes keep a GPU busy, more only queue for it."""
+
+
+def prepare(device: str | None = None) -> str:
+    """The device to run on, "cuda" where there is a GPU, else "cpu"; Triton interprets on the CPU.
+
+    Must run before Triton is imported. Raises VerifyError for a device that does not exist here.
+    """
+    import torch
+
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device or found
+    if device not in ("cpu", "cuda"):
+        raise VerifyError(f"device {device!r} is unknown: cpu or cuda")
+    if device == "cuda" and found == "cpu":
+        raise VerifyError("device 'cuda': torch sees no CUDA GPU here; use cpu")
+    interpret = "1" if device == "cpu" else "0"
+    if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET", "0") != interpret:
+        raise VerifyError(f"device {device!r}: Triton was imported before with TRITON_INTERPRET={1 - int(interpret)}; start a new process")
+    os.environ["TRITON_INTERPRET"] = interpret
+    return device
+
+
+def workers() -> int | None:
+    """How many xdist workers suit the GPUs present; None where there is none (then xdist counts cores)."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    return gpus * max(1, min(WORKERS_PER_GPU, (os.cpu_count() or 1) // gpus)) if gpus else None
+
+
+def assign_gpu(worker: str | None) -> None:
+    """Give an xdist worker ("gw3") its GPU, round robin; torch uses one thread where workers share a CPU."""
+    import torch
+
+    if worker is None:
+        return
+    torch.set_num_threads(1)
+    if gpus := torch.cuda.device_count():
+        torch.cuda.set_device(int(worker.removeprefix("gw")) % gpus)
+
+
+def describe(device: str) -> dict[str, str]:
+    """Versions and settings, printed with every result and stored with every record."""
+    import torch
+
+    facts = {
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)",
+        "torch": str(torch.__version__),
+        "triton": _version("triton") + (" (interpreted)" if device == "cpu" else ""),
+        "python": platform.python_version(),
+        "attention-verify": _version("attention-verify"),
+        "float32 matmul": torch.get_float32_matmul_precision(),
+        "bf16 reduced reduction": str(torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction),
+        "fp16 reduced reduction": str(torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction),
+    }
+    if device == "cuda":
+        facts["cuda"], facts["cudnn"] = str(torch.version.cuda), str(torch.backends.cudnn.version())
+    return facts
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,107 @@
+"""How a kernel is called: the keywords that it takes, checked shapes of what it returns, gradients by autograd."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from verify.case import TORCH_DTYPES, Inputs, visibility
+from verify.finding import Finding
+from verify.kernel import Kernel
+from verify.problem import Problem
+
+GRADIENTS = ("q", "k", "v", "bias")
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a kernel returned: out in the problem's dtype, lse or None, gradients where they were asked for."""
+
+    out: Tensor
+    lse: Tensor | None = None
+    dq: Tensor | None = None
+    dk: Tensor | None = None
+    dv: Tensor | None = None
+    dbias: Tensor | None = None
+
+
+def call(kernel: Kernel, problem: Problem, inputs: Inputs) -> Output:
+    """Run a kernel on these inputs (already rounded, on its device) and check the form of its answer.
+
+    Raises Finding where it raises, returns something of another shape, dtype or device, or changes an input. With
+    problem.grads, backpropagates inputs.do through out; a kernel whose out carries no graph gives no gradients.
+    """
+    leaves = inputs.map(lambda t: t.detach().clone())
+    if problem.grads:
+        for name in GRADIENTS:
+            tensor = getattr(leaves, name)
+            if tensor is not None:
+                tensor.requires_grad_()
+    keywords = _keywords(kernel, problem, leaves)
+    try:
+        returned = kernel.fn(leaves.q, leaves.k, leaves.v, **keywords)
+        out, lse = returned if isinstance(returned, tuple) else (returned, None)
+        _check_form(problem, out, lse, inputs)
+        gradients = _backward(out, leaves) if problem.grads and out.requires_grad else {}
+    except Finding:
+        raise
+    except Exception as error:
+        where = _last_line(error)
+        raise Finding(f"raised {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}{where}") from error
+    _check_unchanged(inputs, leaves)
+    return Output(out.detach(), None if lse is None else lse.detach(), **gradients)
+
+
+def _keywords(kernel: Kernel, problem: Problem, x: Inputs) -> dict[str, Any]:
+    mask = None if problem.mask.names == {"full"} else visibility(problem, x.q.device)
+    bias = x.bias
+    if problem.mask_as == "float" and mask is not None:
+        zero = torch.zeros((), dtype=TORCH_DTYPES[problem.dtype], device=x.q.device) if bias is None else bias
+        mask, bias = None, torch.where(mask, zero, -torch.inf)
+    offered = {
+        "scale": problem.softmax_scale,
+        "mask": mask,
+        "bias": bias,
+        "slopes": x.slopes,
+        "softcap": problem.softcap,
+        "problem": problem,
+    }
+    return {name: offered[name] for name in kernel.takes}
+
+
+def _check_form(problem: Problem, out: Any, lse: Any, inputs: Inputs) -> None:
+    for name, tensor, dtype in (("out", out, inputs.q.dtype), ("lse", lse, torch.float32)):
+        if name == "lse" and tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise Finding(f"{name} is a {type(tensor).__name__}; a kernel returns a tensor, or the pair (out, lse)")
+        wanted = problem.shapes[name]
+        if tuple(tensor.shape) != wanted:
+            raise Finding(f"{name} has shape {list(tensor.shape)}, not {list(wanted)}")
+        if tensor.device != inputs.q.device:
+            raise Finding(f"{name} is on {tensor.device}, its inputs on {inputs.q.device}")
+        if name == "out" and tensor.dtype != dtype:
+            raise Finding(f"{name} is {tensor.dtype}, its inputs {dtype}")
+
+
+def _backward(out: Tensor, leaves: Inputs) -> dict[str, Tensor]:
+    names = [n for n in GRADIENTS if getattr(leaves, n) is not None]
+    gradients = torch.autograd.grad(out, [getattr(leaves, n) for n in names], leaves.do, materialize_grads=True)
+    return {"d" + n: g for n, g in zip(names, gradients, strict=True)}
+
+
+def _check_unchanged(before: Inputs, after: Inputs) -> None:
+    for name in ("q", "k", "v", "do", "bias", "slopes"):
+        old, new = getattr(before, name), getattr(after, name)
+        if old is not None and not torch.equal(old, new.detach()):
+            raise Finding(f"changed its input {name}")
+
+
+def _last_line(error: Exception) -> str:
+    trace = error.__traceback__
+    while trace and trace.tb_next:
+        trace = trace.tb_next
+    return f" ({trace.tb_frame.f_code.co_filename}:{trace.tb_lineno})" if trace else ""

@@ -1,0 +1,62 @@
+"""Records: what was measured, one JSON object a line, appended as it happens. Whatever interrupts a run, they are there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from verify.errors import VerifyError
+
+VERDICTS = ("held", "uninformative", "unsupported", "failed", "finding")
+"""failed: a case that broke the law on the way to the shrunk one, which is the finding."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One judged case: kernel, property, case id, verdict; `reason` is the finding's sentence or why it is unsupported."""
+
+    kernel: str
+    property: str
+    case: str
+    verdict: str
+    reason: str = ""
+    blind_to: list[str] = field(default_factory=list)
+    bitwise: bool | None = None
+    measured: dict[str, float] = field(default_factory=dict)
+
+
+class Journal:
+    """An append-only file of records. Raises VerifyError where the folder cannot be written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise VerifyError(f"records {path}: {error.strerror}; name a folder that can be written") from error
+
+    def append(self, record: Record) -> None:
+        """Write one record and flush it."""
+        self._file.write(json.dumps({k: v for k, v in vars(record).items() if v not in ("", [], {}, None)}) + "\n")
+        self._file.flush()
+
+
+def read(folder: Path) -> Iterator[Record]:
+    """Every record below a folder, file by file. A last line cut short by a kill is passed over."""
+    for path in sorted(folder.glob("*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            fields = _parsed(line)
+            if fields is not None:
+                yield Record(**fields)
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return value if isinstance(value, dict) and {"kernel", "property", "case", "verdict"} <= value.keys() else None
