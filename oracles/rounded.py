@@ -13,7 +13,7 @@ from torch import Tensor
 
 from verify.arithmetic import Arithmetic
 from verify.case import TORCH_DTYPES, Inputs
-from verify.exact import Block, Exact, by_key, from_keys, grouped, to_keys, ungrouped
+from verify.exact import Block, Exact, by_key, from_keys, to_keys, ungrouped
 from verify.oracles import dense
 from verify.problem import Problem
 
@@ -74,10 +74,25 @@ class _Emulator:
         delta = (b.do * out).sum(-1, keepdim=True) if self.arithmetic.delta == "out" else (p * dp).sum(-1, keepdim=True)
         return p * (dp - delta)
 
-    def dk_dv(self, weights: Tensor, rows: Tensor) -> Tensor:
-        """A sum over rows, kept apart for each query head of the group: [B,Hk,G,K,D]"""
-        heads = [self.product(to_keys, weights[:, :, g : g + 1], rows[:, :, g : g + 1], "accumulate") for g in range(weights.shape[2])]
-        return torch.stack(heads, 2)
+    def add_rows(self, total: Tensor | float, weights: Tensor, rows: Tensor, scale: float = 1.0) -> Tensor:
+        """total + scale * weights^T rows, kept apart for each query head: [B,Hk,G,K,D]; stored between tiles where declared."""
+        step = self.arithmetic.spill[0] if self.arithmetic.spill else weights.shape[3]
+        for start in range(0, weights.shape[3], max(1, step)):
+            part = slice(start, start + step)
+            pairs = [(weights[:, :, g : g + 1, part], rows[:, :, g : g + 1, part]) for g in range(weights.shape[2])]
+            total = total + scale * torch.stack([self.product(to_keys, w, r, "accumulate") for w, r in pairs], 2)
+            total = self.store(total, "output") if self.arithmetic.spill else total
+        return total
+
+    def add_keys(self, weights: Tensor, keys: Tensor) -> Tensor:
+        """scale * weights keys: [B,Hk,G,n,D]; stored between tiles where declared."""
+        step = self.arithmetic.spill[1] if self.arithmetic.spill else weights.shape[4]
+        total = weights.new_zeros((*weights.shape[:4], keys.shape[-1]))
+        for start in range(0, weights.shape[4], max(1, step)):
+            part = slice(start, start + step)
+            total = total + self.problem.softmax_scale * self.product(from_keys, weights[..., part], keys[:, :, part], "accumulate")
+            total = self.store(total, "output")
+        return total
 
     def group_sum(self, x: Tensor) -> Tensor:
         """[B,Hk,G,K,D] -> [B,Hk,K,D], stored"""
@@ -86,25 +101,24 @@ class _Emulator:
 
 
 def emulate(problem: Problem, inputs: Inputs, arithmetic: Arithmetic) -> Exact:
-    """out, lse and, where problem.grads, the gradients that an honest kernel of this arithmetic gives: float64 holding rounded values."""
-    emulator, device = _Emulator(problem, arithmetic), inputs.q.device
-    parts: dict[str, list[Tensor]] = {"out": [], "lse": [], "dq": []}
-    sums = {"dk": torch.zeros(()), "dv": torch.zeros(())}
-    dbias = torch.zeros(problem.shapes["bias"], dtype=torch.float64, device=device) if "bias" in problem.shapes else None
+    """out, lse and, where problem.grads, the gradients that an honest kernel of this arithmetic gives: rounded values in float64."""
+    emulator, shapes = _Emulator(problem, arithmetic), problem.shapes
+    result = {name: torch.zeros(shapes[name], dtype=torch.float64, device=inputs.q.device) for name in ("out", "lse")}
+    if problem.grads:
+        result |= {"d" + name: inputs.q.new_zeros(shapes[name], dtype=torch.float64) for name in ("q", "k", "v", "bias") if name in shapes}
+    dk: Tensor | float = 0.0
+    dv: Tensor | float = 0.0
     for block in dense.blocks(problem, inputs):
         out, lse, p = emulator.forward(block)
-        parts["out"].append(ungrouped(out))
-        parts["lse"].append(ungrouped(lse).squeeze(-1))
+        result["out"][:, :, block.rows], result["lse"][:, :, block.rows] = ungrouped(out), ungrouped(lse).squeeze(-1)
         if problem.grads:
             ds = emulator.ds(block, out, p)
-            if dbias is not None:
-                dense.add_bias_gradient(problem, dbias, block.rows, ds)
+            if "dbias" in result:
+                dense.add_bias_gradient(problem, result["dbias"], block.rows, ds)
             ds = emulator.store(ds * (1 - (block.capped / problem.softcap) ** 2) if problem.softcap else ds, "dscores")
-            parts["dq"].append(ungrouped(emulator.store(problem.softmax_scale * emulator.product(from_keys, ds, block.k, "accumulate"), "output")))
-            sums["dk"] = sums["dk"].to(device) + problem.softmax_scale * emulator.dk_dv(ds, block.q)
-            sums["dv"] = sums["dv"].to(device) + emulator.dk_dv(emulator.store(p, "probs"), block.do)
-    joined = {name: torch.cat(pieces, 2) if pieces else torch.zeros(problem.shapes[name[-1] if name == "dq" else name], dtype=torch.float64) for name, pieces in parts.items()}
-    if not problem.grads:
-        return Exact(joined["out"], joined["lse"], provenance="emulation")
-    grads = {n: emulator.group_sum(t) if t.dim() else torch.zeros(problem.shapes[n[1:]], dtype=torch.float64) for n, t in sums.items()}
-    return Exact(**joined, **grads, dbias=dbias, provenance="emulation")
+            result["dq"][:, :, block.rows] = ungrouped(emulator.add_keys(ds, block.k))
+            dk = emulator.add_rows(dk, ds, block.q, problem.softmax_scale)
+            dv = emulator.add_rows(dv, emulator.store(p, "probs"), block.do)
+    if isinstance(dk, Tensor) and isinstance(dv, Tensor):
+        result |= {"dk": emulator.group_sum(dk), "dv": emulator.group_sum(dv)}
+    return Exact(**result, provenance="emulation")

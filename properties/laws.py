@@ -56,7 +56,7 @@ def holds(*, full_mask: bool = False, grads: bool = False) -> Callable[[Callable
 def oracle(kernel: Kernel, case: Case, device: str) -> Verdict:
     """|out - exact| and |lse - exact| are within the bound that the kernel's declared arithmetic has on these inputs."""
     known = truth(case, device)
-    limits = known.allowances(kernel.arithmetic)
+    limits = known.allowances(kernel.numerics(case.problem, device))
     judge(kernel, call(kernel, case.problem, known.inputs), known.exact, limits, names=("out", "lse"))
     return Verdict(blind_to=known.blind_to(limits))
 
@@ -68,7 +68,7 @@ def gradients(kernel: Kernel, case: Case, device: str) -> Verdict:
     output = call(kernel, case.problem, known.inputs)
     if output.dq is None:
         return Verdict(unsupported="its output carries no autograd graph")
-    judge(kernel, output, known.exact, known.allowances(kernel.arithmetic), names=("dv", "dq", "dk", "dbias"))
+    judge(kernel, output, known.exact, known.allowances(kernel.numerics(case.problem, device)), names=("dv", "dq", "dk", "dbias"))
     return Verdict()
 
 
@@ -119,7 +119,7 @@ def mask_equivalence(kernel: Kernel, case: Case, device: str) -> Verdict:
     if not ways:
         return Verdict(unsupported="takes no second form of this mask")
     known = truth(case, device)
-    limit = known.allowances(kernel.arithmetic)["out"]
+    limit = known.allowances(kernel.numerics(case.problem, device))["out"]
     first, bitwise = call(kernel, case.problem, known.inputs).out, True
     for way in ways:
         out = call(kernel, way, known.inputs).out
@@ -170,5 +170,5 @@ def _same_after(
     known: Truth = truth(case, device)
     before: Output = call(kernel, case.problem, known.inputs)
     after = restore(call(kernel, problem, _moved(known.inputs, moves)).out)
-    compare("out", after, before.out, known.allowances(kernel.arithmetic)["out"], against=what, times=2)
+    compare("out", after, before.out, known.allowances(kernel.numerics(case.problem, device))["out"], against=what, times=2)
     return Verdict(bitwise=torch.equal(after, before.out))

@@ -37,6 +37,8 @@ class Arithmetic:
     """How rowsum is formed in the backward: `out` = rowsum(dO * stored out), `probs` = rowsum(P * dP)."""
     group_sum: str = "fp32"
     """dk, dv of a group of query heads as they are added up (GQA)."""
+    spill: tuple[int, int] | None = None
+    """(query rows, keys) after which the running sums dk, dv and dq are stored in the output format and read back; None: never."""
 
     def __post_init__(self) -> None:
         for name in ("scores", "stored_scores", "probs", "accumulate", "output", "dscores", "group_sum"):
@@ -46,6 +48,9 @@ class Arithmetic:
             raise VerifyError(f"rowsum={self.rowsum!r}: unrounded or rounded")
         if self.delta not in ("out", "probs"):
             raise VerifyError(f"delta={self.delta!r}: out or probs")
+
+        if self.spill is not None and min(self.spill) < 1:
+            raise VerifyError(f"spill={self.spill!r}: (query rows, keys), each at least 1, or None")
 
     def format(self, field: str, dtype: str) -> str:
         """The format in force for this field in a problem of this dtype."""

@@ -196,8 +196,13 @@ def _gradients(problem: Problem, b: Block, units: Units, arithmetic: Arithmetic,
     names = (f"dS in {units.format['dscores']}", f"P in {units.format['probs']}")
     result["dq"] = {"dS": scale * from_keys(e_ds, k), names[0]: scale * from_keys(r_ds, k)}
     result["dq"]["sum over keys"] = units.gamma("accumulate", problem.len_k) * scale * from_keys(size + r_ds, k)
+    if arithmetic.spill:
+        spills = -(-problem.len_k // arithmetic.spill[1]) * units.u["output"]
+        result["dq"]["partial sums stored"] = spills * scale * from_keys(size + r_ds, k)
     units.store(result["dq"], "output", problem.softmax_scale * from_keys(ds, b.k), times=2 if units.stores_scores else 1)
     gamma = units.gamma("accumulate", key_sum) + (units.gamma("group_sum", problem.group) if problem.group > 1 else 0.0)
+    if arithmetic.spill:
+        gamma += (-(-problem.len_q // arithmetic.spill[0])) * problem.group * units.u["output"]
     result["dk"] = {"dS": scale * to_keys(e_ds, q), names[0]: scale * to_keys(r_ds, q)}
     result["dk"]["sum over rows"] = gamma * scale * to_keys(size + r_ds, q)
     result["dv"] = {"scores and exponentials": to_keys(e_p, do), names[1]: to_keys(r_p, do)}

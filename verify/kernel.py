@@ -31,17 +31,21 @@ BUNDLED = ("naive", "torch_sdpa", "triton_fa2")
 Supports = Callable[[Problem, str], str | None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Kernel:
     """A registered kernel. `origin` is file:line; `supports(problem, device)` returns None, or why not."""
 
     name: str
     fn: Callable[..., Any]
     takes: frozenset[str]
-    arithmetic: Arithmetic = FLASH
+    arithmetic: Arithmetic | Callable[[Problem, str], Arithmetic] = FLASH
     declared: Supports | None = None
     empty_row: str = "zero"
     origin: str = ""
+
+    def numerics(self, problem: Problem, device: str) -> Arithmetic:
+        """The arithmetic declared for this problem on this device."""
+        return self.arithmetic if isinstance(self.arithmetic, Arithmetic) else self.arithmetic(problem, device)
 
     def unsupported(self, problem: Problem, device: str) -> str | None:
         """Why this kernel can't do this problem on this device ("cpu", "cuda"); None where it can."""
@@ -65,13 +69,14 @@ def kernel(
     /,
     *,
     name: str | None = None,
-    arithmetic: Arithmetic = FLASH,
+    arithmetic: Arithmetic | Callable[[Problem, str], Arithmetic] = FLASH,
     supports: Supports | None = None,
     empty_row: str = "zero",
 ) -> Any:
     """Register a kernel; usable bare or with arguments. Returns the function unchanged.
 
-    `supports(problem, device)` returns None or one sentence that says why not. `empty_row` is what a row without a visible
+    `arithmetic` is a value or a function of (problem, device). `supports(problem, device)` returns None or one sentence that says
+    why not. `empty_row` is what a row without a visible
     key gives: "zero" or "nan". Raises VerifyError for an unknown keyword in the signature or a name already taken.
     """
     if fn is None:
