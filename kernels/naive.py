@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 from verify.arithmetic import Arithmetic
-from verify.kernel import kernel
+from verify.registry import kernel
 
 STANDARD = Arithmetic(stored_scores="input", normalized_probs=True, delta="probs", group_sum="input")
 

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from verify.arithmetic import Arithmetic
 from verify.case import TORCH_DTYPES
-from verify.kernel import kernel
+from verify.registry import kernel
 from verify.problem import Problem
 
 FUSED = Arithmetic(group_sum="input")
@@ -42,7 +42,13 @@ def sdpa(q, k, v, *, scale, mask, bias, problem, backend):
     """q [B,H,Q,D], k [B,Hk,K,D], v [B,Hk,K,Dv] -> out [B,H,Q,Dv], through one backend. SDPA does not return an LSE."""
     with sdpa_kernel([BACKENDS[backend][0]]):
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=_attn_mask(mask, bias, problem), is_causal=_is_causal(problem), scale=scale, enable_gqa=problem.group > 1
+            q,
+            k,
+            v,
+            attn_mask=_attn_mask(mask, bias, problem),
+            is_causal=_is_causal(problem),
+            scale=scale,
+            enable_gqa=problem.group > 1,
         )
 
 
@@ -65,6 +71,8 @@ def supports(problem: Problem, device: str, *, backend: str) -> str | None:
     if backend in ("efficient", "cudnn") and device == "cpu":
         return f"SDPA {backend} needs a CUDA GPU"
     shapes, dtype = problem.shapes, TORCH_DTYPES[problem.dtype]
+    if device == "cpu" and backend == "flash" and problem.grads and (problem.bias != "none"):
+        return "SDPA flash on the CPU has no gradient of a float mask"
     q, k, v = (torch.empty(shapes[n], dtype=dtype, device=device, requires_grad=problem.grads) for n in ("q", "k", "v"))
     mask = bias = None
     if "bias" in shapes or problem.mask_as == "float":
@@ -77,9 +85,14 @@ def supports(problem: Problem, device: str, *, backend: str) -> str | None:
         warnings.simplefilter("always")
         attn_mask = None if _is_causal(problem) else bias if bias is not None else mask
         try:
-            torch._fused_sdp_choice(q, k, v, attn_mask, 0.0, _is_causal(problem), scale=problem.scale, enable_gqa=problem.group > 1)
+            torch._fused_sdp_choice(
+                q, k, v, attn_mask, 0.0, _is_causal(problem), scale=problem.scale, enable_gqa=problem.group > 1
+            )
         except RuntimeError as error:
-            return _reason(backend, [str(w.message) for w in said]) or str(error).splitlines()[0]
+            return (
+                _reason(backend, [str(w.message) for w in said])
+                or f"torch has no {backend} kernel for it: {error}".splitlines()[0]
+            )
     return None
 
 

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from verify.arithmetic import Arithmetic
 from verify.errors import VerifyError
-from verify.kernel import kernel
+from verify.registry import kernel
 from verify.masks import Mask
 from verify.problem import Problem
 
@@ -169,7 +169,9 @@ def _bound(mask: Mask, batch: int, device: torch.device) -> tuple[tuple[Any, ...
     for term in mask.terms(batch):
         groups.setdefault(term.rule, []).append([[min(n, FAR) for n in pair] for pair in term.integers])
     order = sorted(groups, key=lambda rule: (len(groups[rule]) > 1, rule.__name__))
-    integers = torch.tensor([term for rule in order for term in groups[rule]], dtype=torch.int32, device=device) if order else None
+    integers = (
+        torch.tensor([term for rule in order for term in groups[rule]], dtype=torch.int32, device=device) if order else None
+    )
     return tuple(map(_compiled, order)), tuple(len(groups[rule]) for rule in order), integers
 
 
@@ -179,7 +181,7 @@ def _compiled(rule: Any) -> Any:
     return rule if INTERPRET else triton.jit(rule)
 
 
-TILES = ((128, 128, 8, 2), (128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2), (32, 16, 4, 1), (16, 16, 4, 1))
+TILES = ((128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2), (32, 16, 4, 1), (16, 16, 4, 1))
 """(BLOCK_M, BLOCK_N, num_warps, STAGES), the best first."""
 
 
@@ -189,8 +191,8 @@ def _tiles(dtype: torch.dtype, block_d: int, block_v: int, shared: int) -> tuple
     It depends on nothing else, so that no row depends on its batch. float32 products are unrolled into single FMAs: small tiles.
     """
     for rows, keys, warps, stages in TILES:
-        held = dtype.itemsize * (rows * max(block_d, keys) + stages * keys * (block_d + block_v))
-        fits = dtype != torch.float32 or rows * keys * max(block_d, block_v) <= 2**18
+        held = dtype.itemsize * (rows * block_d + stages * keys * (block_d + block_v)) + 8 * rows * keys
+        fits = dtype != torch.float32 or rows * keys * max(block_d, block_v) <= 2**17
         if held <= shared and fits:
             break
     return rows, keys, warps, stages
@@ -244,15 +246,24 @@ def _launch(q, k, v, mask, bias, slopes, scale, softcap, out, lse) -> None:
 def _range(scale: float, softcap: float) -> list[tuple[bool, str]]:
     return [
         (not abs(scale) <= HUGE, f"scale={scale}: beyond float32; a magnitude of at most {HUGE:.3g}"),
-        (softcap != 0 and not TINY <= softcap <= HUGE, f"softcap={softcap}: beyond float32; 0 = none, or {TINY:.3g} to {HUGE:.3g}"),
+        (
+            softcap != 0 and not TINY <= softcap <= HUGE,
+            f"softcap={softcap}: beyond float32; 0 = none, or {TINY:.3g} to {HUGE:.3g}",
+        ),
     ]
 
 
 def _unusable(device: str) -> list[tuple[bool, str]]:
     return [
         (device not in ("cpu", "cuda"), f"device={device}: runs on cuda, or on cpu in Triton's interpreter"),
-        (device == "cpu" and not INTERPRET, "device=cpu: needs Triton's interpreter; set TRITON_INTERPRET=1 before triton is imported"),
-        (device == "cuda" and INTERPRET, "device=cuda: Triton's interpreter is on; unset TRITON_INTERPRET before triton is imported"),
+        (
+            device == "cpu" and not INTERPRET,
+            "device=cpu: needs Triton's interpreter; set TRITON_INTERPRET=1 before triton is imported",
+        ),
+        (
+            device == "cuda" and INTERPRET,
+            "device=cuda: Triton's interpreter is on; unset TRITON_INTERPRET before triton is imported",
+        ),
     ]
 
 

@@ -28,7 +28,7 @@ _to_mpf, _exp, _tanh, _sech = (np.frompyfunc(f, 1, 1) for f in (mpf, mpmath.exp,
 
 
 def backend() -> str:
-    """What mpmath's integers are: "gmpy" (gmpy2 is installed; several times faster) or "python"."""
+    """What mpmath's integers are: "gmpy" (gmpy2 is installed; nearly twice as fast at 50 digits) or "python"."""
     return mpmath.libmp.BACKEND
 
 

@@ -90,7 +90,9 @@ class _Emulator:
         total = weights.new_zeros((*weights.shape[:4], keys.shape[-1]))
         for start in range(0, weights.shape[4], max(1, step)):
             part = slice(start, start + step)
-            total = total + self.problem.softmax_scale * self.product(from_keys, weights[..., part], keys[:, :, part], "accumulate")
+            total = total + self.problem.softmax_scale * self.product(
+                from_keys, weights[..., part], keys[:, :, part], "accumulate"
+            )
             total = self.store(total, "output")
         return total
 
@@ -105,7 +107,11 @@ def emulate(problem: Problem, inputs: Inputs, arithmetic: Arithmetic) -> Exact:
     emulator, shapes = _Emulator(problem, arithmetic), problem.shapes
     result = {name: torch.zeros(shapes[name], dtype=torch.float64, device=inputs.q.device) for name in ("out", "lse")}
     if problem.grads:
-        result |= {"d" + name: inputs.q.new_zeros(shapes[name], dtype=torch.float64) for name in ("q", "k", "v", "bias") if name in shapes}
+        result |= {
+            "d" + name: inputs.q.new_zeros(shapes[name], dtype=torch.float64)
+            for name in ("q", "k", "v", "bias")
+            if name in shapes
+        }
     dk: Tensor | float = 0.0
     dv: Tensor | float = 0.0
     for block in dense.blocks(problem, inputs):

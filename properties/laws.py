@@ -11,7 +11,7 @@ from torch import Tensor
 
 from verify.case import Case, Inputs
 from verify.guard import Output, call
-from verify.kernel import Kernel
+from verify.registry import Kernel
 from verify.masks import Mask
 from verify.problem import Problem
 from verify.properties.truth import Truth, compare, judge, truth
@@ -89,7 +89,13 @@ def query_permutation(kernel: Kernel, case: Case, device: str) -> Verdict:
         return Verdict(unsupported="ALiBi depends on the queries' order")
     pi = _permutation(case, case.problem.len_q, device)
     return _same_after(
-        kernel, case, device, {"q": (2, pi), "bias": (2, pi)}, case.problem, restore=_along(2, pi), what="before permuting the queries"
+        kernel,
+        case,
+        device,
+        {"q": (2, pi), "bias": (2, pi)},
+        case.problem,
+        restore=_along(2, pi),
+        what="before permuting the queries",
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from verify.case import Case
-from verify.kernel import Kernel
+from verify.registry import Kernel
 from verify.masks import FULL, Mask
 from verify.problem import Problem
 from verify.recipes import Recipe
@@ -41,10 +41,11 @@ class Options:
     taken: dict[str, tuple[Any, ...]]
     refused: dict[str, dict[str, str]]
 
-    @property
-    def nothing(self) -> str | None:
-        """Why the kernel takes no problem at all here; None where it takes some."""
-        return next(iter(self.refused["dtype"].values())) if not self.taken["dtype"] else None
+    def refusal(self, *, grads: bool = False) -> str | None:
+        """Why the kernel takes no problem at all here, or none with gradients; None where it takes some."""
+        if not self.taken["dtype"]:
+            return next(iter(self.refused["dtype"].values()))
+        return self.refused["grads"].get("True") if grads else None
 
 
 def _masks() -> tuple[Mask, ...]:
@@ -68,12 +69,15 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 }
 
 
+PLAIN = Problem(batch=1, heads_q=2, heads_kv=2, len_q=16, len_k=16, dim_qk=64, dim_v=64, dtype="fp16")
+
+
 @lru_cache(maxsize=64)
 def options(kernel: Kernel, device: str) -> Options:
     """Probe what a kernel declares it supports, one option away from a plain problem that it does support."""
     taken: dict[str, tuple[Any, ...]] = {}
     refused: dict[str, dict[str, str]] = {name: {} for name in CHOICES}
-    plain = Problem(batch=1, heads_q=2, heads_kv=2, len_q=16, len_k=16, dim_qk=64, dim_v=64, dtype="fp16")
+    plain = PLAIN
     for name, values in CHOICES.items():
         kept = []
         for value in values:
@@ -86,6 +90,11 @@ def options(kernel: Kernel, device: str) -> Options:
         if name == "dtype" and kept:
             plain = plain.but(dtype=kept[0])
     return Options(taken, refused)
+
+
+def plain_problem(kernel: Kernel, device: str) -> Problem:
+    """A small problem without options, in the first dtype that the kernel takes."""
+    return PLAIN.but(dtype=next(iter(options(kernel, device).taken["dtype"]), PLAIN.dtype))
 
 
 def _label(value: Any) -> str:

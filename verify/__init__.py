@@ -2,7 +2,7 @@
 
 from verify.arithmetic import Arithmetic
 from verify.errors import VerifyError
-from verify.kernel import kernel
+from verify.registry import kernel
 from verify.masks import Mask
 from verify.problem import Problem
 

@@ -139,9 +139,9 @@ class _Rows:
         overflow = units.overflow("stored_scores", _row_size(problem, b))
         terms = {"scores and exponentials": torch.minimum((moved + o * spread) * grow, hull + o) + overflow}
         held = 1.0 if arithmetic.normalized_probs else torch.exp(b.row_max - _finite(b.lse))  # 1/l, at most 1
-        terms[f"P in {units.format['probs']}"] = (
-            u_p * (mass + (o if arithmetic.rowsum == "rounded" else 0.0)) + units.floor["probs"] * held * v.sum(-2, keepdim=True).unsqueeze(2)
-        )
+        terms[f"P in {units.format['probs']}"] = u_p * (mass + (o if arithmetic.rowsum == "rounded" else 0.0)) + units.floor[
+            "probs"
+        ] * held * v.sum(-2, keepdim=True).unsqueeze(2)
         gamma = units.gamma("accumulate", problem.len_k + units.tiles)
         terms["sum over keys"] = gamma * (mass * (1 + u_p) + o + _sum(terms))
         units.store(terms, "output", b.out)

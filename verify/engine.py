@@ -13,7 +13,7 @@ from hypothesis import seed as seeded
 
 from verify.case import Case
 from verify.finding import Finding
-from verify.kernel import Kernel
+from verify.registry import Kernel
 from verify.properties.laws import Property
 from verify.properties.strategies import cases
 from verify.records import Record

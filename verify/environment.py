@@ -28,7 +28,9 @@ def prepare(device: str | None = None) -> str:
         raise VerifyError("device 'cuda': torch sees no CUDA GPU here; use cpu")
     interpret = "1" if device == "cpu" else "0"
     if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET", "0") != interpret:
-        raise VerifyError(f"device {device!r}: Triton was imported before with TRITON_INTERPRET={1 - int(interpret)}; start a new process")
+        raise VerifyError(
+            f"device {device!r}: Triton was imported before with TRITON_INTERPRET={1 - int(interpret)}; start a new process"
+        )
     os.environ["TRITON_INTERPRET"] = interpret
     return device
 
@@ -57,7 +59,9 @@ def describe(device: str) -> dict[str, str]:
     import torch
 
     facts = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)",
+        "device": torch.cuda.get_device_name()
+        if device == "cuda"
+        else f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)",
         "torch": str(torch.__version__),
         "triton": _version("triton") + (" (interpreted)" if device == "cpu" else ""),
         "python": platform.python_version(),

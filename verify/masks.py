@@ -255,7 +255,9 @@ class Mask:
 
     def picture(self, len_q: int, len_k: int, *, batch: int = 1, entry: int = 0) -> str:
         """Rows are queries, columns keys; # = visible."""
-        cells = ("#" if self.sees(q, k, len_q, len_k, batch=batch, entry=entry) else "." for q in range(len_q) for k in range(len_k))
+        cells = (
+            "#" if self.sees(q, k, len_q, len_k, batch=batch, entry=entry) else "." for q in range(len_q) for k in range(len_k)
+        )
         flat = list(cells)
         return "\n".join(" ".join(flat[q * len_k : (q + 1) * len_k]) for q in range(len_q))
 

@@ -56,7 +56,8 @@ class Problem:
     def __post_init__(self) -> None:
         checks = [(getattr(self, n) < 0, f"{n}={getattr(self, n)}: a length is 0 or more") for n in ("len_q", "len_k")]
         checks += [
-            (getattr(self, n) < 1, f"{n}={getattr(self, n)}: at least 1") for n in ("batch", "heads_q", "heads_kv", "dim_qk", "dim_v")
+            (getattr(self, n) < 1, f"{n}={getattr(self, n)}: at least 1")
+            for n in ("batch", "heads_q", "heads_kv", "dim_qk", "dim_v")
         ]
         checks += [
             (

@@ -41,9 +41,7 @@ def uniform(rng: np.random.Generator, problem: Problem) -> Triple:
 
 def outliers(rng: np.random.Generator, problem: Problem, probability: float = 0.001, sigma: float = 10.0) -> Triple:
     """N(0,1) + N(0, sigma^2) Bernoulli(probability): FlashAttention-3's Table 3 (arXiv 2407.08608, section 4.3)."""
-    return _each(
-        problem, lambda s: rng.standard_normal(s) + (rng.random(s) < probability) * (sigma * rng.standard_normal(s))
-    )
+    return _each(problem, lambda s: rng.standard_normal(s) + (rng.random(s) < probability) * (sigma * rng.standard_normal(s)))
 
 
 def shift(rng: np.random.Generator, problem: Problem, c: float = 90.0) -> Triple:
@@ -100,7 +98,9 @@ def tiny(rng: np.random.Generator, problem: Problem, size: float = 1e-6) -> Trip
     return normal(rng, problem, size)
 
 
-RECIPES = {f.__name__: f for f in (integers, normal, uniform, outliers, shift, rising, ties, sink, one_sign, hot_channel, constant, tiny)}
+RECIPES = {
+    f.__name__: f for f in (integers, normal, uniform, outliers, shift, rising, ties, sink, one_sign, hot_channel, constant, tiny)
+}
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,11 @@ class Recipe:
         return cls(found[1], params)
 
     def __str__(self) -> str:
-        return f"{self.name}({','.join(f'{p:.17g}' if p != float(f'{p:g}') else f'{p:g}' for p in self.params)})" if self.params else self.name
+        return (
+            f"{self.name}({','.join(f'{p:.17g}' if p != float(f'{p:g}') else f'{p:g}' for p in self.params)})"
+            if self.params
+            else self.name
+        )
 
     def draw(self, rng: np.random.Generator, problem: Problem) -> Triple:
         """(q, k, v) in float64."""

@@ -13,6 +13,8 @@ from verify.errors import VerifyError
 VERDICTS = ("held", "uninformative", "unsupported", "failed", "finding")
 """failed: a case that broke the law on the way to the shrunk one, which is the finding."""
 
+REQUIRED = {"kernel", "property", "case", "verdict"}
+
 
 @dataclass(frozen=True)
 class Record:
@@ -41,7 +43,8 @@ class Journal:
 
     def append(self, record: Record) -> None:
         """Write one record and flush it."""
-        self._file.write(json.dumps({k: v for k, v in vars(record).items() if v not in ("", [], {}, None)}) + "\n")
+        kept = {k: v for k, v in vars(record).items() if k in REQUIRED or v not in ("", [], {}, None)}
+        self._file.write(json.dumps(kept) + "\n")
         self._file.flush()
 
 
@@ -59,4 +62,4 @@ def _parsed(line: str) -> dict[str, Any] | None:
         value = json.loads(line)
     except json.JSONDecodeError:
         return None
-    return value if isinstance(value, dict) and {"kernel", "property", "case", "verdict"} <= value.keys() else None
+    return value if isinstance(value, dict) and REQUIRED <= value.keys() else None

@@ -49,7 +49,10 @@ class Kernel:
 
     def unsupported(self, problem: Problem, device: str) -> str | None:
         """Why this kernel can't do this problem on this device ("cpu", "cuda"); None where it can."""
-        needs = [("bias", problem.bias in ("bhqk", "hqk", "qk") or problem.mask_as == "float"), ("slopes", problem.bias == "alibi")]
+        needs = [
+            ("bias", problem.bias in ("bhqk", "hqk", "qk") or problem.mask_as == "float"),
+            ("slopes", problem.bias == "alibi"),
+        ]
         if "problem" not in self.takes:
             masked = problem.mask.names != {"full"} and problem.mask_as != "float"
             needs += [("mask", masked), ("softcap", problem.softcap != 0), ("scale", problem.scale is not None)]

@@ -1,0 +1,9 @@
+"""Loads the plugin and takes the checkout off sys.path: its folders are `verify.kernels` and so on, never `kernels`."""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+
+pytest_plugins = ["verify.pytest_plugin"]

@@ -1,0 +1,48 @@
+"""Every kernel x every property: the one parametrised product. `--kernel`, `--property`, `--cases`, `--seconds` narrow it."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from verify.engine import Budget, hunt, replay_command
+from verify.properties.laws import PROPERTIES, Property
+from verify.properties.strategies import options
+from verify.pytest_plugin import JUDGED, Run
+from verify.records import Record
+
+_started: list[float] = []
+
+
+def test_kernel_holds(run: Run, target: str, law: Property, request: pytest.FixtureRequest) -> None:
+    """The law holds for the kernel on every case that was drawn. Unsupported is skipped with its reason, never passed."""
+    if target in run.unavailable:
+        pytest.skip(f"{target} is unavailable: {run.unavailable[target]}")
+    kernel, config = run.kernels[target], request.config
+    if why := options(kernel, run.device).refusal(grads=law.grads):
+        run.record(Record(kernel.name, law.name, "", "unsupported", why))
+        pytest.skip(f"{target}: {why}")
+    seconds = config.getoption("--seconds")
+    judged = config.getoption("--cases") or (None if seconds else JUDGED[run.device])
+    budget = Budget(judged, None if seconds is None else _share(seconds, request))
+    result = hunt(kernel, law, run.device, budget=budget, seed=config.getoption("--draw-seed"), record=run.record)
+    if result.finding:
+        case, finding = result.finding
+        pytest.fail(f"{kernel.name} breaks {law.name}: {finding.sentence}\n{replay_command(target, law, case)}", pytrace=False)
+    if not result.judged:
+        pytest.skip(f"{target}: no case could be judged: {'; '.join(result.unsupported)}")
+
+
+def _share(seconds: float, request: pytest.FixtureRequest) -> float:
+    """An equal share of what is left of the time among the tests that are left (in one process)."""
+    if not _started:
+        _started.append(time.monotonic())
+    items = [item for item in request.session.items if item.originalname == "test_kernel_holds"]
+    left = len(items) - items.index(request.node)
+    return max(0.0, seconds - (time.monotonic() - _started[0])) / left
+
+
+def test_properties_state_their_law() -> None:
+    """A property without a law in its docstring judges nobody knows what."""
+    assert all(law.law for law in PROPERTIES.values())

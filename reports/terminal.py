@@ -1,0 +1,79 @@
+"""What a run looks like in a terminal: kernel x property, what is unsupported and why, findings. From records alone."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Callable, Iterable
+
+from rich.console import Console
+from rich.table import Table
+
+from verify.records import Record
+
+JUDGED = ("held", "uninformative", "failed")
+
+
+def show_run(records: Iterable[Record], *, write: Callable[[str], None], width: int = 150) -> None:
+    """Write the closing tables of a run, line by line."""
+    records = list(records)
+    if not records:
+        return
+    for line in lines(matrix(records), width=width):
+        write(line)
+    write(sight(records))
+    if any(r.verdict == "unsupported" for r in records):
+        for line in lines(unsupported(records), width=width):
+            write(line)
+
+
+def lines(table: Table, *, width: int = 150) -> list[str]:
+    """A table as plain text."""
+    buffer = io.StringIO()
+    Console(file=buffer, width=width, color_system=None).print(table)
+    return [line.rstrip() for line in buffer.getvalue().splitlines()]
+
+
+def matrix(records: list[Record]) -> Table:
+    """A row for each kernel, a column for each property: judged cases, findings, and what the numbers hide."""
+    laws = list(dict.fromkeys(r.property for r in records))
+    table = Table(
+        title="judged cases; = equal to the last bit; ? uninformative: zeros, mean(V) and a scale 5 % off would all pass"
+    )
+    table.add_column("kernel")
+    for law in laws:
+        table.add_column(law.replace("-", "\n"), justify="right")
+    for kernel in sorted({r.kernel for r in records}):
+        table.add_row(kernel, *(_cell([r for r in records if (r.kernel, r.property) == (kernel, law)]) for law in laws))
+    return table
+
+
+def _cell(records: list[Record]) -> str:
+    counts = Counter(r.verdict for r in records)
+    judged = sum(counts[v] for v in JUDGED)
+    same = sum(r.bitwise is True for r in records)
+    marks = [f"={same}"] if any(r.bitwise is not None for r in records) else []
+    marks += [f"?{counts['uninformative']}"] if counts["uninformative"] else []
+    found = f"[bold]{counts['finding']} FOUND[/bold] in " if counts["finding"] else ""
+    return found + " ".join([str(judged), *marks]) if judged else "unsupported" if counts["unsupported"] else "-"
+
+
+def sight(records: list[Record]) -> str:
+    """How many of the oracle's cases could have seen each of three wrong kernels."""
+    judged = [r for r in records if r.property == "oracle" and r.verdict in ("held", "uninformative")]
+    blind = Counter(name for r in judged for name in r.blind_to)
+    names = ("zeros", "mean(V)", "scale*1.05")
+    return f"of {len(judged)} cases against the oracle, those that would catch: " + ", ".join(
+        f"{n} {len(judged) - blind[n]}" for n in names
+    )
+
+
+def unsupported(records: list[Record]) -> Table:
+    """Why problems were not judged, by kernel and reason."""
+    table = Table(title="unsupported")
+    for heading in ("kernel", "cases", "reason"):
+        table.add_column(heading, justify="right" if heading == "cases" else "left", overflow="fold")
+    reasons = Counter((r.kernel, r.reason) for r in records if r.verdict == "unsupported")
+    for (kernel, reason), count in sorted(reasons.items()):
+        table.add_row(kernel, str(count), reason)
+    return table

@@ -1,0 +1,171 @@
+"""The command line: translates its arguments to the runner, prints what it found. Exit code 0 fine, 1 findings, 2 bad input."""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from verify import environment
+from verify.errors import VerifyError
+from verify.reports import rmse_table
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Decide whether an attention kernel is right.",
+)
+console = Console(highlight=False)
+if console.width < rmse_table.WIDTH:  # a narrow terminal or a pipe: long lines wrap there, cells must not be cut
+    console = Console(highlight=False, width=rmse_table.WIDTH)
+
+Target = Annotated[str, typer.Argument(help="a kernel's name, path/to/file.py or path/to/file.py::name")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is a GPU")]
+
+
+def main() -> None:
+    """The console script."""
+    try:
+        app()
+    except VerifyError as error:
+        print(f"verify: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+@app.command()
+def fuzz(
+    target: Target,
+    seconds: Annotated[float, typer.Option(help="time for all properties together, shrinking not counted")] = 60.0,
+    seed: Annotated[int | None, typer.Option(help="seed of the drawn cases; default: a new one, printed first")] = None,
+    property: Annotated[list[str] | None, typer.Option(help="only this property; may be repeated")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder for the records; default: .verify/runs/<time>")] = None,
+    device: Device = None,
+) -> None:
+    """Try to break a kernel: every property on random adversarial cases; findings come shrunk, each with a command to replay it."""
+    from verify import registry
+    from verify.fuzzing import run_fuzz
+
+    if seconds <= 0:
+        raise VerifyError(f"seconds={seconds:g}: a positive number")
+    device = environment.prepare(device)
+    kernels = registry.find(target)
+    seed = random.SystemRandom().randrange(2**31) if seed is None else seed
+    folder = out or Path(".verify") / "runs" / time.strftime("%Y%m%d-%H%M%S")
+    console.print(f"seed {seed}, {', '.join(f'{k} {v}' for k, v in environment.describe(device).items())}")
+    for kernel in kernels:
+        console.print(_conventions(kernel, device))
+    raise typer.Exit(
+        run_fuzz(target, kernels, device, seconds=seconds, seed=seed, laws=property or [], folder=folder, console=console)
+    )
+
+
+@app.command()
+def replay(
+    target: Target,
+    case: Annotated[str, typer.Argument(help="a case id, as printed by a finding")],
+    property: Annotated[str, typer.Option(help="the property to judge")] = "oracle",
+    device: Device = None,
+) -> None:
+    """Judge one case again and show its tensors where they are small. Exit code 1 where the property does not hold."""
+    from verify import registry
+    from verify.case import Case
+    from verify.fuzzing import run_replay
+
+    device = environment.prepare(device)
+    parsed = Case.parse(case)
+    kernels = registry.find(target)
+    if len(kernels) > 1:
+        raise VerifyError(
+            f"{target}: registers {len(kernels)} kernels; name one: {', '.join(f'{target}::{k.name}' for k in kernels)}"
+        )
+    raise typer.Exit(run_replay(kernels[0], parsed, property, device, console))
+
+
+@app.command()
+def kernels(device: Device = None) -> None:
+    """List the kernels, what each supports on this device and why not the rest."""
+    from verify import registry
+    from verify.properties.strategies import CHOICES, options
+
+    device = environment.prepare(device)
+    registry.load_bundled()
+    table = Table(title=f"kernels on {device}")
+    for heading in ("kernel", "supports", "does not support"):
+        table.add_column(heading, overflow="fold")
+    for kernel in registry.REGISTRY.values():
+        known = options(kernel, device)
+        if why := known.refusal():
+            table.add_row(kernel.name, "nothing here", why)
+            continue
+        reasons: dict[str, list[str]] = {}
+        for option in CHOICES:
+            for value, reason in known.refused[option].items():
+                reasons.setdefault(reason, []).append(f"{option}={value}")
+        taken = ", ".join(known.taken["dtype"]) + "; " + ", ".join(str(m) for m in known.taken["mask"])
+        table.add_row(kernel.name, taken, "\n".join(f"{', '.join(what)}: {reason}" for reason, what in reasons.items()) or "-")
+    for name, reason in registry.UNAVAILABLE.items():
+        table.add_row(name, "unavailable", reason)
+    console.print(table)
+
+
+@app.command()
+def masks(len_q: Annotated[int, typer.Option(min=1)] = 4, len_k: Annotated[int, typer.Option(min=1)] = 6) -> None:
+    """Show every mask as a picture: rows are queries, columns keys, # = visible."""
+    from verify.masks import KINDS, Mask
+
+    examples = {
+        "window": "window(2,0)",
+        "prefix_lm": "prefix_lm(2)",
+        "padding": "padding(4)",
+        "blocks": "blocks(1,2)",
+        "dense": "dense(50,1)",
+    }
+    for name, kind in KINDS.items():
+        text = examples.get(name, name)
+        console.print(f"[bold]{text}[/bold]  {(kind.rule.__doc__ or '').split(chr(10))[0]}", markup=True)
+        console.print(Mask.parse(text).picture(len_q, len_k) + "\n", markup=False)
+
+
+@app.command()
+def report(
+    draws: Annotated[
+        int | None, typer.Option(min=1, help="draws of the inputs, the same for every row; default 4, on the CPU 2")
+    ] = None,
+    problem: Annotated[str | None, typer.Option(help="a problem id; default: B1 H16 N8192 D128, on the CPU reduced")] = None,
+    recipe: Annotated[str, typer.Option(help="the inputs")] = "outliers(0.001,10)",
+    kernel: Annotated[list[str] | None, typer.Option(help="only this kernel (name or file); may be repeated")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="fp16, bf16, fp32; may be repeated")] = None,
+    out: Annotated[Path, typer.Option(help="folder for table.md, table.csv and table.json")] = Path("verify-report"),
+    device: Device = None,
+) -> None:
+    """Regenerate the RMSE table: total = input rounding + kernel arithmetic, beside what the declared arithmetic predicts."""
+    from verify.reporting import run_report
+
+    device = environment.prepare(device)
+    run_report(
+        device, problem=problem, recipe=recipe, targets=kernel or [], dtypes=dtype or [], draws=draws, out=out, console=console
+    )
+
+
+def _conventions(kernel, device: str) -> Table:
+    from verify.conventions import conventions
+    from verify.properties.strategies import options, plain_problem
+
+    table = Table(title=f"{kernel.name} ({kernel.origin}): conventions found", title_justify="left", show_header=False)
+    if why := options(kernel, device).refusal():
+        table.add_row("supports", f"nothing here: {why}")
+        return table
+    for name, found in conventions(kernel, plain_problem(kernel, device), device):
+        table.add_row(name, found)
+    return table
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""`verify fuzz` and `verify replay`: the pytest runner on one kernel with a progress display and a summary of findings."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from verify import pytest_plugin
+from verify.case import Case
+from verify.engine import replay_command
+from verify.errors import VerifyError
+from verify.finding import Finding
+from verify.guard import call
+from verify.properties.laws import PROPERTIES, Property
+from verify.properties.truth import Truth, truth
+from verify.records import Journal, Record, read
+from verify.registry import Kernel
+from verify.reports.terminal import matrix, sight, unsupported
+
+SMALL = 8
+"""Tensors of at most this many rows and columns are printed by replay."""
+
+
+class _Display:
+    """A pytest plugin: gives the run a progress bar in place of pytest's own output."""
+
+    def __init__(self, console: Console, seconds: float) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("{task.fields[counts]}"))
+        self.progress = Progress(*columns, console=console, transient=True)
+        self.task = self.progress.add_task("fuzzing", total=seconds, counts="")
+        self.start, self.judged, self.findings = time.monotonic(), 0, 0
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        pytest_plugin.run_of(session.config).progress = self.show
+
+    def show(self, record: Record) -> None:
+        self.judged += record.verdict in ("held", "uninformative", "failed")
+        self.findings += record.verdict == "finding"
+        counts = f"{record.kernel} {record.property}: {self.judged} judged, {self.findings} findings"
+        self.progress.update(self.task, completed=time.monotonic() - self.start, counts=counts)
+
+
+def run_fuzz(
+    target: str,
+    kernels: Sequence[Kernel],
+    device: str,
+    *,
+    seconds: float,
+    seed: int,
+    laws: list[str],
+    folder: Path,
+    console: Console,
+) -> int:
+    """Fuzz through pytest; print the summary whatever ended the run. Returns the exit code: 0, or 1 with findings.
+
+    Raises VerifyError for an unknown property or a folder that cannot be written.
+    """
+    for law in laws:
+        _property(law)
+    Journal(folder / "main.jsonl")
+    spec = importlib.util.find_spec("verify.properties.test_kernels")
+    assert spec is not None and spec.origin is not None  # part of this package
+    display = _Display(console, seconds)
+    arguments = [f"{spec.origin}::test_kernel_holds", "-p", "verify.pytest_plugin", "-p", "no:terminal", "-p", "no:cacheprovider"]
+    arguments += ["--import-mode=importlib", "--noconftest", "-c", os.devnull, f"--rootdir={folder}", "--kernel", target]
+    arguments += [f"--seconds={seconds}", f"--draw-seed={seed}", f"--records={folder}", f"--device={device}"]
+    arguments += [f"--property={law}" for law in laws]
+    start = time.monotonic()
+    with display.progress:
+        code = pytest.main(arguments, plugins=[display])
+    records = list(read(folder))
+    if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.INTERRUPTED):
+        raise VerifyError(f"the run broke off (pytest: {pytest.ExitCode(code).name}); what was measured is in {folder}")
+    if code == pytest.ExitCode.INTERRUPTED:
+        console.print("interrupted; what follows was measured before")
+    _summary(records, target, kernels, time.monotonic() - start, folder, console)
+    return int(any(r.verdict in ("failed", "finding") for r in records))
+
+
+def _summary(records: list[Record], target: str, kernels: Sequence[Kernel], spent: float, folder: Path, console: Console) -> None:
+    judged = sum(r.verdict in ("held", "uninformative", "failed") for r in records)
+    if records:
+        console.print(matrix(records))
+        console.print(sight(records))
+    if any(r.verdict == "unsupported" for r in records):
+        console.print(unsupported(records))
+    shown = {(r.kernel, r.property): r for r in records if r.verdict in ("failed", "finding")}  # the shrunk one comes last
+    path = target.partition("::")[0]
+    for number, record in enumerate(shown.values(), 1):
+        name = f"{path}::{record.kernel}" if path.endswith(".py") else record.kernel
+        law, case = PROPERTIES[record.property], Case.parse(record.case)
+        stage = "" if record.verdict == "finding" else " (not shrunk: interrupted)"
+        console.print(f"\n[bold]finding {number}[/bold]: {record.kernel} breaks {record.property}{stage}")
+        console.print(f"  law     {' '.join(law.law.split())}", markup=False)
+        console.print(f"  case    {case}", markup=False)
+        console.print(f"  what    {record.reason}", markup=False, soft_wrap=True)
+        console.print(f"  replay  {replay_command(name, law, case)}", markup=False, soft_wrap=True)
+    verdict = f"{len(shown)} findings" if shown else "no finding"
+    console.print(
+        f"\n{', '.join(k.name for k in kernels)}: {verdict} in {judged} judged cases, {spent:.0f} s; records in {folder}"
+    )
+
+
+def run_replay(kernel: Kernel, case: Case, law: str, device: str, console: Console) -> int:
+    """Judge one case; print its tensors where they are small. Returns 0 where the law holds, 1 where it is broken.
+
+    Raises VerifyError for an unknown property, or a case that the kernel does not support.
+    """
+    prop = _property(law)
+    if reason := kernel.unsupported(case.problem, device):
+        raise VerifyError(f"{kernel.name} does not support {case.problem}: {reason}")
+    _show(kernel, case, truth(case, device), console)
+    try:
+        verdict = prop.check(kernel, case, device)
+    except Finding as finding:
+        console.print(f"{kernel.name} breaks {law}: {finding.sentence}", markup=False, soft_wrap=True)
+        return 1
+    blind = f"; it could not have told: {', '.join(verdict.blind_to)}" if verdict.blind_to else ""
+    console.print(
+        f"{law} is not judged: {verdict.unsupported}" if verdict.unsupported else f"{kernel.name}: {law} holds{blind}",
+        markup=False,
+    )
+    return 0
+
+
+def _show(kernel: Kernel, case: Case, known: Truth, console: Console) -> None:
+    p = case.problem
+    if max(p.len_q, p.len_k, p.dim_qk, p.dim_v, p.batch * p.heads_q) > SMALL:
+        return
+    console.print(f"scale {p.softmax_scale:g}, {p.mask}:\n{p.mask.picture(p.len_q, p.len_k, batch=p.batch)}", markup=False)
+    for name in ("q", "k", "v", "bias"):
+        tensor = getattr(known.inputs, name)
+        if tensor is not None:
+            console.print(f"{name} = {tensor.tolist()}", markup=False)
+    try:
+        console.print(f"exact  out = {known.exact.out.tolist()}", markup=False)
+        console.print(f"kernel out = {call(kernel, p, known.inputs).out.tolist()}", markup=False)
+    except Finding as finding:
+        console.print(f"kernel {finding.sentence}", markup=False)
+
+
+def _property(name: str) -> Property:
+    if name not in PROPERTIES:
+        raise VerifyError(f"property {name!r} is unknown: one of {', '.join(PROPERTIES)}")
+    return PROPERTIES[name]

@@ -1,0 +1,128 @@
+"""The pytest side of the runner: options, the matrix kernel x property, GPUs shared among xdist workers, the closing tables."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from verify import environment
+from verify.errors import VerifyError
+from verify.records import Journal, Record, read
+
+JUDGED = {"cpu": 25, "cuda": 60}
+"""Cases judged for each kernel and property in a plain `pytest` run."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of a run; the command line of `verify` sets them too."""
+    group = parser.getgroup("verify", "attention-verify")
+    group.addoption(
+        "--kernel", action="append", metavar="TARGET", help="a kernel's name or path/to/file.py[::name]; default: all bundled"
+    )
+    group.addoption("--property", action="append", metavar="NAME", help="judge only this property")
+    group.addoption("--device", default=None, help="cpu or cuda; default: cuda where there is a GPU")
+    group.addoption(
+        "--seconds", type=float, default=None, help="time for the whole kernel x property matrix instead of a number of cases"
+    )
+    group.addoption("--cases", type=int, default=None, help="cases to judge for each kernel and property")
+    group.addoption("--draw-seed", type=int, default=0, help="seed of the drawn cases")
+    group.addoption("--records", default=None, metavar="DIR", help="where records are appended; default: .verify/runs/<time>")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """`-n auto`: a few workers for each GPU; without a GPU, xdist's own count of cores."""
+    return environment.workers() if config.getoption("--device") != "cpu" else None
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node) -> None:
+    """Workers write where the controller reads."""
+    node.workerinput["records"] = str(_folder(node.config))
+
+
+class Run:
+    """What tests of one process share: device, kernels, the journal, the budget."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        from verify import registry
+
+        worker = os.environ.get("PYTEST_XDIST_WORKER")
+        self.device = environment.prepare(config.getoption("--device"))
+        environment.assign_gpu(worker)
+        targets = config.getoption("--kernel")
+        if targets:
+            self.kernels = {
+                f"{t.partition('::')[0]}::{k.name}" if ".py" in t else k.name: k for t in targets for k in registry.find(t)
+            }
+        else:
+            registry.load_bundled()
+            self.kernels = dict(registry.REGISTRY)
+        self.unavailable = {} if targets else dict(registry.UNAVAILABLE)
+        self.journal = Journal(_folder(config) / f"{worker or 'main'}.jsonl")
+        self.progress: Callable[[Record], None] = lambda record: None
+
+    def record(self, record: Record) -> None:
+        """Append a record and show it."""
+        self.journal.append(record)
+        self.progress(record)
+
+
+RUN: pytest.StashKey[Run] = pytest.StashKey()
+FOLDER: pytest.StashKey[Path] = pytest.StashKey()
+
+
+def run_of(config: pytest.Config) -> Run:
+    """The process's run, made on first use."""
+    if RUN not in config.stash:
+        try:
+            config.stash[RUN] = Run(config)
+        except VerifyError as error:
+            raise pytest.UsageError(str(error)) from error
+    return config.stash[RUN]
+
+
+def _folder(config: pytest.Config) -> Path:
+    if FOLDER not in config.stash:
+        given = getattr(config, "workerinput", {}).get("records") or config.getoption("--records")
+        config.stash[FOLDER] = Path(given or config.rootpath / ".verify" / "runs" / time.strftime("%Y%m%d-%H%M%S"))
+    return config.stash[FOLDER]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The matrix: every test that asks for `target` and `law` runs for each kernel and property."""
+    if {"target", "law"} <= set(metafunc.fixturenames):
+        from verify.properties.laws import PROPERTIES
+
+        run = run_of(metafunc.config)
+        wanted = metafunc.config.getoption("--property") or list(PROPERTIES)
+        if unknown := [name for name in wanted if name not in PROPERTIES]:
+            raise pytest.UsageError(f"property {unknown[0]!r} is unknown: one of {', '.join(PROPERTIES)}")
+        pairs = [(t, PROPERTIES[p]) for t in (*run.kernels, *run.unavailable) for p in wanted]
+        metafunc.parametrize(("target", "law"), pairs, ids=[f"{t}-{law.name}" for t, law in pairs])
+
+
+@pytest.fixture(scope="session")
+def run(pytestconfig: pytest.Config) -> Run:
+    """What the tests of this process share."""
+    return run_of(pytestconfig)
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    """Everything that can change a number."""
+    facts = environment.describe(config.getoption("--device") or environment.prepare())
+    return ["verify: " + ", ".join(f"{name} {value}" for name, value in facts.items())]
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    """Kernel x property, and what each kernel does not support with the reason."""
+    from verify.reports.terminal import show_run
+
+    if FOLDER in config.stash and config.stash[FOLDER].is_dir():
+        terminalreporter.write_sep("=", "attention-verify")
+        show_run(list(read(config.stash[FOLDER])), write=terminalreporter.write_line)
+        terminalreporter.write_line(f"records: {config.stash[FOLDER]}")
