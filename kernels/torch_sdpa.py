@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import re
 import warnings
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -16,20 +17,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from verify.arithmetic import Arithmetic
 from verify.case import TORCH_DTYPES
-from verify.registry import kernel
 from verify.problem import Problem
+from verify.registry import kernel
 
 FUSED = Arithmetic(group_sum="input")
 IN_FLOAT32 = Arithmetic(probs="fp32", dscores="fp32", normalized_probs=True, delta="probs", group_sum="input")
 
 
 def flash_arithmetic(problem: Problem, device: str) -> Arithmetic:
-    """On the CPU the backward adds into dk, dv, dq in the input's dtype, a tile at a time (torch 2.13, FlashAttentionKernel.cpp)."""
+    """On the CPU the backward adds into dk, dv, dq in the input's dtype, tile by tile (torch 2.13, FlashAttentionKernel.cpp)."""
     rows = 256 if problem.len_q >= 768 else 64 if problem.len_q >= 192 else 32
     return FUSED if device == "cuda" else Arithmetic(group_sum="input", spill=(rows, 512))
 
 
-BACKENDS = {
+BACKENDS: dict[str, tuple[SDPBackend, Arithmetic | Callable[[Problem, str], Arithmetic]]] = {
     "math": (SDPBackend.MATH, IN_FLOAT32),
     "flash": (SDPBackend.FLASH_ATTENTION, flash_arithmetic),
     "efficient": (SDPBackend.EFFICIENT_ATTENTION, FUSED),

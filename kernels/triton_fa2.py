@@ -15,9 +15,9 @@ import triton.language as tl
 
 from verify.arithmetic import Arithmetic
 from verify.errors import VerifyError
-from verify.registry import kernel
 from verify.masks import Mask
 from verify.problem import Problem
+from verify.registry import kernel
 
 INTERPRET = bool(triton.knobs.runtime.interpret)
 """Whether Triton's interpreter (numpy, CPU) runs the kernels: TRITON_INTERPRET=1 was set before triton was imported."""
@@ -44,11 +44,11 @@ def _tile(base, b, stride_b, h, stride_h, rows, stride_r, columns, stride_c, ALI
 
 
 @triton.jit
-def _dot(x, y, acc, INTERPRET: tl.constexpr):
-    """acc + x y in float32. The interpreter of Triton 3.6 to 3.9 multiplies bfloat16's bit patterns as integers: widen there."""
-    if INTERPRET:
-        x, y = x.to(tl.float32), y.to(tl.float32)
-    return tl.dot(x, y, acc, input_precision="ieee")
+def _wide(x, INTERPRET: tl.constexpr):
+    """x in float32. The interpreter of Triton 3.6 to 3.9 gets subnormal bfloat16 wrong: shift the bits there."""
+    if INTERPRET and x.dtype == tl.bfloat16:
+        return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
 
 
 @triton.jit
@@ -56,9 +56,17 @@ def _rounded(x, dtype: tl.constexpr, INTERPRET: tl.constexpr):
     """float32 to dtype, to nearest even. The interpreter of Triton 3.6 to 3.9 truncates to bfloat16: round the bits there."""
     if INTERPRET and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
-        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+        bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
+        return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     return x.to(dtype)
+
+
+@triton.jit
+def _dot(x, y, acc, INTERPRET: tl.constexpr):
+    """acc + x y in float32. The interpreter of Triton 3.6 to 3.9 multiplies bfloat16's bit patterns as integers: widen there."""
+    if INTERPRET:
+        x, y = _wide(x, INTERPRET), _wide(y, INTERPRET)
+    return tl.dot(x, y, acc, input_precision="ieee")
 
 
 @triton.jit
@@ -126,10 +134,10 @@ def _forward(
                 seen = _obeys(in_q & in_k[None, :], rows, keys, len_q, len_k, integers, b, batch, rules, counts)
                 if mask is not None:
                     mask_at = _tile(mask, b, mask_b, h, mask_h, rows, mask_r, keys, mask_c, False)
-                    seen = seen & tl.load(mask_at, mask=seen, other=False)
+                    seen = seen & (tl.load(mask_at, mask=seen, other=0) != 0)
                 if bias is not None:
                     bias_at = _tile(bias, b, bias_b, h, bias_h, rows, bias_r, keys, bias_c, False)
-                    shift = tl.load(bias_at, mask=seen, other=0.0).to(tl.float32)
+                    shift = _wide(tl.load(bias_at, mask=seen, other=0.0), INTERPRET)
                     seen = seen & (shift != float("-inf"))
                     s += shift
                 if slopes is not None:
@@ -143,12 +151,12 @@ def _forward(
                 m = top
                 v_block = tl.load(v_at + start * v_step, mask=in_k[:, None] & in_v, other=0.0)
                 if CAREFUL:
-                    wide, sees = v_block.to(tl.float32), seen.to(tl.float16)
+                    wide = _wide(v_block, INTERPRET)
                     up, down = (wide == float("inf")) | (wide != wide), (wide == float("-inf")) | (wide != wide)
-                    none = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-                    extra += tl.where(_dot(sees, up.to(tl.float16), none, INTERPRET) > 0, float("inf"), 0.0)
-                    extra -= tl.where(_dot(sees, down.to(tl.float16), none, INTERPRET) > 0, float("inf"), 0.0)
-                    v_block = tl.where(up | down, 0.0, wide).to(v_block.dtype)
+                    code = (up.to(tl.int32) + 256 * down.to(tl.int32)).to(tl.float16)
+                    hits = _dot(seen.to(tl.float16), code, tl.zeros([BLOCK_M, BLOCK_V], tl.float32), INTERPRET).to(tl.int32)
+                    extra += tl.where(hits % 256 > 0, float("inf"), 0.0) - tl.where(hits >= 256, float("inf"), 0.0)
+                    v_block = tl.where(up | down, 0.0, v_block)
                 acc = _dot(_rounded(p, v_block.dtype, INTERPRET), v_block, acc * alpha[:, None], INTERPRET)
             wanted = tl.max((acc != acc).to(tl.int32)) > 0
     empty = l == 0
@@ -225,7 +233,7 @@ def _spread(tensor: torch.Tensor | None, shape: tuple[int, ...]) -> tuple[Any, .
 def _launch(q, k, v, mask, bias, slopes, scale, softcap, out, lse) -> None:
     (batch, heads, len_q, dim_qk), (_, heads_kv, len_k, dim_v) = q.shape, v.shape
     rules, counts, integers = _bound(mask, batch, q.device) if isinstance(mask, Mask) else ((), (), None)
-    visible = None if isinstance(mask, Mask) else mask
+    visible = mask.view(torch.uint8) if isinstance(mask, torch.Tensor) else None
     geometry, scores = _geometry(q, dim_v), (batch, heads, len_q, len_k)
     row_blocks = triton.cdiv(len_q, geometry["BLOCK_M"])
     with torch.cuda.device_of(q), warnings.catch_warnings():

@@ -7,6 +7,7 @@ softmax to whoever needs it (error bounds, emulations). Heads are grouped: query
 from __future__ import annotations
 
 from collections.abc import Iterator
+
 import torch
 
 from verify.case import Inputs, visibility
@@ -33,7 +34,9 @@ def exact(problem: Problem, inputs: Inputs) -> Exact:
         lse[:, :, block.rows] = ungrouped(block.lse).squeeze(-1)
         if problem.grads:
             _add_gradients(problem, block, grads)
-    return Exact(out, lse, **(grads if problem.grads else {}))
+    if not problem.grads:
+        return Exact(out, lse)
+    return Exact(out, lse, grads["dq"], grads["dk"], grads["dv"], grads.get("dbias"))
 
 
 def blocks(problem: Problem, inputs: Inputs) -> Iterator[Block]:
@@ -80,7 +83,7 @@ def _add_gradients(problem: Problem, b: Block, grads: dict[str, torch.Tensor]) -
 
 def additive(problem: Problem, x: Inputs, rows: slice) -> torch.Tensor | None:
     """The float bias or ALiBi's -slope |i + len_k - len_q - j| over these rows, broadcastable to [B,Hk,G,n,K]; None without."""
-    if problem.bias == "alibi":
+    if x.slopes is not None:
         q = torch.arange(rows.start, rows.stop, device=x.q.device)[:, None]
         k = torch.arange(problem.len_k, device=x.q.device)[None, :]
         distance = (q + problem.len_k - problem.len_q - k).abs().to(torch.float64)

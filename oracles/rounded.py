@@ -74,13 +74,13 @@ class _Emulator:
         delta = (b.do * out).sum(-1, keepdim=True) if self.arithmetic.delta == "out" else (p * dp).sum(-1, keepdim=True)
         return p * (dp - delta)
 
-    def add_rows(self, total: Tensor | float, weights: Tensor, rows: Tensor, scale: float = 1.0) -> Tensor:
+    def add_rows(self, total: Tensor, weights: Tensor, rows: Tensor, scale: float = 1.0) -> Tensor:
         """total + scale * weights^T rows, kept apart for each query head: [B,Hk,G,K,D]; stored between tiles where declared."""
         step = self.arithmetic.spill[0] if self.arithmetic.spill else weights.shape[3]
         for start in range(0, weights.shape[3], max(1, step)):
             part = slice(start, start + step)
-            pairs = [(weights[:, :, g : g + 1, part], rows[:, :, g : g + 1, part]) for g in range(weights.shape[2])]
-            total = total + scale * torch.stack([self.product(to_keys, w, r, "accumulate") for w, r in pairs], 2)
+            heads = [(weights[:, :, g : g + 1, part], rows[:, :, g : g + 1, part]) for g in range(weights.shape[2])]
+            total = total + scale * torch.stack([self.product(to_keys, w, r, "accumulate") for w, r in heads], 2)
             total = self.store(total, "output") if self.arithmetic.spill else total
         return total
 
@@ -103,7 +103,7 @@ class _Emulator:
 
 
 def emulate(problem: Problem, inputs: Inputs, arithmetic: Arithmetic) -> Exact:
-    """out, lse and, where problem.grads, the gradients that an honest kernel of this arithmetic gives: rounded values in float64."""
+    """out, lse and, where problem.grads, the gradients that an honest kernel of this arithmetic gives."""
     emulator, shapes = _Emulator(problem, arithmetic), problem.shapes
     result = {name: torch.zeros(shapes[name], dtype=torch.float64, device=inputs.q.device) for name in ("out", "lse")}
     if problem.grads:
@@ -112,8 +112,7 @@ def emulate(problem: Problem, inputs: Inputs, arithmetic: Arithmetic) -> Exact:
             for name in ("q", "k", "v", "bias")
             if name in shapes
         }
-    dk: Tensor | float = 0.0
-    dv: Tensor | float = 0.0
+    dk = dv = torch.zeros((), dtype=torch.float64, device=inputs.q.device)
     for block in dense.blocks(problem, inputs):
         out, lse, p = emulator.forward(block)
         result["out"][:, :, block.rows], result["lse"][:, :, block.rows] = ungrouped(out), ungrouped(lse).squeeze(-1)
@@ -125,6 +124,6 @@ def emulate(problem: Problem, inputs: Inputs, arithmetic: Arithmetic) -> Exact:
             result["dq"][:, :, block.rows] = ungrouped(emulator.add_keys(ds, block.k))
             dk = emulator.add_rows(dk, ds, block.q, problem.softmax_scale)
             dv = emulator.add_rows(dv, emulator.store(p, "probs"), block.do)
-    if isinstance(dk, Tensor) and isinstance(dv, Tensor):
+    if problem.grads and problem.len_q:
         result |= {"dk": emulator.group_sum(dk), "dv": emulator.group_sum(dv)}
     return Exact(**result, provenance="emulation")

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from verify.case import Case, Inputs
 from verify.guard import Output, call
-from verify.registry import Kernel
 from verify.masks import Mask
 from verify.problem import Problem
 from verify.properties.truth import Truth, compare, judge, truth
+from verify.registry import Kernel
 
 
 @dataclass

@@ -14,10 +14,10 @@ from typing import Any
 from hypothesis import strategies as st
 
 from verify.case import Case
-from verify.registry import Kernel
 from verify.masks import FULL, Mask
 from verify.problem import Problem
 from verify.recipes import Recipe
+from verify.registry import Kernel
 
 LENGTHS = (1, 2, 3, 4, 5, 7, 8, 9, 12, 16, 17, 31, 33, 34, 63, 64, 65, 76, 88, 113, 127, 128, 129, 146, 193, 255, 256, 257)
 LONG = (441, 503, 512, 600, 1001, 1024, 2047)
@@ -25,10 +25,9 @@ DIMS = (1, 2, 3, 4, 8, 16, 32, 40, 64, 72, 80, 96, 128, 192, 256)
 HEADS = ((1, 1), (2, 1), (2, 2), (3, 3), (4, 2), (5, 1), (6, 2), (7, 1), (8, 8), (14, 2), (16, 4))
 BATCHES = (1, 2, 3)
 SCALES = (None, 1.0, 0.5, 0.0, -0.3, 1e-3, 4.0)
-SOFTCAPS = (0.0, 0.0, 0.0, 1.0, 30.0)
 RECIPES = (
-    "integers normal normal uniform normal(5) normal(0.1) outliers(0.01,10) shift(90) shift(-90) shift(1e4) rising(30) rising(-30)"
-    " ties sink one_sign hot_channel(30) constant(1000) constant(133120) tiny"
+    "integers normal normal uniform normal(5) normal(0.1) outliers(0.01,10) shift(90) shift(-90) shift(1e4) rising(30)"
+    " rising(-30) ties sink one_sign hot_channel(30) constant(1000) constant(133120) tiny"
 ).split()
 SCORES_AT_MOST = {"cpu": 2**17, "cuda": 2**23}
 """batch * heads * len_q * len_k: what a case may cost."""
@@ -64,7 +63,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "mask_as": ("rule", "bool", "float"),
     "bias": ("none", "bhqk", "hqk", "qk", "alibi"),
     "scale": SCALES,
-    "softcap": (0.0, 30.0),
+    "softcap": (0.0, 1.0, 30.0),
     "grads": (False, True),
 }
 

@@ -38,7 +38,7 @@ def _share(seconds: float, request: pytest.FixtureRequest) -> float:
     """An equal share of what is left of the time among the tests that are left (in one process)."""
     if not _started:
         _started.append(time.monotonic())
-    items = [item for item in request.session.items if item.originalname == "test_kernel_holds"]
+    items = [item for item in request.session.items if item.name.startswith("test_kernel_holds[")]
     left = len(items) - items.index(request.node)
     return max(0.0, seconds - (time.monotonic() - _started[0])) / left
 

@@ -15,10 +15,10 @@ from verify.case import Case, Inputs
 from verify.exact import Exact
 from verify.finding import Finding
 from verify.guard import Output
-from verify.registry import Kernel
 from verify.measure import distance, worst
 from verify.oracles import dense
 from verify.problem import Problem
+from verify.registry import Kernel
 
 IN_FLOAT64 = Arithmetic(
     scores="fp64", stored_scores="fp64", probs="fp64", accumulate="fp64", dscores="fp64", output="fp64", group_sum="fp64"

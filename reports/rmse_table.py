@@ -72,8 +72,10 @@ def title(report: dict[str, Any]) -> str:
 def footnotes(report: dict[str, Any]) -> str:
     """What the columns are, what could not be measured and why, and what can change a number."""
     lines = [
-        "total: against FP64 attention of the unrounded inputs. input rounding: FP64 attention of the rounded inputs against the same.",
-        "kernel arithmetic, alpha, bias: against FP64 attention of the rounded inputs. expected: FP64 emulation of the declared roundings.",
+        "total: against FP64 attention of the unrounded inputs",
+        "input rounding: FP64 attention of the rounded inputs against FP64 attention of the unrounded inputs",
+        "kernel arithmetic, alpha, bias: against FP64 attention of the rounded inputs",
+        "expected: FP64 emulation of the declared roundings, against FP64 attention of the rounded inputs",
     ]
     reasons: dict[tuple[str, str], list[str]] = {}
     for entry in report["unsupported"]:

@@ -38,7 +38,7 @@ class Arithmetic:
     group_sum: str = "fp32"
     """dk, dv of a group of query heads as they are added up (GQA)."""
     spill: tuple[int, int] | None = None
-    """(query rows, keys) after which the running sums dk, dv and dq are stored in the output format and read back; None: never."""
+    """(query rows, keys) after which the running sums dk, dv and dq are stored in the output format and read back; or None."""
 
     def __post_init__(self) -> None:
         for name in ("scores", "stored_scores", "probs", "accumulate", "output", "dscores", "group_sum"):

@@ -102,8 +102,8 @@ def allowance(problem: Problem, exact: Exact, blocks: Iterable[Block], arithmeti
         by_row["lse"].append(_map(rows.lse, lambda t: ungrouped(t).squeeze(-1)))
         if problem.grads:
             gradients = _gradients(problem, block, units, arithmetic, rows)
-            for name in by_key_sums:
-                _accumulate(by_key_sums[name], gradients.pop(name))
+            for name, sums in by_key_sums.items():
+                _accumulate(sums, gradients.pop(name))
             for name, terms in gradients.items():
                 by_row.setdefault(name, []).append(_map(terms, ungrouped))
     total = {name: _joined(pieces) for name, pieces in by_row.items() if pieces}
@@ -197,16 +197,19 @@ def _gradients(problem: Problem, b: Block, units: Units, arithmetic: Arithmetic,
     result["dq"] = {"dS": scale * from_keys(e_ds, k), names[0]: scale * from_keys(r_ds, k)}
     result["dq"]["sum over keys"] = units.gamma("accumulate", problem.len_k) * scale * from_keys(size + r_ds, k)
     if arithmetic.spill:
-        spills = -(-problem.len_k // arithmetic.spill[1]) * units.u["output"]
-        result["dq"]["partial sums stored"] = spills * scale * from_keys(size + r_ds, k)
+        spills = -(-problem.len_k // arithmetic.spill[1])
+        result["dq"]["partial sums stored"] = spills * (
+            units.u["output"] * scale * from_keys(size + r_ds, k) + units.floor["output"]
+        )
     units.store(result["dq"], "output", problem.softmax_scale * from_keys(ds, b.k), times=2 if units.stores_scores else 1)
     gamma = units.gamma("accumulate", key_sum) + (units.gamma("group_sum", problem.group) if problem.group > 1 else 0.0)
-    if arithmetic.spill:
-        gamma += (-(-problem.len_q // arithmetic.spill[0])) * problem.group * units.u["output"]
+    stores = problem.group * (1 + (-(-problem.len_q // arithmetic.spill[0]) if arithmetic.spill else 0))  # of partial sums
+    gamma += stores * units.u["output"] if arithmetic.spill else 0.0
+    floor = stores * max(units.floor["group_sum"], units.floor["output"]) * (1 + scale)
     result["dk"] = {"dS": scale * to_keys(e_ds, q), names[0]: scale * to_keys(r_ds, q)}
-    result["dk"]["sum over rows"] = gamma * scale * to_keys(size + r_ds, q)
+    result["dk"]["sum over rows"] = gamma * scale * to_keys(size + r_ds, q) + floor
     result["dv"] = {"scores and exponentials": to_keys(e_p, do), names[1]: to_keys(r_p, do)}
-    result["dv"]["sum over rows"] = gamma * to_keys(b.p + e_p + r_p, do)
+    result["dv"]["sum over rows"] = gamma * to_keys(b.p + e_p + r_p, do) + floor
     return result
 
 

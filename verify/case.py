@@ -11,7 +11,7 @@ import torch
 
 from verify.errors import VerifyError
 from verify.problem import EXAMPLE, Problem
-from verify.recipes import Recipe
+from verify.recipes import NORMAL, Recipe
 
 TORCH_DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -55,7 +55,7 @@ class Case:
     """What is computed, on which values. Prints and parses as ``PROBLEM/RECIPE#SEED``."""
 
     problem: Problem
-    recipe: Recipe = Recipe()
+    recipe: Recipe = NORMAL
     seed: int = 0
 
     def __str__(self) -> str:
@@ -74,7 +74,7 @@ class Case:
         problem, rng = self.problem, np.random.Generator(np.random.Philox(self.seed))
         q, k, v = self.recipe.draw(rng, problem)
         whole = self.recipe.name == "integers"
-        rest = {}
+        rest: dict[str, torch.Tensor] = {}
         for name in ("do", "bias"):
             if name in problem.shapes:
                 drawn = rng.standard_normal(problem.shapes[name])

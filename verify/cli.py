@@ -48,7 +48,7 @@ def fuzz(
     out: Annotated[Path | None, typer.Option(help="folder for the records; default: .verify/runs/<time>")] = None,
     device: Device = None,
 ) -> None:
-    """Try to break a kernel: every property on random adversarial cases; findings come shrunk, each with a command to replay it."""
+    """Try to break a kernel: every property on adversarial random cases. Findings come shrunk, with a command to replay."""
     from verify import registry
     from verify.fuzzing import run_fuzz
 

@@ -82,7 +82,7 @@ def _group(kernel: Kernel, plain: Problem, device: str) -> str:
     if output is None:
         return kernel.unsupported(problem, device) or ""
     found = [int(x) for x in output.out[0, :, 0, 0].round().tolist()]
-    named = {(0, 0, 1, 1): "h // group (repeat_interleave)", (0, 1, 0, 1): "h % heads_kv (repeat)"}
+    named: dict[tuple[int, ...], str] = {(0, 0, 1, 1): "h // group (repeat_interleave)", (0, 1, 0, 1): "h % heads_kv (repeat)"}
     return named.get(tuple(found), "") or f"query heads 0-3 use key heads {found}"
 
 

@@ -13,10 +13,10 @@ from hypothesis import seed as seeded
 
 from verify.case import Case
 from verify.finding import Finding
-from verify.registry import Kernel
 from verify.properties.laws import Property
 from verify.properties.strategies import cases
 from verify.records import Record
+from verify.registry import Kernel
 
 CHUNK = 50
 """Cases that Hypothesis draws at a time; a new chunk has a new seed."""

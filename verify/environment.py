@@ -1,4 +1,4 @@
-"""What can change a number: devices, versions, settings. Chooses the device, prepares Triton for it, and shares GPUs among workers."""
+"""What can change a number: devices, versions, settings. Chooses the device, prepares Triton, shares GPUs among workers."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def workers() -> int | None:
     return gpus * max(1, min(WORKERS_PER_GPU, (os.cpu_count() or 1) // gpus)) if gpus else None
 
 
-def assign_gpu(worker: str | None) -> None:
-    """Give an xdist worker ("gw3") its GPU, round robin; torch uses one thread where workers share a CPU."""
+def share_machine(worker: str | None) -> None:
+    """Give an xdist worker ("gw3") its GPU, round robin, and one CPU thread: workers with more would fight for the cores."""
     import torch
 
     if worker is None:

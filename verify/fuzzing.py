@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import time
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ import pytest
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from verify import pytest_plugin
+from verify import properties, pytest_plugin
 from verify.case import Case
 from verify.engine import replay_command
 from verify.errors import VerifyError
@@ -65,10 +64,9 @@ def run_fuzz(
     for law in laws:
         _property(law)
     Journal(folder / "main.jsonl")
-    spec = importlib.util.find_spec("verify.properties.test_kernels")
-    assert spec is not None and spec.origin is not None  # part of this package
+    matrix_test = Path(properties.__file__).parent / "test_kernels.py"
     display = _Display(console, seconds)
-    arguments = [f"{spec.origin}::test_kernel_holds", "-p", "verify.pytest_plugin", "-p", "no:terminal", "-p", "no:cacheprovider"]
+    arguments = [f"{matrix_test}::test_kernel_holds", "-p", "verify.pytest_plugin", "-p", "no:terminal", "-p", "no:cacheprovider"]
     arguments += ["--import-mode=importlib", "--noconftest", "-c", os.devnull, f"--rootdir={folder}", "--kernel", target]
     arguments += [f"--seconds={seconds}", f"--draw-seed={seed}", f"--records={folder}", f"--device={device}"]
     arguments += [f"--property={law}" for law in laws]

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from verify.case import TORCH_DTYPES, Inputs, visibility
 from verify.finding import Finding
-from verify.registry import Kernel
 from verify.problem import Problem
+from verify.registry import Kernel
 
 GRADIENTS = ("q", "k", "v", "bias")
 
@@ -58,15 +58,13 @@ def call(kernel: Kernel, problem: Problem, inputs: Inputs) -> Output:
 
 
 def _keywords(kernel: Kernel, problem: Problem, x: Inputs) -> dict[str, Any]:
-    mask = None if problem.mask.names == {"full"} else visibility(problem, x.q.device)
-    bias = x.bias
-    if problem.mask_as == "float" and mask is not None:
-        zero = torch.zeros((), dtype=TORCH_DTYPES[problem.dtype], device=x.q.device) if bias is None else bias
-        mask, bias = None, torch.where(mask, zero, -torch.inf)
+    visible = None if problem.mask.names == {"full"} else visibility(problem, x.q.device)
+    as_bias = visible is not None and problem.mask_as == "float"
+    added = torch.zeros((), dtype=TORCH_DTYPES[problem.dtype], device=x.q.device) if x.bias is None else x.bias
     offered = {
         "scale": problem.softmax_scale,
-        "mask": mask,
-        "bias": bias,
+        "mask": None if as_bias else visible,
+        "bias": added.masked_fill(~visible, -torch.inf) if as_bias and visible is not None else x.bias,
         "slopes": x.slopes,
         "softcap": problem.softcap,
         "problem": problem,

@@ -226,6 +226,7 @@ class Mask:
 
     @property
     def names(self) -> frozenset[str]:
+        """The kinds of mask in the conjunction."""
         return frozenset(name for name, _ in self.parts)
 
     def batch_sizes(self) -> set[int]:

@@ -43,16 +43,21 @@ def measure(x: Tensor, ref: Tensor) -> Measurement:
     a, b = torch.where(both, a, 0.0), torch.where(both, b, 0.0)
     power = (b * b).sum().item()
     rows = (error * error).mean(-1).sqrt() if error.dim() > 1 else error
-    alpha = (a * b).sum().item() / power if power else (1.0 if not a.any() else math.inf)
+    alpha = _never_nan((a * b).sum().item() / power) if power else (1.0 if not a.any() else math.inf)
     return Measurement(
         rmse=(error * error).mean().sqrt().item(),
         max_abs=error.max().item(),
         worst_row=rows.max().item(),
-        bias=math.inf if not both.all() and error.isinf().any() else (a - b).mean().item(),
+        bias=math.inf if not both.all() and error.isinf().any() else _never_nan((a - b).mean().item()),
         alpha=alpha,
         size=math.sqrt(power / b.numel()),
         count=error.numel(),
     )
+
+
+def _never_nan(figure: float) -> float:
+    """Sums of huge values may overflow both ways: that is infinitely wrong too."""
+    return math.inf if math.isnan(figure) else figure
 
 
 def worst(error: Tensor, limit: Tensor) -> tuple[int, ...] | None:

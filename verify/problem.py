@@ -87,7 +87,7 @@ class Problem:
         f = found.groupdict()
         whole = {n: int(f[n]) for n in ("batch", "heads_q", "len_q", "len_k", "dim_qk")}
         try:
-            scale, softcap = f["scale"] and float(f["scale"]), float(f["softcap"] or 0)
+            scale, softcap = float(f["scale"]) if f["scale"] else None, float(f["softcap"] or 0)
         except ValueError as error:
             raise VerifyError(f"problem id {text!r}: {error}; write it like {EXAMPLE}.scale=0.5") from None
         return cls(
@@ -135,7 +135,11 @@ class Problem:
         """The shape of every tensor; `bias` and `slopes` only where the problem has them."""
         b, h, hk, q, k = self.batch, self.heads_q, self.heads_kv, self.len_q, self.len_k
         sizes = {"b": b, "h": h, "q": q, "k": k}
-        shapes = {"q": (b, h, q, self.dim_qk), "k": (b, hk, k, self.dim_qk), "v": (b, hk, k, self.dim_v)}
+        shapes: dict[str, tuple[int, ...]] = {
+            "q": (b, h, q, self.dim_qk),
+            "k": (b, hk, k, self.dim_qk),
+            "v": (b, hk, k, self.dim_v),
+        }
         shapes |= {"out": (b, h, q, self.dim_v), "lse": (b, h, q), "do": (b, h, q, self.dim_v)}
         if self.bias == "alibi":
             shapes["slopes"] = (h,)

@@ -33,6 +33,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--records", default=None, metavar="DIR", help="where records are appended; default: .verify/runs/<time>")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose the device before anything imports Triton; give a worker its share of the machine."""
+    try:
+        environment.prepare(config.getoption("--device"))
+    except VerifyError as error:
+        raise pytest.UsageError(str(error)) from error
+    environment.share_machine(os.environ.get("PYTEST_XDIST_WORKER"))
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     """`-n auto`: a few workers for each GPU; without a GPU, xdist's own count of cores."""
@@ -51,9 +60,7 @@ class Run:
     def __init__(self, config: pytest.Config) -> None:
         from verify import registry
 
-        worker = os.environ.get("PYTEST_XDIST_WORKER")
         self.device = environment.prepare(config.getoption("--device"))
-        environment.assign_gpu(worker)
         targets = config.getoption("--kernel")
         if targets:
             self.kernels = {
@@ -63,7 +70,7 @@ class Run:
             registry.load_bundled()
             self.kernels = dict(registry.REGISTRY)
         self.unavailable = {} if targets else dict(registry.UNAVAILABLE)
-        self.journal = Journal(_folder(config) / f"{worker or 'main'}.jsonl")
+        self.journal = Journal(_folder(config) / f"{os.environ.get('PYTEST_XDIST_WORKER', 'main')}.jsonl")
         self.progress: Callable[[Record], None] = lambda record: None
 
     def record(self, record: Record) -> None:

@@ -107,7 +107,7 @@ RECIPES = {
 class Recipe:
     """A named input family and its parameters, e.g. ``Recipe.parse("outliers(0.001,10)")``. Prints as it parses."""
 
-    name: str = "normal"
+    name: str
     params: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
@@ -139,3 +139,6 @@ class Recipe:
     def draw(self, rng: np.random.Generator, problem: Problem) -> Triple:
         """(q, k, v) in float64."""
         return RECIPES[self.name](rng, problem, *self.params)
+
+
+NORMAL = Recipe("normal")

@@ -13,6 +13,7 @@ lse [B,H,Q] float32. It names the keywords that it takes, and what it does not t
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 import inspect
@@ -118,7 +119,7 @@ def load_bundled() -> None:
     One that cannot be imported is listed in UNAVAILABLE with the reason.
     """
     for stem in BUNDLED:
-        _attempt(stem.replace("_", "-"), lambda stem=stem: importlib.import_module(f"verify.kernels.{stem}"))
+        _attempt(stem.replace("_", "-"), functools.partial(importlib.import_module, f"verify.kernels.{stem}"))
     for entry in importlib.metadata.entry_points(group="attention_verify.kernels"):
         _attempt(entry.name, entry.load)
 

@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-from verify.bounds import oracle_limit
 from verify.case import Case, Inputs
 from verify.errors import VerifyError
 from verify.oracles import dense, high
 from verify.problem import Problem
+from verify.properties.truth import oracle_limit
 
 both = pytest.mark.parametrize("oracle", [dense, high], ids=["dense", "high"])
 WALK_V = torch.tensor([[10.0, 20.0], [30.0, 40.0], [50.0, 60.0]])
