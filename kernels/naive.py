@@ -14,10 +14,9 @@ STANDARD = Arithmetic(stored_scores="input", normalized_probs=True, delta="probs
 @kernel(arithmetic=STANDARD)
 def naive(q, k, v, *, scale, mask, bias, slopes, softcap):
     """q [B,H,Q,D], k [B,Hk,K,D], v [B,Hk,K,Dv] of any float dtype -> (out [B,H,Q,Dv], lse [B,H,Q] float32)."""
-    b, h, len_q, _ = q.shape
-    len_k = k.shape[2]
-    k, v = (t.repeat_interleave(h // t.shape[1], dim=1) for t in (k, v))
-    s = torch.baddbmm(q.new_empty(1), q.flatten(0, 1), k.flatten(0, 1).mT, beta=0, alpha=scale).view(b, h, len_q, len_k)
+    len_q, len_k = q.shape[2], k.shape[2]
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+    s = (q @ k.mT) * scale
     if softcap:
         s = softcap * torch.tanh(s / softcap)
     if bias is not None:

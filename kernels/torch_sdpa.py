@@ -105,7 +105,7 @@ def _reason(backend: str, messages: list[str]) -> str | None:
         if "not used because" in text.lower():
             ours = _HEADERS.get(backend, backend) in text.lower()
         elif ours and text:
-            return text.splitlines()[0]
+            return re.sub(r"[.,]? (Got|got|but got) .*", "", text.splitlines()[0])
     return None
 
 

@@ -46,7 +46,8 @@ class _Emulator:
         return form(a, b).to(torch.float64)
 
     def scores(self, b: Block) -> Tensor:
-        s = self.store(self.problem.softmax_scale * self.product(by_key, b.q, b.k, "scores"), "stored_scores")
+        product = self.store(self.product(by_key, b.q, b.k, "scores"), "stored_scores")
+        s = self.store(self.problem.softmax_scale * product, "stored_scores")
         if cap := self.problem.softcap:
             s = self.store(cap * self.store(torch.tanh(self.store(s / cap, "stored_scores")), "stored_scores"), "stored_scores")
         if b.bias is not None:
@@ -74,26 +75,29 @@ class _Emulator:
         delta = (b.do * out).sum(-1, keepdim=True) if self.arithmetic.delta == "out" else (p * dp).sum(-1, keepdim=True)
         return p * (dp - delta)
 
-    def add_rows(self, total: Tensor, weights: Tensor, rows: Tensor, scale: float = 1.0) -> Tensor:
-        """total + scale * weights^T rows, kept apart for each query head: [B,Hk,G,K,D]; stored between tiles where declared."""
+    def scaled(self, ds: Tensor) -> Tensor:
+        """Scale * dS: a factor of the sums that follow, or a step of its own where every step is written to memory."""
+        scaled = self.problem.softmax_scale * ds
+        stores = self.arithmetic.format("stored_scores", self.problem.dtype) not in ("fp32", "fp64")
+        return self.store(scaled, "dscores") if stores else scaled
+
+    def add_rows(self, total: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
+        """Total + weights^T rows, kept apart for each query head: [B,Hk,G,K,D]; stored between tiles where declared."""
         step = self.arithmetic.spill[0] if self.arithmetic.spill else weights.shape[3]
         for start in range(0, weights.shape[3], max(1, step)):
             part = slice(start, start + step)
             heads = [(weights[:, :, g : g + 1, part], rows[:, :, g : g + 1, part]) for g in range(weights.shape[2])]
-            total = total + scale * torch.stack([self.product(to_keys, w, r, "accumulate") for w, r in heads], 2)
+            total = total + torch.stack([self.product(to_keys, w, r, "accumulate") for w, r in heads], 2)
             total = self.store(total, "output") if self.arithmetic.spill else total
         return total
 
     def add_keys(self, weights: Tensor, keys: Tensor) -> Tensor:
-        """scale * weights keys: [B,Hk,G,n,D]; stored between tiles where declared."""
+        """Weights times keys: [B,Hk,G,n,D]; stored between tiles where declared."""
         step = self.arithmetic.spill[1] if self.arithmetic.spill else weights.shape[4]
         total = weights.new_zeros((*weights.shape[:4], keys.shape[-1]))
         for start in range(0, weights.shape[4], max(1, step)):
             part = slice(start, start + step)
-            total = total + self.problem.softmax_scale * self.product(
-                from_keys, weights[..., part], keys[:, :, part], "accumulate"
-            )
-            total = self.store(total, "output")
+            total = self.store(total + self.product(from_keys, weights[..., part], keys[:, :, part], "accumulate"), "output")
         return total
 
     def group_sum(self, x: Tensor) -> Tensor:
@@ -120,9 +124,11 @@ def emulate(problem: Problem, inputs: Inputs, arithmetic: Arithmetic) -> Exact:
             ds = emulator.ds(block, out, p)
             if "dbias" in result:
                 dense.add_bias_gradient(problem, result["dbias"], block.rows, ds)
-            ds = emulator.store(ds * (1 - (block.capped / problem.softcap) ** 2) if problem.softcap else ds, "dscores")
+            ds = emulator.scaled(
+                emulator.store(ds * (1 - (block.capped / problem.softcap) ** 2) if problem.softcap else ds, "dscores")
+            )
             result["dq"][:, :, block.rows] = ungrouped(emulator.add_keys(ds, block.k))
-            dk = emulator.add_rows(dk, ds, block.q, problem.softmax_scale)
+            dk = emulator.add_rows(dk, ds, block.q)
             dv = emulator.add_rows(dv, emulator.store(p, "probs"), block.do)
     if problem.grads and problem.len_q:
         result |= {"dk": emulator.group_sum(dk), "dv": emulator.group_sum(dv)}

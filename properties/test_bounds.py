@@ -28,7 +28,7 @@ TENSORS = ("out", "lse", "dq", "dk", "dv", "dbias")
 
 
 @pytest.mark.parametrize("number", range(len(ARITHMETICS)))
-@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
 @given(case=cases(ANYTHING, "cpu", grads=True))
 def test_no_honest_emulation_crosses_its_bound(number: int, case: Case) -> None:
     known, arithmetic = truth(case, "cpu"), ARITHMETICS[number]

@@ -44,7 +44,8 @@ def table(report: dict[str, Any], *, style: box.Box = box.SIMPLE_HEAD) -> Table:
     shown = Table(title=title(report) if style is not box.MARKDOWN else None, box=style)
     paper = (report["problem"], report["recipe"]) == PAPER_CASE
     for name in COLUMNS if paper else COLUMNS[:-1]:
-        shown.add_column(name, justify="left" if name in ("kernel", "dtype") else "right", no_wrap=True)
+        heading = name if style is box.MARKDOWN else name.replace(" ", "\n").replace("/", "/\n")
+        shown.add_column(heading, justify="left" if name in ("kernel", "dtype") else "right", no_wrap=True)
     for row in sorted(report["rows"], key=lambda r: (r["dtype"] != "fp16", r["dtype"])):
         cells = [row["kernel"], row["dtype"], *_figures(row)]
         figure = PAPER.get((row["kernel"], row["dtype"]))

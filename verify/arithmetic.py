@@ -20,7 +20,7 @@ class Arithmetic:
     scores: str = "fp32"
     """Products and accumulation of Q K^T and dO V^T."""
     stored_scores: str = "fp32"
-    """S (and dP) as they are handed to the next step; `input` for a kernel that writes them to memory in its dtype."""
+    """S (and dP) after each step: product, scale, softcap, bias; `input` for a kernel that writes each to memory in its dtype."""
     probs: str = "input"
     """P as the operand of P V and P^T dO."""
     normalized_probs: bool = False

@@ -80,10 +80,10 @@ class Units:
         """UNBOUNDED where a value of this size may not fit the format, 0 elsewhere."""
         return _unbounded(size >= LARGEST[self.format[name]])
 
-    def store(self, terms: Terms, name: str, exact: Tensor, times: int = 1) -> None:
+    def store(self, terms: Terms, name: str, exact: Tensor) -> None:
         """Append the rounding of `exact` + what `terms` have moved it by, on its way to memory."""
         size = exact.abs() + _sum(terms)
-        rounding = times * (self.u[name] * size + self.floor[name]) + self.overflow(name, size)
+        rounding = self.u[name] * size + self.floor[name] + self.overflow(name, size)
         terms[f"store in {self.format[name]}"] = rounding
 
 
@@ -110,7 +110,7 @@ def allowance(problem: Problem, exact: Exact, blocks: Iterable[Block], arithmeti
     if problem.grads:
         for name, terms in by_key_sums.items():
             if terms:
-                units.store(terms, "output", getattr(exact, name), times=2 if units.stores_scores else 1)
+                units.store(terms, "output", getattr(exact, name))
         total |= by_key_sums
     if "dbias" in total and exact.dbias is not None:
         total["dbias"] = _broadcast_sum(total["dbias"], exact.dbias, units)
@@ -121,61 +121,57 @@ class _Rows:
     """The forward bound for a block of rows: out and lse as terms, and what the backward needs of the weights' error."""
 
     def __init__(self, problem: Problem, b: Block, units: Units, arithmetic: Arithmetic) -> None:
-        self.score = _score_error(problem, b, units)
+        self.problem, self.block, self.units, self.arithmetic = problem, b, units, arithmetic
+        self.score, self.overflow = _score_error(problem, b, units)
         argument = STEPS * units.work * (b.s.abs() + b.row_max.abs()) + (1 + units.tiles) * (EXP + 1) * units.work
         self.exponent = self.score + argument
         p_d = b.p * torch.expm1(self.exponent.clamp(max=CLAMP))
         spread = p_d.sum(-1, keepdim=True)
-        self.out = self._out(problem, b, units, arithmetic, p_d, spread)
-        self.lse = self._lse(problem, b, units, arithmetic, spread)
+        self.out = self._out(p_d, spread)
+        self.lse = self._lse(spread)
 
-    @staticmethod
-    def _out(problem: Problem, b: Block, units: Units, arithmetic: Arithmetic, p_d: Tensor, spread: Tensor) -> Terms:
+    def _out(self, p_d: Tensor, spread: Tensor) -> Terms:
+        b, units, rounded_sum = self.block, self.units, float(self.arithmetic.rowsum == "rounded")
         v, o, u_p = b.v.abs(), b.out.abs(), units.u["probs"]
-        hull = (v.amax(-2, keepdim=True) if problem.len_k else v.new_zeros(1, 1, 1, 1)).unsqueeze(2)  # [B,Hk,1,1,Dv]
+        hull = (v.amax(-2, keepdim=True) if self.problem.len_k else v.new_zeros(1, 1, 1, 1)).unsqueeze(2)  # [B,Hk,1,1,Dv]
         grow = _reciprocal(1 - spread)
         moved = from_keys(p_d, v)
         mass = torch.minimum((from_keys(b.p, v) + moved) * grow, hull)
-        overflow = units.overflow("stored_scores", _row_size(problem, b))
-        terms = {"scores and exponentials": torch.minimum((moved + o * spread) * grow, hull + o) + overflow}
-        held = 1.0 if arithmetic.normalized_probs else torch.exp(b.row_max - _finite(b.lse))  # 1/l, at most 1
-        terms[f"P in {units.format['probs']}"] = u_p * (mass + (o if arithmetic.rowsum == "rounded" else 0.0)) + units.floor[
-            "probs"
-        ] * held * v.sum(-2, keepdim=True).unsqueeze(2)
-        gamma = units.gamma("accumulate", problem.len_k + units.tiles)
+        terms = {"scores and exponentials": torch.minimum((moved + o * spread) * grow, hull + o) + self.overflow}
+        held = 1.0 if self.arithmetic.normalized_probs else torch.exp(b.row_max - _finite(b.lse))  # 1/l, at most 1
+        flushed = units.floor["probs"] * held * v.sum(-2, keepdim=True).unsqueeze(2)
+        terms[f"P in {units.format['probs']}"] = u_p * (mass + rounded_sum * o) + flushed
+        gamma = units.gamma("accumulate", self.problem.len_k + units.tiles)
         terms["sum over keys"] = gamma * (mass * (1 + u_p) + o + _sum(terms))
         units.store(terms, "output", b.out)
         return terms
 
-    @staticmethod
-    def _lse(problem: Problem, b: Block, units: Units, arithmetic: Arithmetic, spread: Tensor) -> Terms:
-        lse = _finite(b.lse)
-        rowsum = units.u["probs"] + units.floor["probs"] * problem.len_k if arithmetic.rowsum == "rounded" else 0.0
-        overflow = units.overflow("stored_scores", _row_size(problem, b))
+    def _lse(self, spread: Tensor) -> Terms:
+        units, len_k, lse = self.units, self.problem.len_k, _finite(self.block.lse)
+        rounded = units.u["probs"] + units.floor["probs"] * len_k if self.arithmetic.rowsum == "rounded" else 0.0
+        moved = -torch.log1p(-spread.clamp(max=1 - UNIT["fp64"])) + _unbounded(spread >= 1)
         return {
-            "scores and exponentials": -torch.log1p(-spread.clamp(max=1 - UNIT["fp64"])) + _unbounded(spread >= 1) + overflow,
-            "row sum": torch.full_like(lse, rowsum + units.work * (problem.len_k + units.tiles + STEPS)),
-            "logarithm": STEPS * units.work * (lse.abs() + 2 * b.row_max.abs() + 1),
+            "scores and exponentials": moved + self.overflow,
+            "row sum": torch.full_like(lse, rounded + units.work * (len_k + units.tiles + STEPS)),
+            "logarithm": STEPS * units.work * (lse.abs() + 2 * self.block.row_max.abs() + 1),
         }
 
 
-def _row_size(problem: Problem, b: Block) -> Tensor:
-    """The largest intermediate score of each row, whichever way the scale is applied: [B,Hk,G,n,1]."""
-    if not problem.len_k:
-        return torch.zeros_like(b.row_max)
-    return (by_key(b.q.abs(), b.k.abs()) * max(1.0, abs(problem.softmax_scale)) + b.s.abs()).amax(-1, keepdim=True)
-
-
-def _score_error(problem: Problem, b: Block, units: Units) -> Tensor:
-    """|s^ - s|: the product Q K^T, each store of S in the declared format, softcap, bias. [B,Hk,G,n,K]"""
+def _score_error(problem: Problem, b: Block, units: Units) -> tuple[Tensor, Tensor]:
+    """|s^ - s| [B,Hk,G,n,K]: the product Q K^T, each store of S in the declared format, softcap, bias. And where a row may
+    overflow that format, whichever way the scale is applied: UNBOUNDED [B,Hk,G,n,1].
+    """
     size, u = by_key(b.q.abs(), b.k.abs()), units.u["stored_scores"]
     error = abs(problem.softmax_scale) * units.gamma("scores", problem.dim_qk) * size
-    error = error + u * (b.raw.abs() + error)
+    error = error + 2 * u * (b.raw.abs() + error)
     if problem.softcap:
         error = error + TANH * units.work * problem.softcap + 2 * u * (b.capped.abs() + error)
     if b.bias is not None:
         error = error + units.work * b.bias.abs() + u * (b.s.abs() + error)
-    return error
+    if not problem.len_k:
+        return error, torch.zeros_like(b.row_max)
+    largest = (size * max(1.0, abs(problem.softmax_scale)) + b.s.abs()).amax(-1, keepdim=True)
+    return error, units.overflow("stored_scores", largest)
 
 
 def _gradients(problem: Problem, b: Block, units: Units, arithmetic: Arithmetic, rows: _Rows) -> dict[str, Terms]:
@@ -190,7 +186,10 @@ def _gradients(problem: Problem, b: Block, units: Units, arithmetic: Arithmetic,
         e_slope = 2 * (rows.score / problem.softcap + TANH * units.work).clamp(max=1)
         ds, e_ds = ds * slope, e_ds * slope + (ds.abs() + e_ds) * e_slope
     size = ds.abs() + e_ds
-    r_ds = units.u["dscores"] * size + units.floor["dscores"] + units.overflow("dscores", size)
+    stores = 2 if units.stores_scores else 1  # dS, and scale * dS
+    r_ds = stores * (units.u["dscores"] * size + units.floor["dscores"] / min(1.0, scale or 1.0)) + units.overflow(
+        "dscores", size
+    )
     r_p = 0.0 * b.p if arithmetic.normalized_probs else units.u["probs"] * (b.p + e_p) + units.floor["probs"]
     key_sum = problem.len_q * problem.group
     names = (f"dS in {units.format['dscores']}", f"P in {units.format['probs']}")
@@ -201,11 +200,13 @@ def _gradients(problem: Problem, b: Block, units: Units, arithmetic: Arithmetic,
         result["dq"]["partial sums stored"] = spills * (
             units.u["output"] * scale * from_keys(size + r_ds, k) + units.floor["output"]
         )
-    units.store(result["dq"], "output", problem.softmax_scale * from_keys(ds, b.k), times=2 if units.stores_scores else 1)
+    units.store(result["dq"], "output", problem.softmax_scale * from_keys(ds, b.k))
     gamma = units.gamma("accumulate", key_sum) + (units.gamma("group_sum", problem.group) if problem.group > 1 else 0.0)
-    stores = problem.group * (1 + (-(-problem.len_q // arithmetic.spill[0]) if arithmetic.spill else 0))  # of partial sums
-    gamma += stores * units.u["output"] if arithmetic.spill else 0.0
-    floor = stores * max(units.floor["group_sum"], units.floor["output"]) * (1 + scale)
+    partial = problem.group * (
+        1 + (-(-problem.len_q // arithmetic.spill[0]) if arithmetic.spill else 0)
+    )  # stores of partial sums
+    gamma += partial * units.u["output"] if arithmetic.spill else 0.0
+    floor = partial * max(units.floor["group_sum"], units.floor["output"]) * (1 + scale)
     result["dk"] = {"dS": scale * to_keys(e_ds, q), names[0]: scale * to_keys(r_ds, q)}
     result["dk"]["sum over rows"] = gamma * scale * to_keys(size + r_ds, q) + floor
     result["dv"] = {"scores and exponentials": to_keys(e_p, do), names[1]: to_keys(r_p, do)}
@@ -218,6 +219,7 @@ def _ds_error(problem: Problem, b: Block, units: Units, arithmetic: Arithmetic, 
     lse_error = _sum(rows.lse)
     exponent = rows.exponent + lse_error + STEPS * units.work * _finite(b.lse).abs()
     e_p = b.p * (torch.expm1(exponent.clamp(max=CLAMP)) + _unbounded(exponent > CLAMP))
+    e_p = e_p + rows.overflow  # 0 * NaN: a row that overflows reaches the keys that are hidden from it, too
     if arithmetic.normalized_probs:  # a softmax function keeps its rounded output for the backward
         e_p = e_p + units.u["probs"] * (b.p + e_p) + units.floor["probs"] * b.visible
     dp = by_key(b.do, b.v)
