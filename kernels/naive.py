@@ -6,12 +6,13 @@ from __future__ import annotations
 import torch
 
 from verify.arithmetic import Arithmetic
+from verify.problem import DTYPES
 from verify.registry import kernel
 
 STANDARD = Arithmetic(stored_scores="input", normalized_probs=True, delta="probs", group_sum="input")
 
 
-@kernel(arithmetic=STANDARD)
+@kernel(arithmetic=STANDARD, dtypes=DTYPES)
 def naive(q, k, v, *, scale, mask, bias, slopes, softcap):
     """q [B,H,Q,D], k [B,Hk,K,D], v [B,Hk,K,Dv] of any float dtype -> (out [B,H,Q,Dv], lse [B,H,Q] float32)."""
     len_q, len_k = q.shape[2], k.shape[2]

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from verify.arithmetic import Arithmetic
 from verify.case import TORCH_DTYPES
-from verify.problem import Problem
+from verify.problem import DTYPES, Problem
 from verify.registry import kernel
 
 FUSED = Arithmetic(group_sum="input")
@@ -115,4 +115,5 @@ for _backend, (_, _arithmetic) in BACKENDS.items():
         name=f"sdpa-{_backend}",
         arithmetic=_arithmetic,
         supports=functools.partial(supports, backend=_backend),
+        dtypes=DTYPES,
     )

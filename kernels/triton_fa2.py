@@ -6,18 +6,13 @@ scores that are nowhere multiplied by log2(e), so that a score of 1e4 keeps its 
 """
 
 import functools
-import warnings
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from verify.arithmetic import Arithmetic
-from verify.errors import VerifyError
 from verify.masks import Mask
-from verify.problem import Problem
-from verify.registry import kernel
 
 INTERPRET = bool(triton.knobs.runtime.interpret)
 """Whether Triton's interpreter (numpy, CPU) runs the kernels: TRITON_INTERPRET=1 was set before triton was imported."""

@@ -16,7 +16,7 @@ from verify.properties.strategies import RECIPES, cases
 from verify.recipes import Recipe
 from verify.registry import Kernel
 
-ANYTHING = Kernel("anything", lambda q, k, v: q, frozenset(("problem", "bias", "slopes")))
+ANYTHING = Kernel("anything", lambda q, k, v: q, frozenset(("problem", "bias", "slopes")), dtypes=DTYPES)
 
 
 @given(cases(ANYTHING, "cpu", grads=True) | cases(ANYTHING, "cpu"))

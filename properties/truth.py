@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from verify.arithmetic import Arithmetic
-from verify.bounds import Allowance, allowance
+from verify.bounds import Allowance
 from verify.case import Case, Inputs
 from verify.exact import Exact
 from verify.finding import Finding
@@ -18,6 +18,7 @@ from verify.guard import Output
 from verify.measure import distance, worst
 from verify.oracles import dense
 from verify.problem import Problem
+from verify.propagation import allowance
 from verify.registry import Kernel
 
 IN_FLOAT64 = Arithmetic(

@@ -143,12 +143,8 @@ class Kind:
     rule: Rule
     arguments: str
     legal: Callable[[Sequence[int]], bool]
-    bind: Callable[[Sequence[int], int], list[tuple[tuple[int, int], ...]]]
+    bind: Callable[[Sequence[int], int], list[Any]]
     """(arguments, batch) -> one entry per conjunct, each holding (x, y) for every batch entry"""
-
-
-def _same(x: int, y: int, batch: int) -> list[tuple[tuple[int, int], ...]]:
-    return [((x, y),) * batch]
 
 
 def _boundaries(lengths: Sequence[int], batch: int) -> list[tuple[tuple[int, int], ...]]:
@@ -156,31 +152,21 @@ def _boundaries(lengths: Sequence[int], batch: int) -> list[tuple[tuple[int, int
 
 
 def _fixed(rule: Rule) -> Kind:
-    return Kind(rule, "no arguments", lambda a: len(a) == 0, lambda a, batch: _same(0, 0, batch))
+    return Kind(rule, "no arguments", lambda a: not a, lambda a, batch: [((0, 0),) * batch])
 
 
 KINDS: dict[str, Kind] = {
     "full": _fixed(full),
     "causal_upper_left": _fixed(causal_upper_left),
     "causal_lower_right": _fixed(causal_lower_right),
-    "window": Kind(
-        window, "(left, right), each >= -1", lambda a: len(a) == 2 and min(a) >= -1, lambda a, batch: _same(a[0], a[1], batch)
-    ),
-    "prefix_lm": Kind(
-        prefix_lm, "(prefix length >= 0)", lambda a: len(a) == 1 and a[0] >= 0, lambda a, batch: _same(a[0], 0, batch)
-    ),
+    "window": Kind(window, "(left, right), each >= -1", lambda a: len(a) == 2 and min(a) >= -1, lambda a, b: [(tuple(a),) * b]),
+    "prefix_lm": Kind(prefix_lm, "(prefix length)", lambda a: len(a) == 1 and a[0] >= 0, lambda a, b: [((a[0], 0),) * b]),
     "padding": Kind(
-        padding,
-        "(one key length >= 0 per batch entry)",
-        lambda a: len(a) >= 1 and min(a) >= 0,
-        lambda a, batch: [tuple((n, 0) for n in a)],
+        padding, "(one key length per batch entry)", lambda a: min(a, default=-1) >= 0, lambda a, b: [tuple((n, 0) for n in a)]
     ),
-    "blocks": Kind(blocks, "(sequence lengths, each >= 1)", lambda a: len(a) >= 1 and min(a) >= 1, _boundaries),
+    "blocks": Kind(blocks, "(sequence lengths, each >= 1)", lambda a: min(a, default=0) >= 1, _boundaries),
     "dense": Kind(
-        dense,
-        "(per cent visible in 0..100, seed >= 0)",
-        lambda a: len(a) == 2 and 0 <= a[0] <= 100 and a[1] >= 0,
-        lambda a, batch: _same(a[0], a[1], batch),
+        dense, "(per cent visible, seed)", lambda a: len(a) == 2 and min(a) >= 0 and a[0] <= 100, lambda a, b: [(tuple(a),) * b]
     ),
 }
 
@@ -256,11 +242,8 @@ class Mask:
 
     def picture(self, len_q: int, len_k: int, *, batch: int = 1, entry: int = 0) -> str:
         """Rows are queries, columns keys; # = visible."""
-        cells = (
-            "#" if self.sees(q, k, len_q, len_k, batch=batch, entry=entry) else "." for q in range(len_q) for k in range(len_k)
-        )
-        flat = list(cells)
-        return "\n".join(" ".join(flat[q * len_k : (q + 1) * len_k]) for q in range(len_q))
+        rows = ([self.sees(q, k, len_q, len_k, batch=batch, entry=entry) for k in range(len_k)] for q in range(len_q))
+        return "\n".join(" ".join("#" if seen else "." for seen in row) for row in rows)
 
 
 FULL = Mask()

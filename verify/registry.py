@@ -25,10 +25,11 @@ from typing import Any
 
 from verify.arithmetic import FLASH, Arithmetic
 from verify.errors import VerifyError
-from verify.problem import Problem
+from verify.problem import DTYPES, Problem
 
 KEYWORDS = ("scale", "mask", "bias", "slopes", "softcap", "problem")
 BUNDLED = ("naive", "torch_sdpa", "triton_fa2")
+USUAL = ("fp32", "fp16", "bf16")
 Supports = Callable[[Problem, str], str | None]
 
 
@@ -41,6 +42,7 @@ class Kernel:
     takes: frozenset[str]
     arithmetic: Arithmetic | Callable[[Problem, str], Arithmetic] = FLASH
     declared: Supports | None = None
+    dtypes: tuple[str, ...] = USUAL
     empty_row: str = "zero"
     origin: str = ""
 
@@ -57,6 +59,8 @@ class Kernel:
         if "problem" not in self.takes:
             masked = problem.mask.names != {"full"} and problem.mask_as != "float"
             needs += [("mask", masked), ("softcap", problem.softcap != 0), ("scale", problem.scale is not None)]
+        if problem.dtype not in self.dtypes:
+            return f"takes {', '.join(self.dtypes)}"
         for keyword, needed in needs:
             if needed and keyword not in self.takes:
                 return f"takes no `{keyword}`"
@@ -75,6 +79,7 @@ def kernel(
     name: str | None = None,
     arithmetic: Arithmetic | Callable[[Problem, str], Arithmetic] = FLASH,
     supports: Supports | None = None,
+    dtypes: tuple[str, ...] = USUAL,
     empty_row: str = "zero",
 ) -> Any:
     """Register a kernel; usable bare or with arguments. Returns the function unchanged.
@@ -84,16 +89,18 @@ def kernel(
     key gives: "zero" or "nan". Raises VerifyError for an unknown keyword in the signature or a name already taken.
     """
     if fn is None:
-        return lambda f: kernel(f, name=name, arithmetic=arithmetic, supports=supports, empty_row=empty_row)
+        return lambda f: kernel(f, name=name, arithmetic=arithmetic, supports=supports, dtypes=dtypes, empty_row=empty_row)
     label = name or getattr(fn, "__name__", "kernel").replace("_", "-")
     takes = _keywords(fn, label)
+    if wrong := [d for d in dtypes if d not in DTYPES]:
+        raise VerifyError(f"kernel {label!r}: dtypes={dtypes!r}: {wrong[0]!r} is none of {', '.join(DTYPES)}")
     if empty_row not in ("zero", "nan"):
         raise VerifyError(f"kernel {label!r}: empty_row={empty_row!r}: zero or nan")
     origin = _origin(fn)
     known = REGISTRY.get(label)
     if known and known.origin != origin:
         raise VerifyError(f"kernel {label!r} is registered twice: {known.origin} and {origin}; give one another name=")
-    REGISTRY[label] = Kernel(label, fn, takes, arithmetic, supports, empty_row, origin)
+    REGISTRY[label] = Kernel(label, fn, takes, arithmetic, supports, tuple(dtypes), empty_row, origin)
     return fn
 
 
@@ -152,7 +159,9 @@ def load_file(path: Path) -> list[Kernel]:
     except VerifyError:
         raise
     except (Exception, SystemExit) as error:
-        line = next((t.tb_lineno for t in _frames(error) if t.tb_frame.f_code.co_filename == str(path)), None)
+        line = next(
+            (t.tb_lineno for t in _frames(error) if Path(t.tb_frame.f_code.co_filename).resolve() == path.resolve()), None
+        )
         where = f"{path}:{line}" if line else str(path)
         raise VerifyError(f"{where}: raised {type(error).__name__} on import: {error}; it must import cleanly") from error
     new = [k for name, k in REGISTRY.items() if before.get(name) is not k]

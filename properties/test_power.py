@@ -1,0 +1,121 @@
+"""The engine finds planted defects, on the CPU, within the budget of a short fuzz, and shrinks them to what a hand can check."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from verify.arithmetic import Arithmetic
+from verify.engine import Budget, hunt
+from verify.masks import Mask
+from verify.problem import Problem
+from verify.properties.laws import PROPERTIES
+from verify.records import Record
+from verify.registry import REGISTRY, Kernel, kernel
+
+
+def right(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None, problem: Problem) -> Tensor:
+    q32, k32, v32 = q.float(), k.float(), v.float()
+    return F.scaled_dot_product_attention(q32, k32, v32, attn_mask=mask, scale=scale, enable_gqa=True).to(q.dtype)
+
+
+def scale_off(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None, problem: Problem) -> Tensor:
+    return right(q, k, v, scale=1.01 * scale, mask=mask, problem=problem)
+
+
+def upper_left(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None, problem: Problem) -> Tensor:
+    if problem.mask == Mask.parse("causal_lower_right"):
+        mask = torch.ones(problem.len_q, problem.len_k, dtype=torch.bool).tril()
+    return right(q, k, v, scale=scale, mask=mask, problem=problem)
+
+
+def last_key(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None, problem: Problem) -> Tensor:
+    n = k.shape[2] - (k.shape[2] % 64 != 0)
+    mask = mask if mask is None else mask[..., :n]
+    return right(q, k[:, :, :n], v[:, :, :n], scale=scale, mask=mask, problem=problem)
+
+
+def all_zero(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None, problem: Problem) -> Tensor:
+    return q.new_zeros(problem.shapes["out"])
+
+
+def mean_of_v(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None, problem: Problem) -> Tensor:
+    return right(q, k, v, scale=0.0, mask=mask, problem=problem)
+
+
+def heads_swapped(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None, problem: Problem) -> Tensor:
+    k, v = (t.repeat(1, problem.group, 1, 1) for t in (k, v))
+    return right(q, k, v, scale=scale, mask=mask, problem=problem.but(heads_kv=problem.heads_q))
+
+
+def gradient_of_k_halved(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None, problem: Problem) -> Tensor:
+    return right(q, (k + k.detach()) / 2, v, scale=scale, mask=mask, problem=problem)
+
+
+def batch_entry_0_for_all(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None, problem: Problem) -> Tensor:
+    return right(q, k[:1].expand_as(k), v, scale=scale, mask=mask, problem=problem)
+
+
+def registered(fn: Callable[..., Tensor]) -> Kernel:
+    return Kernel(fn.__name__, fn, frozenset({"scale", "mask", "problem"}), declared=_plain)
+
+
+def _plain(problem: Problem, device: str) -> str | None:
+    return "no softcap" if problem.softcap else "no bias" if problem.bias != "none" else None
+
+
+@pytest.mark.parametrize(
+    ("fn", "law", "largest"),
+    [
+        (scale_off, "oracle", 4),
+        (upper_left, "oracle", 4),
+        (last_key, "oracle", 4),
+        (all_zero, "oracle", 4),
+        (mean_of_v, "oracle", 4),
+        (heads_swapped, "oracle", 16),
+        (heads_swapped, "head-permutation", 16),
+        (gradient_of_k_halved, "gradients", 4),
+        (batch_entry_0_for_all, "batch-permutation", 16),
+        (last_key, "key-permutation", 4),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_a_planted_defect_is_found_and_shrunk(fn: Callable[..., Tensor], law: str, largest: int, seed: int) -> None:
+    """`largest`: batch * heads * len_q * len_k of the shrunk case."""
+    records: list[Record] = []
+    result = hunt(registered(fn), PROPERTIES[law], "cpu", budget=Budget(judged=400), seed=seed, record=records.append)
+    assert result.finding is not None
+    p = result.finding[0].problem
+    assert p.batch * p.heads_q * p.len_q * p.len_k <= largest, str(result.finding[0])
+    assert records[-1].verdict == "finding"
+    assert records[-1].case == str(result.finding[0])
+
+
+@pytest.mark.parametrize("law", PROPERTIES)
+def test_the_right_kernel_is_not_flagged(law: str) -> None:
+    result = hunt(registered(right), PROPERTIES[law], "cpu", budget=Budget(judged=60), seed=4)
+    assert result.finding is None
+    assert result.judged == 60
+
+
+def test_a_kernel_that_declares_too_fine_an_arithmetic_is_flagged() -> None:
+    """P rounded to BF16 under a declaration of FP32: no element is visibly wrong, the bound sees it."""
+
+    def rounds_p(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None, problem: Problem) -> Tensor:
+        return right(q, k, v.to(torch.bfloat16).to(v.dtype), scale=scale, mask=mask, problem=problem)
+
+    claimed = Kernel("claims-fp32", rounds_p, frozenset({"scale", "mask", "problem"}), Arithmetic(probs="fp32"), _plain)
+    assert hunt(claimed, PROPERTIES["oracle"], "cpu", budget=Budget(judged=400), seed=1).finding is not None
+
+
+def test_the_decorator_registers_what_hunt_judges() -> None:
+    try:
+        kernel(name="decorated", supports=_plain)(right)
+        assert hunt(REGISTRY["decorated"], PROPERTIES["oracle"], "cpu", budget=Budget(judged=5), seed=0).judged >= 5
+    finally:
+        REGISTRY.pop("decorated", None)
