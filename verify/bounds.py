@@ -8,6 +8,7 @@ gamma_n = n u / (1 - n u) times the sum of the absolute products.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
