@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from verify.arithmetic import Arithmetic
-from verify.case import TORCH_DTYPES
+from verify.case import TORCH_DTYPES, has_empty_row
 from verify.problem import DTYPES, Problem
-from verify.registry import kernel
+from verify.registry import Known, kernel
 
 FUSED = Arithmetic(group_sum="input")
+EFFICIENT = Arithmetic(group_sum="input", ds_probs="input")
 IN_FLOAT32 = Arithmetic(probs="fp32", dscores="fp32", normalized_probs=True, delta="probs", group_sum="input")
 
 
@@ -33,8 +34,22 @@ def flash_arithmetic(problem: Problem, device: str) -> Arithmetic:
 BACKENDS: dict[str, tuple[SDPBackend, Arithmetic | Callable[[Problem, str], Arithmetic]]] = {
     "math": (SDPBackend.MATH, IN_FLOAT32),
     "flash": (SDPBackend.FLASH_ATTENTION, flash_arithmetic),
-    "efficient": (SDPBackend.EFFICIENT_ATTENTION, FUSED),
+    "efficient": (SDPBackend.EFFICIENT_ATTENTION, EFFICIENT),
     "cudnn": (SDPBackend.CUDNN_ATTENTION, FUSED),
+}
+KNOWN = {
+    "flash": (
+        Known(
+            "a scale of 0 gives NaN: 0 * -inf in its online softmax (torch 2.11)",
+            lambda p, device: p.scale == 0 and device == "cuda",
+        ),
+    ),
+    "cudnn": (
+        Known(
+            "a row that sees no key gives a mean of V, and gradients, instead of 0 (torch 2.11, cuDNN 9.19)",
+            lambda p, device: has_empty_row(p),
+        ),
+    ),
 }
 _HEADERS = {"flash": "flash", "efficient": "memory efficient", "cudnn": "cudnn"}
 
@@ -54,7 +69,8 @@ def sdpa(q, k, v, *, scale, mask, bias, problem, backend):
 
 
 def _is_causal(problem: Problem) -> bool:
-    return problem.mask_as == "rule" and str(problem.mask) == "causal_upper_left" and problem.bias == "none"
+    causal = ("causal_upper_left", "causal_lower_right") if problem.len_q == problem.len_k else ("causal_upper_left",)
+    return problem.mask_as == "rule" and str(problem.mask) in causal and problem.bias == "none"
 
 
 def _attn_mask(mask, bias, problem: Problem):
@@ -116,4 +132,5 @@ for _backend, (_, _arithmetic) in BACKENDS.items():
         arithmetic=_arithmetic,
         supports=functools.partial(supports, backend=_backend),
         dtypes=DTYPES,
+        known=KNOWN.get(_backend, ()),
     )

@@ -73,7 +73,7 @@ class _Emulator:
     def ds(self, b: Block, out: Tensor, p: Tensor) -> Tensor:
         dp = self.store(self.product(by_key, b.do, b.v, "scores"), "stored_scores")
         delta = (b.do * out).sum(-1, keepdim=True) if self.arithmetic.delta == "out" else (p * dp).sum(-1, keepdim=True)
-        return p * (dp - delta)
+        return self.store(p, "ds_probs") * (dp - delta)
 
     def scaled(self, ds: Tensor) -> Tensor:
         """Scale * dS: a factor of the sums that follow, or a step of its own where every step is written to memory."""

@@ -147,7 +147,8 @@ def problems(draw: Callable[..., Any], kernel: Kernel, device: str, *, full_mask
     rarely = lambda name, plain: pick(name) if draw(st.integers(0, 3)) == 3 else plain  # noqa: E731
     dim = pick("dim_qk")
     lengths = st.sampled_from(LENGTHS + (LONG if device == "cuda" else ())) | st.integers(1, max(LENGTHS))
-    len_q, len_k = draw(lengths), draw(lengths)
+    len_q = draw(lengths)
+    len_k = len_q if draw(st.integers(0, 3)) == 3 else draw(lengths)
     if 0 in taken["len_k"] and draw(st.integers(0, 24)) == 24:
         len_q, len_k = draw(st.sampled_from([(1, 0), (0, 1), (3, 0), (0, 0)]))
     affordable = SCORES_AT_MOST[device] // max(1, len_q * len_k)

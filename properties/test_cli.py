@@ -83,7 +83,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     (tmp_path / "empty.py").write_text("x = 1\n")
     (tmp_path / "raises.py").write_text("x = 1\ny = x / 0\n")
     monkeypatch.chdir(tmp_path)
-    code, error = in_process(args if "--device" in args else [*args, "--device", "cpu"], monkeypatch, capsys)
+    code, error = in_process(args, monkeypatch, capsys)
     assert code == 2
     assert said in error
     assert "\n" not in error

@@ -29,6 +29,7 @@ def test_kernel_holds(run: Run, target: str, law: Property, request: pytest.Fixt
     result = hunt(kernel, law, run.device, budget=budget, seed=config.getoption("--draw-seed"), record=run.record)
     if result.finding:
         case, finding = result.finding
+        request.node.user_properties.append(("verdict", "finding"))
         pytest.fail(f"{kernel.name} breaks {law.name}: {finding.sentence}\n{replay_command(target, law, case)}", pytrace=False)
     if not result.judged:
         pytest.skip(f"{target}: no case could be judged: {'; '.join(result.unsupported)}")

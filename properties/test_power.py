@@ -15,7 +15,8 @@ from verify.masks import Mask
 from verify.problem import Problem
 from verify.properties.laws import PROPERTIES
 from verify.records import Record
-from verify.registry import REGISTRY, Kernel, kernel
+from verify.registry import REGISTRY, Kernel, Known, kernel
+from verify.reports.terminal import known_defects
 
 
 def right(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None, problem: Problem) -> Tensor:
@@ -119,3 +120,21 @@ def test_the_decorator_registers_what_hunt_judges() -> None:
         assert hunt(REGISTRY["decorated"], PROPERTIES["oracle"], "cpu", budget=Budget(judged=5), seed=0).judged >= 5
     finally:
         REGISTRY.pop("decorated", None)
+
+
+def test_a_known_defect_is_counted_and_a_mended_one_is_reported() -> None:
+    """The scale that is off only where it is known to be: no finding, but every such case is on record."""
+    known = (
+        Known("scale off on long keys", lambda p, device: p.len_k > 16),
+        Known("scale off at batch 3", lambda p, device: p.batch == 3),
+    )
+
+    def off_on_long_keys(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None, problem: Problem) -> Tensor:
+        return right(q, k, v, scale=(1.1 if problem.len_k > 16 else 1.0) * scale, mask=mask, problem=problem)
+
+    records: list[Record] = []
+    subject = Kernel("known", off_on_long_keys, frozenset({"scale", "mask", "problem"}), declared=_plain, known=known)
+    assert hunt(subject, PROPERTIES["oracle"], "cpu", budget=Budget(judged=100), seed=1, record=records.append).finding is None
+    lines = known_defects(records)
+    assert any("scale off on long keys; shown by" in line and "NOT SEEN" not in line for line in lines)
+    assert any("scale off at batch 3; shown by 0 of" in line and "NOT SEEN" in line for line in lines)

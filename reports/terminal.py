@@ -11,7 +11,7 @@ from rich.table import Table
 
 from verify.records import Record
 
-JUDGED = ("held", "uninformative", "failed")
+JUDGED = ("held", "uninformative", "known", "failed")
 
 
 def show_run(records: Iterable[Record], *, write: Callable[[str], None], width: int = 150) -> None:
@@ -21,7 +21,8 @@ def show_run(records: Iterable[Record], *, write: Callable[[str], None], width: 
         return
     for line in lines(matrix(records), width=width):
         write(line)
-    write(sight(records))
+    for line in (sight(records), *known_defects(records)):
+        write(line)
     if any(r.verdict == "unsupported" for r in records):
         for line in lines(unsupported(records), width=width):
             write(line)
@@ -38,7 +39,7 @@ def matrix(records: list[Record]) -> Table:
     """A row for each kernel, a column for each property: judged cases, findings, and what the numbers hide."""
     laws = list(dict.fromkeys(r.property for r in records))
     table = Table(
-        title="judged cases; = equal to the last bit; ? uninformative: zeros, mean(V) and a scale 5 % off would all pass"
+        title="judged cases; = equal to the last bit; ? uninformative: zeros, mean(V), a scale 5 % off would all pass; ! known defect"
     )
     table.add_column("kernel")
     for law in laws:
@@ -53,9 +54,20 @@ def _cell(records: list[Record]) -> str:
     judged = sum(counts[v] for v in JUDGED)
     same = sum(r.bitwise is True for r in records)
     marks = [f"={same}"] if any(r.bitwise is not None for r in records) else []
-    marks += [f"?{counts['uninformative']}"] if counts["uninformative"] else []
+    marks += [f"{mark}{counts[name]}" for mark, name in (("?", "uninformative"), ("!", "known")) if counts[name]]
     found = f"[bold]{counts['finding']} FOUND[/bold] in " if counts["finding"] else ""
     return found + " ".join([str(judged), *marks]) if judged else "unsupported" if counts["unsupported"] else "-"
+
+
+def known_defects(records: list[Record]) -> list[str]:
+    """For each known defect: in how many of the cases that could show it it showed."""
+    possible = Counter((r.kernel, r.known) for r in records if r.known)
+    shown = Counter((r.kernel, r.known) for r in records if r.verdict == "known")
+    expired = ": NOT SEEN, is it mended?"
+    return [
+        f"known defect of {kernel}: {what}; shown by {shown[kernel, what]} of {n} cases{'' if shown[kernel, what] else expired}"
+        for (kernel, what), n in sorted(possible.items())
+    ]
 
 
 def sight(records: list[Record]) -> str:

@@ -33,6 +33,8 @@ class Arithmetic:
     """out, dq, dk, dv as they are stored."""
     dscores: str = "input"
     """dS as the operand of dS K and dS^T Q."""
+    ds_probs: str = "fp32"
+    """P as the factor of dS = P * (dP - delta); `input` for a kernel that reuses the P it rounded for P^T dO."""
     delta: str = "out"
     """How rowsum is formed in the backward: `out` = rowsum(dO * stored out), `probs` = rowsum(P * dP)."""
     group_sum: str = "fp32"
@@ -41,7 +43,7 @@ class Arithmetic:
     """(query rows, keys) after which the running sums dk, dv and dq are stored in the output format and read back; or None."""
 
     def __post_init__(self) -> None:
-        for name in ("scores", "stored_scores", "probs", "accumulate", "output", "dscores", "group_sum"):
+        for name in ("scores", "stored_scores", "probs", "accumulate", "output", "dscores", "ds_probs", "group_sum"):
             if getattr(self, name) not in FORMATS:
                 raise VerifyError(f"{name}={getattr(self, name)!r}: one of {', '.join(FORMATS)}")
         if self.rowsum not in ("unrounded", "rounded"):

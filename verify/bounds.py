@@ -51,7 +51,7 @@ class Units:
     """Unit roundoffs, floors and gammas in force for an arithmetic in a problem."""
 
     def __init__(self, problem: Problem, arithmetic: Arithmetic) -> None:
-        names = ("scores", "stored_scores", "probs", "accumulate", "output", "dscores", "group_sum")
+        names = ("scores", "stored_scores", "probs", "accumulate", "output", "dscores", "ds_probs", "group_sum")
         self.format = {name: arithmetic.format(name, problem.dtype) for name in names}
         self.u = {name: UNIT[f] for name, f in self.format.items()}
         self.floor = {name: FLOOR[f] for name, f in self.format.items()}

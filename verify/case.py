@@ -103,3 +103,8 @@ def visibility(problem: Problem, device: torch.device, rows: slice | None = None
 
     seen = problem.mask.visible(q, k, problem.len_q, problem.len_k, batch=problem.batch, lift=lift)
     return seen.expand(problem.batch if per_entry else 1, 1, len(q), problem.len_k)
+
+
+def has_empty_row(problem: Problem) -> bool:
+    """Whether some query sees no key at all."""
+    return not bool(visibility(problem, torch.device("cpu")).any(-1).all())

@@ -86,16 +86,22 @@ def hunt(
 
 
 def judge(kernel: Kernel, law: Property, case: Case, device: str) -> Record:
-    """Check one law on one case; raises Finding where it is broken."""
+    """Check one law on one case; raises Finding where it is broken, unless by a known defect."""
     reason = kernel.unsupported(case.problem, device)
     if reason:
         return _record(kernel, law, case, "unsupported", reason)
-    verdict = law.check(kernel, case, device)
+    known = kernel.known_defect(case.problem, device)
+    try:
+        verdict = law.check(kernel, case, device)
+    except Finding as finding:
+        if known:
+            return _record(kernel, law, case, "known", finding.sentence, known=known, measured=finding.measured)
+        raise
     if verdict.unsupported:
         return _record(kernel, law, case, "unsupported", verdict.unsupported)
     blind = len(verdict.blind_to) == 3  # zeros, mean(V) and a wrong scale would all have passed
     name = "uninformative" if blind else "held"
-    return _record(kernel, law, case, name, blind_to=verdict.blind_to, bitwise=verdict.bitwise)
+    return _record(kernel, law, case, name, known=known, blind_to=verdict.blind_to, bitwise=verdict.bitwise)
 
 
 def replay_command(target: str, law: Property, case: Case) -> str:

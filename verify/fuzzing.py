@@ -21,7 +21,7 @@ from verify.properties.laws import PROPERTIES, Property
 from verify.properties.truth import Truth, truth
 from verify.records import Journal, Record, read
 from verify.registry import Kernel
-from verify.reports.terminal import matrix, sight, unsupported
+from verify.reports.terminal import JUDGED, known_defects, matrix, sight, unsupported
 
 SMALL = 8
 """Tensors of at most this many rows and columns are printed by replay."""
@@ -35,12 +35,18 @@ class _Display:
         self.progress = Progress(*columns, console=console, transient=True)
         self.task = self.progress.add_task("fuzzing", total=seconds, counts="")
         self.start, self.judged, self.findings = time.monotonic(), 0, 0
+        self.broken: list[str] = []
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         pytest_plugin.run_of(session.config).progress = self.show
 
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """A failure that is no finding is a defect of this project or of its installation: shown, never swallowed."""
+        if report.failed and ("verdict", "finding") not in report.user_properties:
+            self.broken.append(report.longreprtext)
+
     def show(self, record: Record) -> None:
-        self.judged += record.verdict in ("held", "uninformative", "failed")
+        self.judged += record.verdict in JUDGED
         self.findings += record.verdict == "finding"
         counts = f"{record.kernel} {record.property}: {self.judged} judged, {self.findings} findings"
         self.progress.update(self.task, completed=time.monotonic() - self.start, counts=counts)
@@ -76,17 +82,23 @@ def run_fuzz(
     records = list(read(folder))
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.INTERRUPTED):
         raise VerifyError(f"the run broke off (pytest: {pytest.ExitCode(code).name}); what was measured is in {folder}")
+    if display.broken:
+        raise VerifyError(
+            f"the run broke off by itself, which is a defect of attention-verify; please report it:\n{display.broken[0]}"
+        )
     if code == pytest.ExitCode.INTERRUPTED:
         console.print("interrupted; what follows was measured before")
     _summary(records, target, kernels, time.monotonic() - start, folder, console)
-    return int(any(r.verdict in ("failed", "finding") for r in records))
+    judged = any(r.verdict in JUDGED for r in records)
+    return int(not judged or any(r.verdict in ("failed", "finding") for r in records))
 
 
 def _summary(records: list[Record], target: str, kernels: Sequence[Kernel], spent: float, folder: Path, console: Console) -> None:
-    judged = sum(r.verdict in ("held", "uninformative", "failed") for r in records)
+    judged = sum(r.verdict in JUDGED for r in records)
     if records:
         console.print(matrix(records))
-        console.print(sight(records))
+        for line in (sight(records), *known_defects(records)):
+            console.print(line, markup=False, soft_wrap=True)
     if any(r.verdict == "unsupported" for r in records):
         console.print(unsupported(records))
     shown = {(r.kernel, r.property): r for r in records if r.verdict in ("failed", "finding")}  # the shrunk one comes last
@@ -100,7 +112,7 @@ def _summary(records: list[Record], target: str, kernels: Sequence[Kernel], spen
         console.print(f"  case    {case}", markup=False)
         console.print(f"  what    {record.reason}", markup=False, soft_wrap=True)
         console.print(f"  replay  {replay_command(name, law, case)}", markup=False, soft_wrap=True)
-    verdict = f"{len(shown)} findings" if shown else "no finding"
+    verdict = f"{len(shown)} findings" if shown else "no finding" if judged else "NOTHING JUDGED"
     console.print(
         f"\n{', '.join(k.name for k in kernels)}: {verdict} in {judged} judged cases, {spent:.0f} s; records in {folder}"
     )

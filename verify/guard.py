@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,10 +43,12 @@ def call(kernel: Kernel, problem: Problem, inputs: Inputs) -> Output:
                 tensor.requires_grad_()
     keywords = _keywords(kernel, problem, leaves)
     try:
-        returned = kernel.fn(leaves.q, leaves.k, leaves.v, **keywords)
-        out, lse = returned if isinstance(returned, tuple) else (returned, None)
-        _check_form(problem, out, lse, inputs)
-        gradients = _backward(out, leaves) if problem.grads and out.requires_grad else {}
+        with warnings.catch_warnings():  # what a kernel warns of is no finding, even where pytest turns warnings into errors
+            warnings.simplefilter("ignore")
+            returned = kernel.fn(leaves.q, leaves.k, leaves.v, **keywords)
+            out, lse = returned if isinstance(returned, tuple) else (returned, None)
+            _check_form(problem, out, lse, inputs)
+            gradients = _backward(out, leaves) if problem.grads and out.requires_grad else {}
     except Finding:
         raise
     except Exception as error:

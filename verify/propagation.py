@@ -185,7 +185,8 @@ def _ds_error(problem: Problem, b: Block, units: Units, arithmetic: Arithmetic, 
     else:
         terms = e_p * dp.abs() + (b.p + e_p) * e_dp
         e_delta = (terms + (problem.len_k + STEPS) * units.work * (b.p * dp.abs() + terms)).sum(-1, keepdim=True)
-    e_ds = e_p * (dp - delta).abs() + (b.p + e_p) * (e_dp + e_delta + STEPS * units.work * (dp.abs() + delta.abs()))
+    factor = e_p + units.u["ds_probs"] * (b.p + e_p) + units.floor["ds_probs"] * b.visible
+    e_ds = factor * (dp - delta).abs() + (b.p + factor) * (e_dp + e_delta + STEPS * units.work * (dp.abs() + delta.abs()))
     return e_p, e_ds, b.p * (dp - delta)
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from verify.errors import VerifyError
 
-VERDICTS = ("held", "uninformative", "unsupported", "failed", "finding")
-"""failed: a case that broke the law on the way to the shrunk one, which is the finding."""
+VERDICTS = ("held", "uninformative", "unsupported", "known", "failed", "finding")
+"""known: broke the law as a known defect does; failed: a case that broke it on the way to the shrunk one, the finding."""
 
 REQUIRED = {"kernel", "property", "case", "verdict"}
 
@@ -25,6 +25,8 @@ class Record:
     case: str
     verdict: str
     reason: str = ""
+    known: str = ""
+    """the known defect that this case could show"""
     blind_to: list[str] = field(default_factory=list)
     bitwise: bool | None = None
     measured: dict[str, float] = field(default_factory=dict)

@@ -33,9 +33,19 @@ USUAL = ("fp32", "fp16", "bf16")
 Supports = Callable[[Problem, str], str | None]
 
 
+@dataclass(frozen=True)
+class Known:
+    """A known defect of a kernel: what it is, with its source, and which problems can show it. They are judged all the same;
+    what they break there is counted as known, and a defect that no longer shows is reported.
+    """
+
+    what: str
+    where: Callable[[Problem, str], bool]
+
+
 @dataclass(frozen=True, eq=False)
 class Kernel:
-    """A registered kernel. `origin` is file:line; `supports(problem, device)` returns None, or why not."""
+    """A registered kernel. `origin` is file:line; `declared(problem, device)` returns None, or why it is not supported."""
 
     name: str
     fn: Callable[..., Any]
@@ -44,11 +54,16 @@ class Kernel:
     declared: Supports | None = None
     dtypes: tuple[str, ...] = USUAL
     empty_row: str = "zero"
+    known: tuple[Known, ...] = ()
     origin: str = ""
 
     def numerics(self, problem: Problem, device: str) -> Arithmetic:
         """The arithmetic declared for this problem on this device."""
         return self.arithmetic if isinstance(self.arithmetic, Arithmetic) else self.arithmetic(problem, device)
+
+    def known_defect(self, problem: Problem, device: str) -> str:
+        """What is known to be wrong with this kernel on such a problem; empty where nothing is."""
+        return next((known.what for known in self.known if known.where(problem, device)), "")
 
     def unsupported(self, problem: Problem, device: str) -> str | None:
         """Why this kernel can't do this problem on this device ("cpu", "cuda"); None where it can."""
@@ -81,15 +96,17 @@ def kernel(
     supports: Supports | None = None,
     dtypes: tuple[str, ...] = USUAL,
     empty_row: str = "zero",
+    known: tuple[Known, ...] = (),
 ) -> Any:
     """Register a kernel; usable bare or with arguments. Returns the function unchanged.
 
-    `arithmetic` is a value or a function of (problem, device). `supports(problem, device)` returns None or one sentence that says
-    why not. `empty_row` is what a row without a visible
-    key gives: "zero" or "nan". Raises VerifyError for an unknown keyword in the signature or a name already taken.
+    `arithmetic` is a value or a function of (problem, device). `supports(problem, device)` returns None or one sentence that
+    says why not. `empty_row` is what a row without a visible key gives: "zero" or "nan". `known` lists known defects: a run
+    stays green with them in sight. Raises VerifyError for an unknown keyword in the signature or a name already taken.
     """
     if fn is None:
-        return lambda f: kernel(f, name=name, arithmetic=arithmetic, supports=supports, dtypes=dtypes, empty_row=empty_row)
+        options = functools.partial(kernel, name=name, arithmetic=arithmetic, supports=supports)
+        return functools.partial(options, dtypes=dtypes, empty_row=empty_row, known=known)
     label = name or getattr(fn, "__name__", "kernel").replace("_", "-")
     takes = _keywords(fn, label)
     if wrong := [d for d in dtypes if d not in DTYPES]:
@@ -97,10 +114,10 @@ def kernel(
     if empty_row not in ("zero", "nan"):
         raise VerifyError(f"kernel {label!r}: empty_row={empty_row!r}: zero or nan")
     origin = _origin(fn)
-    known = REGISTRY.get(label)
-    if known and known.origin != origin:
-        raise VerifyError(f"kernel {label!r} is registered twice: {known.origin} and {origin}; give one another name=")
-    REGISTRY[label] = Kernel(label, fn, takes, arithmetic, supports, tuple(dtypes), empty_row, origin)
+    other = REGISTRY.get(label)
+    if other and other.origin != origin:
+        raise VerifyError(f"kernel {label!r} is registered twice: {other.origin} and {origin}; give one another name=")
+    REGISTRY[label] = Kernel(label, fn, takes, arithmetic, supports, tuple(dtypes), empty_row, known, origin)
     return fn
 
 
