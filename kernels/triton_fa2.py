@@ -6,19 +6,24 @@ scores that are nowhere multiplied by log2(e), so that a score of 1e4 keeps its 
 """
 
 import functools
+import warnings
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from verify.errors import VerifyError
 from verify.masks import Mask
+from verify.problem import Problem
+from verify.registry import kernel
 
 INTERPRET = bool(triton.knobs.runtime.interpret)
 """Whether Triton's interpreter (numpy, CPU) runs the kernels: TRITON_INTERPRET=1 was set before triton was imported."""
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 TILES = ((128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2), (32, 16, 4, 1), (16, 16, 4, 1))
 """(BLOCK_M, BLOCK_N, num_warps, STAGES), the best first."""
+LARGEST_DIM = 256
 FAR = 2**30
 """An integer of a mask beyond it says no more than it does, and its sum with a position stays within int32."""
 _RUNTIME = [f"{tensor}_{axis}" for tensor in ("q", "k", "v", "mask", "bias") for axis in "bhrc"]
@@ -97,11 +102,7 @@ def _forward(
     SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr, INTERPRET: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """q [B,H,Q,D], k [B,Hk,K,D], v [B,Hk,K,Dv], mask and bias [B,H,Q,K] or None -> out [B,H,Q,Dv], lse [B,H,Q], contiguous.
-
-    A NaN or Inf of V at a key hidden from a row makes 0 * NaN there. So where acc is not finite after the first pass, a second
-    one multiplies with the finite part of V, and gathers in `extra` what the rest does to the rows that see it: Inf, -Inf or NaN.
-    """
+    """q [B,H,Q,D], k [B,Hk,K,D], v [B,Hk,K,Dv], mask and bias [B,H,Q,K] or None -> out [B,H,Q,Dv], lse [B,H,Q], contiguous."""
     bh = tl.program_id(0) // row_blocks
     b, h = bh // heads, bh % heads
     rows = (tl.program_id(0) % row_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -111,51 +112,37 @@ def _forward(
     v_at = _tile(v, b, v_b, h // group, v_h, block, v_r, values, v_c, ALIGNED)  # [BLOCK_N, BLOCK_V]
     q_block = tl.load(_tile(q, b, q_b, h, q_h, rows, q_r, columns, q_c, ALIGNED), mask=in_q & in_d, other=0.0)
     k_step, v_step = k_r.to(tl.int64), v_r.to(tl.int64)
-    wanted = True
-    for CAREFUL in tl.static_range(2):
-        if wanted:
-            top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-            total = tl.zeros([BLOCK_M], tl.float32)
-            acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-            extra = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-            for start in tl.range(0, len_k, BLOCK_N, num_stages=1 if CAREFUL else STAGES):
-                keys = start + block
-                in_k = keys < len_k
-                k_block = tl.load(k_at + start * k_step, mask=in_k[:, None] & in_d, other=0.0)
-                s = _dot(q_block, tl.trans(k_block), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), INTERPRET) * scale
-                if SOFTCAP:
-                    s = softcap * _tanh(s / softcap)
-                seen = _obeys(in_q & in_k[None, :], rows, keys, len_q, len_k, integers, b, batch, rules, counts)
-                if mask is not None:
-                    mask_at = _tile(mask, b, mask_b, h, mask_h, rows, mask_r, keys, mask_c, False)
-                    seen = seen & (tl.load(mask_at, mask=seen, other=0) != 0)
-                if bias is not None:
-                    bias_at = _tile(bias, b, bias_b, h, bias_h, rows, bias_r, keys, bias_c, False)
-                    shift = _wide(tl.load(bias_at, mask=seen, other=0.0), INTERPRET)
-                    seen = seen & (shift != float("-inf"))
-                    s += shift
-                if slopes is not None:
-                    s -= tl.load(slopes + h) * tl.abs(rows[:, None] + (len_k - len_q) - keys[None, :]).to(tl.float32)
-                s = tl.where(seen, s, float("-inf"))
-                old, top = top, tl.maximum(top, tl.max(s, 1))
-                base = tl.where(top == float("-inf"), 0.0, top)  # nothing visible yet: no -inf - -inf
-                p = tl.exp(s - base[:, None])
-                decay = tl.exp(old - base)
-                total = total * decay + tl.sum(p, 1)
-                v_block = tl.load(v_at + start * v_step, mask=in_k[:, None] & in_v, other=0.0)
-                if CAREFUL:
-                    wide = _wide(v_block, INTERPRET)
-                    up, down = (wide < float("inf")) == 0, (wide > float("-inf")) == 0  # NaN: both
-                    code = (up.to(tl.int32) + 256 * down.to(tl.int32)).to(tl.float16)
-                    hits = _dot(seen.to(tl.float16), code, tl.zeros([BLOCK_M, BLOCK_V], tl.float32), INTERPRET).to(tl.int32)
-                    extra += tl.where(hits % 256 > 0, float("inf"), 0.0) - tl.where(hits >= 256, float("inf"), 0.0)
-                    v_block = tl.where(up | down, 0.0, v_block)
-                acc = _dot(_rounded(p, v_block.dtype, INTERPRET), v_block, acc * decay[:, None], INTERPRET)
-            wanted = tl.max((acc * 0 != 0).to(tl.int32)) > 0
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    for start in tl.range(0, len_k, BLOCK_N, num_stages=STAGES):
+        keys = start + block
+        in_k = keys < len_k
+        k_block = tl.load(k_at + start * k_step, mask=in_k[:, None] & in_d, other=0.0)
+        s = _dot(q_block, tl.trans(k_block), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), INTERPRET) * scale
+        if SOFTCAP:
+            s = softcap * _tanh(s / softcap)
+        seen = _obeys(in_q & in_k[None, :], rows, keys, len_q, len_k, integers, b, batch, rules, counts)
+        if mask is not None:
+            mask_at = _tile(mask, b, mask_b, h, mask_h, rows, mask_r, keys, mask_c, False)
+            seen = seen & (tl.load(mask_at, mask=seen, other=0) != 0)
+        if bias is not None:
+            bias_at = _tile(bias, b, bias_b, h, bias_h, rows, bias_r, keys, bias_c, False)
+            s += _wide(tl.load(bias_at, mask=seen, other=0.0), INTERPRET)
+        if slopes is not None:
+            s -= tl.load(slopes + h) * tl.abs(rows[:, None] + (len_k - len_q) - keys[None, :]).to(tl.float32)
+        s = tl.where(seen, s, float("-inf"))
+        old, top = top, tl.maximum(top, tl.max(s, 1))
+        base = tl.where(top == float("-inf"), 0.0, top)  # nothing visible yet: no -inf - -inf
+        p = tl.exp(s - base[:, None])
+        decay = tl.exp(old - base)
+        total = total * decay + tl.sum(p, 1)
+        v_block = tl.load(v_at + start * v_step, mask=in_k[:, None] & in_v, other=0.0)
+        acc = _dot(_rounded(p, v_block.dtype, INTERPRET), v_block, acc * decay[:, None], INTERPRET)
     empty = total == 0
     total = tl.where(empty, 1.0, total)
     at = bh.to(tl.int64) * len_q + rows  # [BLOCK_M]
-    result = _rounded(tl.div_rn(acc, total[:, None]) + extra, out.dtype.element_ty, INTERPRET)
+    result = _rounded(acc / total[:, None], out.dtype.element_ty, INTERPRET)
     tl.store(out + (at * dim_v)[:, None] + values[None, :], result, mask=in_q & in_v)
     tl.store(lse + at, tl.where(empty, float("-inf"), top + tl.log(total)), mask=rows < len_q)
 
@@ -191,3 +178,105 @@ def _geometry(q: torch.Tensor, dim_v: int) -> dict[str, int]:
     rows, keys, warps, stages = TILES[0] if INTERPRET else next((tile for tile in TILES if fits(*tile)), TILES[-1])
     sizes = {"BLOCK_M": rows, "BLOCK_N": keys, "BLOCK_D": block_d, "BLOCK_V": block_v}
     return sizes | {"STAGES": stages, "num_stages": stages, "num_warps": warps}
+
+
+def _aligned(*tensors: torch.Tensor) -> bool:
+    """Whether rows are dense and start at multiples of 8 elements: then loads are wide (see _tile)."""
+    return all(t.stride(3) == 1 and all(stride % 8 == 0 for stride in t.stride()[:3]) for t in tensors)
+
+
+def _spread(tensor: torch.Tensor | None, shape: tuple[int, ...]) -> tuple[Any, ...]:
+    """The tensor and its strides once broadcast to the shape (0 along what is repeated)."""
+    return (tensor, *tensor.expand(shape).stride()) if tensor is not None else (None, 0, 0, 0, 0)
+
+
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **others: torch.Tensor | None) -> None:
+    """Raises VerifyError, naming the value, for tensors that do not belong together."""
+    named = {"q": q, "k": k, "v": v} | {name: t for name, t in others.items() if t is not None}
+    for name, t in named.items():
+        rank, dtype = (1 if name == "slopes" else 4), {"mask": torch.bool, "slopes": torch.float32}.get(name, q.dtype)
+        checks = [
+            (t.dim() != rank, f"{name}.shape={[*t.shape]}: {rank} dimensions, not {t.dim()}"),
+            (t.dtype != dtype, f"{name}.dtype={t.dtype}: {dtype}, as q is {q.dtype}"),
+            (t.device != q.device, f"{name}.device={t.device}: all on one device, q is on {q.device}"),
+        ]
+        if sentence := next((sentence for wrong, sentence in checks if wrong), None):
+            raise VerifyError(f"triton-fa2: {sentence}")
+    (batch, heads, len_q, dim_qk), (_, heads_kv, len_k, dim_v) = q.shape, v.shape
+    wanted = {"k": (batch, heads_kv, len_k, dim_qk), "v": (batch, heads_kv, len_k, dim_v), "slopes": (heads,)}
+    for name, t in named.items():
+        shape = wanted.get(name, (batch, heads, len_q, dim_qk if name == "q" else len_k))
+        if not all(n == m or (n == 1 and name in ("mask", "bias")) for n, m in zip(t.shape, shape, strict=True)):
+            raise VerifyError(f"triton-fa2: {name}.shape={[*t.shape]}: {[*shape]}, or 1 where a mask or bias is broadcast")
+    name = next((name for name, dtype in DTYPES.items() if dtype == q.dtype), str(q.dtype))
+    sizes = {"batch": batch, "heads_q": heads, "heads_kv": heads_kv, "len_q": len_q, "len_k": len_k}
+    if sentence := supports(Problem(**sizes, dim_qk=dim_qk, dim_v=dim_v, dtype=name), q.device.type):
+        raise VerifyError(f"triton-fa2: {sentence}")
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    mask: Mask | torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    slopes: torch.Tensor | None = None,
+    scale: float,
+    softcap: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q [B,H,Q,D], k [B,Hk,K,D], v [B,Hk,K,Dv] in fp16, bf16 or fp32, any strides -> out [B,H,Q,Dv], lse float32 [B,H,Q].
+
+    The meaning of all of it is verify/problem.py's. mask: a Mask without `dense`, or bool [B|1,H|1,Q|1,K|1], True = take part;
+    bias: that shape, dtype of q, -inf hides; slopes: float32 [H], ALiBi. Raises VerifyError for what it cannot compute.
+    """
+    boolean = mask if isinstance(mask, torch.Tensor) else None
+    _check(q, k, v, mask=boolean, bias=bias, slopes=slopes)
+    (batch, heads, len_q, dim_qk), (_, heads_kv, len_k, dim_v) = q.shape, v.shape
+    out = q.new_zeros((batch, heads, len_q, dim_v))
+    lse = q.new_full((batch, heads, len_q), float("-inf"), dtype=torch.float32)
+    if not out.numel() or not len_k:
+        return out, lse
+    rules, counts, integers = _bound(mask, batch, q.device) if isinstance(mask, Mask) else ((), (), None)
+    geometry, scores = _geometry(q, dim_v), (batch, heads, len_q, len_k)
+    row_blocks = triton.cdiv(len_q, geometry["BLOCK_M"])
+    seen = boolean.view(torch.uint8) if boolean is not None else None
+    with torch.cuda.device_of(q), warnings.catch_warnings():
+        if INTERPRET:  # numpy warns where a GPU gives Inf or NaN in silence
+            warnings.simplefilter("ignore", RuntimeWarning)
+        _forward[(row_blocks * batch * heads,)](
+            *(q, *q.stride(), k, *k.stride(), v, *v.stride(), *_spread(seen, scores), *_spread(bias, scores)),
+            *(slopes, integers, rules, counts, out, lse),
+            *(batch, heads, heads // heads_kv, row_blocks, len_q, len_k, dim_qk, dim_v, float(scale), float(softcap)),
+            SOFTCAP=softcap != 0,
+            ALIGNED=_aligned(q, k, v),
+            INTERPRET=INTERPRET,
+            **geometry,
+        )
+    return out, lse
+
+
+def supports(problem: Problem, device: str) -> str | None:
+    """None, or in one sentence why not."""
+    checks = [
+        (problem.grads, "forward only, no gradients yet"),
+        (problem.dtype not in DTYPES, f"dtype={problem.dtype}: takes {', '.join(DTYPES)}"),
+        (
+            max(problem.dim_qk, problem.dim_v) > LARGEST_DIM,
+            f"dim_qk={problem.dim_qk}, dim_v={problem.dim_v}: at most {LARGEST_DIM}",
+        ),
+        (
+            device == "cpu" and not INTERPRET,
+            "needs Triton's interpreter on the CPU: set TRITON_INTERPRET=1 before importing triton",
+        ),
+        (device == "cuda" and INTERPRET, "Triton's interpreter is on: unset TRITON_INTERPRET before importing triton"),
+    ]
+    return next((sentence for wrong, sentence in checks if wrong), None)
+
+
+@kernel(name="triton-fa2", supports=supports)
+def triton_fa2(q, k, v, *, problem, mask, bias, slopes):
+    """Masks as rules where the problem leaves the choice and all of them are rules for Triton; `dense` comes as a tensor."""
+    rules = problem.mask_as == "rule" and "dense" not in problem.mask.names
+    options = {"scale": problem.softmax_scale, "softcap": problem.softcap}
+    return attention(q, k, v, mask=problem.mask if rules else mask, bias=bias, slopes=slopes, **options)

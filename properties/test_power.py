@@ -81,7 +81,7 @@ def _plain(problem: Problem, device: str) -> str | None:
         (heads_swapped, "head-permutation", 16),
         (gradient_of_k_halved, "gradients", 4),
         (batch_entry_0_for_all, "batch-permutation", 16),
-        (last_key, "key-permutation", 4),
+        (last_key, "key-permutation", 9),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )

@@ -38,9 +38,7 @@ def lines(table: Table, *, width: int = 150) -> list[str]:
 def matrix(records: list[Record]) -> Table:
     """A row for each kernel, a column for each property: judged cases, findings, and what the numbers hide."""
     laws = list(dict.fromkeys(r.property for r in records))
-    table = Table(
-        title="judged cases; = equal to the last bit; ? uninformative: zeros, mean(V), a scale 5 % off would all pass; ! known defect"
-    )
+    table = Table(title="judged cases; = bitwise equal; ! known defect; ? zeros, mean(V) and a scale 5 % off would all pass")
     table.add_column("kernel")
     for law in laws:
         table.add_column(law.replace("-", "\n"), justify="right")
