@@ -63,12 +63,16 @@ class _Emulator:
         total = weights.sum(-1, keepdim=True)
         if self.arithmetic.normalized_probs:
             p = self.store(weights / total.masked_fill(total == 0, 1.0), "probs")
-            return self.store(self.product(from_keys, p, b.v, "accumulate"), "output"), row_max + total.log(), p
+            return self.store(self.product(from_keys, p, b.v, "accumulate"), "output"), self.lse(row_max, total), p
         held = self.store(weights, "probs")
         total = held.sum(-1, keepdim=True) if self.arithmetic.rowsum == "rounded" else total
         out = self.product(from_keys, held, b.v, "accumulate") / total.masked_fill(total == 0, 1.0)
-        lse = rounded(row_max + total.log(), "fp64" if self.problem.dtype == "fp64" else "fp32")
+        lse = self.lse(row_max, total)
         return self.store(out, "output"), lse, torch.exp(s - lse.masked_fill(lse == -torch.inf, 0.0))
+
+    def lse(self, row_max: Tensor, total: Tensor) -> Tensor:
+        """The logarithm of the row sum, stored in FP32."""
+        return rounded(row_max + total.log(), "fp64" if self.problem.dtype == "fp64" else "fp32")
 
     def ds(self, b: Block, out: Tensor, p: Tensor) -> Tensor:
         dp = self.store(self.product(by_key, b.do, b.v, "scores"), "stored_scores")
@@ -82,13 +86,17 @@ class _Emulator:
         return self.store(scaled, "dscores") if stores else scaled
 
     def add_rows(self, total: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
-        """Total + weights^T rows, kept apart for each query head: [B,Hk,G,K,D]; stored between tiles where declared."""
-        step = self.arithmetic.spill[0] if self.arithmetic.spill else weights.shape[3]
-        for start in range(0, weights.shape[3], max(1, step)):
-            part = slice(start, start + step)
-            heads = [(weights[:, :, g : g + 1, part], rows[:, :, g : g + 1, part]) for g in range(weights.shape[2])]
-            total = total + torch.stack([self.product(to_keys, w, r, "accumulate") for w, r in heads], 2)
-            total = self.store(total, "output") if self.arithmetic.spill else total
+        """Total + weights^T rows, kept apart for each query head: [B,Hk,G,K,D]. Where partial sums are spilled, one running sum
+        goes through the tiles of all heads of the group: [B,Hk,1,K,D].
+        """
+        heads = [(weights[:, :, g : g + 1], rows[:, :, g : g + 1]) for g in range(weights.shape[2])]
+        if not self.arithmetic.spill:
+            return total + torch.stack([self.product(to_keys, w, r, "accumulate") for w, r in heads], 2)
+        for w, r in heads:
+            for start in range(0, weights.shape[3], self.arithmetic.spill[0]):
+                part = slice(start, start + self.arithmetic.spill[0])
+                partial = self.product(to_keys, w[:, :, :, part], r[:, :, :, part], "accumulate").unsqueeze(2)
+                total = self.store(total + partial, "output")
         return total
 
     def add_keys(self, weights: Tensor, keys: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ import sys
 
 from verify.errors import VerifyError
 
-WORKERS_PER_GPU = 4
-"""Kernels under fuzz are small: a few processes keep a GPU busy, more only queue for it."""
+WORKERS_PER_GPU = 8
+"""Cases are small and the CPU does half of the work: several processes share a GPU well, more only queue for it."""
 
 
 def prepare(device: str | None = None) -> str:
