@@ -37,14 +37,17 @@ BACKENDS: dict[str, tuple[SDPBackend, Arithmetic | Callable[[Problem, str], Arit
     "efficient": (SDPBackend.EFFICIENT_ATTENTION, EFFICIENT),
     "cudnn": (SDPBackend.CUDNN_ATTENTION, FUSED),
 }
-SCALE_0 = Known(
-    "a scale of 0 gives NaN, 0 * -inf in its online softmax (torch 2.11)", lambda p, device: p.scale == 0 and device == "cuda"
-)
-EMPTY_ROW = Known(
-    "a row that sees no key gives a mean of V, and gradients, instead of 0 (torch 2.11, cuDNN 9.19)",
-    lambda p, device: has_empty_row(p),
-)
-KNOWN = {"flash": (SCALE_0,), "cudnn": (SCALE_0, EMPTY_ROW)}
+KNOWN = {
+    "flash": (
+        Known(
+            "a scale of 0 gives NaN: 0 * -inf in its softmax (torch 2.11)", lambda p, device: p.scale == 0 and device == "cuda"
+        ),
+    ),
+    "cudnn": (
+        Known("a scale <= 0 gives NaN: padded keys' -inf is scaled (cuDNN 9.19)", lambda p, device: p.softmax_scale <= 0),
+        Known("a row without a visible key gives a mean of V, not 0 (cuDNN 9.19)", lambda p, device: has_empty_row(p)),
+    ),
+}
 _HEADERS = {"flash": "flash", "efficient": "memory efficient", "cudnn": "cudnn"}
 
 
