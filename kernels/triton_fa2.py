@@ -209,8 +209,8 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **others: torch.Te
         if not all(n == m or (n == 1 and name in ("mask", "bias")) for n, m in zip(t.shape, shape, strict=True)):
             raise VerifyError(f"triton-fa2: {name}.shape={[*t.shape]}: {[*shape]}, or 1 where a mask or bias is broadcast")
     name = next((name for name, dtype in DTYPES.items() if dtype == q.dtype), str(q.dtype))
-    sizes = {"batch": batch, "heads_q": heads, "heads_kv": heads_kv, "len_q": len_q, "len_k": len_k}
-    if sentence := supports(Problem(**sizes, dim_qk=dim_qk, dim_v=dim_v, dtype=name), q.device.type):
+    problem = Problem(heads_q=heads, heads_kv=heads_kv, len_q=len_q, len_k=len_k, dim_qk=dim_qk, dim_v=dim_v, dtype=name)
+    if sentence := supports(problem, q.device.type):
         raise VerifyError(f"triton-fa2: {sentence}")
 
 
@@ -230,6 +230,8 @@ def attention(
     The meaning of all of it is verify/problem.py's. mask: a Mask without `dense`, or bool [B|1,H|1,Q|1,K|1], True = take part;
     bias: that shape, dtype of q, -inf hides; slopes: float32 [H], ALiBi. Raises VerifyError for what it cannot compute.
     """
+    if isinstance(mask, Mask) and "dense" in mask.names:
+        raise VerifyError(f"triton-fa2: mask={mask}: dense is not a rule for Triton; hand it over as a boolean tensor")
     boolean = mask if isinstance(mask, torch.Tensor) else None
     _check(q, k, v, mask=boolean, bias=bias, slopes=slopes)
     (batch, heads, len_q, dim_qk), (_, heads_kv, len_k, dim_v) = q.shape, v.shape
