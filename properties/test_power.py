@@ -122,6 +122,20 @@ def test_the_decorator_registers_what_hunt_judges() -> None:
         REGISTRY.pop("decorated", None)
 
 
+def test_a_kernel_that_is_wrong_now_and_then_is_a_finding_that_says_so() -> None:
+    calls: list[int] = []
+
+    def wrong_every_seventh_time(
+        q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None, problem: Problem
+    ) -> Tensor:
+        calls.append(0)
+        return right(q, k, v, scale=scale, mask=mask, problem=problem) + float(len(calls) % 7 == 0)
+
+    result = hunt(registered(wrong_every_seventh_time), PROPERTIES["oracle"], "cpu", budget=Budget(judged=100), seed=1)
+    assert result.finding is not None
+    assert result.finding[1].sentence.startswith("not every time: out[")
+
+
 def test_a_known_defect_is_counted_and_a_mended_one_is_reported() -> None:
     """The scale that is off only where it is known to be: no finding, but every such case is on record."""
     known = (

@@ -16,9 +16,12 @@ from verify.masks import Mask
 from verify.properties.truth import judge, truth
 from verify.registry import REGISTRY
 
-triton = pytest.importorskip("triton", reason="Triton has no wheel for this platform")
-fa2 = pytest.importorskip("verify.kernels.triton_fa2")
-tl = triton.language
+pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+import triton
+import triton.language as tl
+
+from verify.kernels import triton_fa2 as fa2
+
 DEVICE = "cpu" if fa2.INTERPRET else "cuda"
 
 

@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as seeded
+from hypothesis.errors import Flaky
 
 from verify.case import Case
 from verify.finding import Finding
@@ -20,6 +20,10 @@ from verify.registry import Kernel
 
 CHUNK = 50
 """Cases that Hypothesis draws at a time; a new chunk has a new seed."""
+CHUNKS_IN_VAIN = 40
+"""After so many chunks without a single judged case the kernel is taken to support none."""
+SEED_STEP = 7919
+"""Between the seeds of chunks, so that runs with neighbouring seeds do not repeat each other."""
 
 
 @dataclass(frozen=True)
@@ -48,41 +52,61 @@ def hunt(
     kernel: Kernel, law: Property, device: str, *, budget: Budget, seed: int, record: Callable[[Record], None] = lambda r: None
 ) -> Hunt:
     """Try to break a law. Stops at the first failing case, shrunk; every judged case is recorded as it is judged."""
-    state, start, chunk = Hunt(), time.monotonic(), 0
-    shrinking_since: list[float] = []
-
-    def over() -> bool:
-        spent = budget.seconds is not None and time.monotonic() - start > budget.seconds
-        return spent or (budget.judged is not None and state.judged >= budget.judged)
-
-    def attempt(case: Case) -> None:
-        if not shrinking_since and over():
-            return
-        if shrinking_since and time.monotonic() - shrinking_since[0] > budget.shrink_seconds:
-            raise _ShrunkEnough
+    hunter, chunk = _Hunter(kernel, law, device, budget, record), 0
+    while hunter.found.finding is None and not hunter.over() and (hunter.found.judged or chunk < CHUNKS_IN_VAIN):
         try:
-            judged = judge(kernel, law, case, device)
-        except Finding as finding:
-            if not shrinking_since:
-                shrinking_since.append(time.monotonic())
-                record(_record(kernel, law, case, "failed", finding.sentence, measured=finding.measured))
-            if state.finding is None or _size(case) <= _size(state.finding[0]):
-                state.finding = (case, finding)
-            raise
-        if not shrinking_since:
-            _count(state, judged)
-            record(judged)
-
-    while state.finding is None and not over() and not (state.judged == 0 and chunk > 40):
-        try:
-            _chunk(attempt, kernel, law, device, seed=seed + chunk)
+            _chunk(hunter, seed=seed + SEED_STEP * chunk)
         except (Finding, _ShrunkEnough):
             pass
+        except Flaky:
+            hunter.doubt()
         chunk += 1
-    if state.finding is not None:
-        case, finding = state.finding
+    if hunter.found.finding is not None:
+        case, finding = hunter.found.finding
         record(_record(kernel, law, case, "finding", finding.sentence, measured=finding.measured))
-    return state
+    return hunter.found
+
+
+class _Hunter:
+    """Judges the cases that Hypothesis draws, keeps the smallest that fails, and knows when to stop."""
+
+    def __init__(self, kernel: Kernel, law: Property, device: str, budget: Budget, record: Callable[[Record], None]) -> None:
+        self.kernel, self.law, self.device, self.budget, self.record = kernel, law, device, budget, record
+        self.found, self.start, self.shrinking_since = Hunt(), time.monotonic(), 0.0
+
+    def over(self) -> bool:
+        """Whether enough was judged or the time is up."""
+        spent = self.budget.seconds is not None and time.monotonic() - self.start > self.budget.seconds
+        return spent or (self.budget.judged is not None and self.found.judged >= self.budget.judged)
+
+    def attempt(self, case: Case) -> None:
+        """Judge one case; raises its Finding, which Hypothesis then shrinks."""
+        if self.shrinking_since:
+            if time.monotonic() - self.shrinking_since > self.budget.shrink_seconds:
+                raise _ShrunkEnough
+        elif self.over():
+            return
+        try:
+            judged = judge(self.kernel, self.law, case, self.device)
+        except Finding as finding:
+            self._keep(case, finding)
+            raise
+        if not self.shrinking_since:
+            _count(self.found, judged)
+            self.record(judged)
+
+    def _keep(self, case: Case, finding: Finding) -> None:
+        if not self.shrinking_since:
+            self.shrinking_since = time.monotonic()
+            self.record(_record(self.kernel, self.law, case, "failed", finding.sentence, measured=finding.measured))
+        if self.found.finding is None or _size(case) <= _size(self.found.finding[0]):
+            self.found.finding = (case, finding)
+
+    def doubt(self) -> None:
+        """The same case broke the law and held: the kernel is not deterministic, or remembers earlier calls."""
+        if self.found.finding is not None:
+            case, finding = self.found.finding
+            self.found.finding = (case, Finding(f"not every time: {finding.sentence}", measured=finding.measured))
 
 
 def judge(kernel: Kernel, law: Property, case: Case, device: str) -> Record:
@@ -109,8 +133,8 @@ def replay_command(target: str, law: Property, case: Case) -> str:
     return f"verify replay {shlex.quote(target)} {shlex.quote(str(case))} --property {law.name}"
 
 
-def _chunk(attempt: Callable[[Case], None], kernel: Kernel, law: Property, device: str, *, seed: int) -> None:
-    strategy = cases(kernel, device, full_mask=law.full_mask, grads=law.grads)
+def _chunk(hunter: _Hunter, *, seed: int) -> None:
+    law = hunter.law
     config = settings(
         max_examples=CHUNK,
         database=None,
@@ -120,9 +144,14 @@ def _chunk(attempt: Callable[[Case], None], kernel: Kernel, law: Property, devic
         report_multiple_bugs=False,
         print_blob=False,
     )
-    seeded(seed)(config(given(strategy)(attempt)))()
-    if device == "cuda":
-        torch.cuda.synchronize()
+
+    @seeded(seed)
+    @config
+    @given(cases(hunter.kernel, hunter.device, full_mask=law.full_mask, grads=law.grads))
+    def attempt(case: Case) -> None:
+        hunter.attempt(case)
+
+    attempt()
 
 
 def _record(kernel: Kernel, law: Property, case: Case, verdict: str, reason: str = "", **rest) -> Record:

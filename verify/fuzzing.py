@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from verify.engine import replay_command
 from verify.errors import VerifyError
 from verify.finding import Finding
 from verify.guard import call
+from verify.masks import FULL
 from verify.properties.laws import PROPERTIES, Property
 from verify.properties.truth import Truth, truth
 from verify.records import Journal, Record, read
@@ -124,6 +126,10 @@ def run_replay(kernel: Kernel, case: Case, law: str, device: str, console: Conso
     Raises VerifyError for an unknown property, or a case that the kernel does not support.
     """
     prop = _property(law)
+    if prop.grads and not case.problem.grads:
+        case = replace(case, problem=case.problem.but(grads=True))
+    if prop.full_mask and case.problem.mask != FULL:
+        raise VerifyError(f"property {law!r} holds without a mask only; the case has {case.problem.mask}")
     if reason := kernel.unsupported(case.problem, device):
         raise VerifyError(f"{kernel.name} does not support {case.problem}: {reason}")
     _show(kernel, case, truth(case, device), console)
