@@ -128,7 +128,9 @@ def _forward(
             seen = seen & (tl.load(mask_at, mask=seen, other=0) != 0)
         if bias is not None:
             bias_at = _tile(bias, b, bias_b, h, bias_h, rows, bias_r, keys, bias_c, False)
-            s += _wide(tl.load(bias_at, mask=seen, other=0.0), INTERPRET)
+            added = _wide(tl.load(bias_at, mask=seen, other=0.0), INTERPRET)
+            seen = seen & (added != float("-inf"))
+            s += added
         if slopes is not None:
             s -= tl.load(slopes + h) * tl.abs(rows[:, None] + (len_k - len_q) - keys[None, :]).to(tl.float32)
         s = tl.where(seen, s, float("-inf"))
@@ -142,7 +144,7 @@ def _forward(
     empty = total == 0
     total = tl.where(empty, 1.0, total)
     at = bh.to(tl.int64) * len_q + rows  # [BLOCK_M]
-    result = _rounded(acc / total[:, None], out.dtype.element_ty, INTERPRET)
+    result = _rounded(tl.div_rn(acc, total[:, None]), out.dtype.element_ty, INTERPRET)
     tl.store(out + (at * dim_v)[:, None] + values[None, :], result, mask=in_q & in_v)
     tl.store(lse + at, tl.where(empty, float("-inf"), top + tl.log(total)), mask=rows < len_q)
 
@@ -232,6 +234,8 @@ def attention(
     """
     if isinstance(mask, Mask) and "dense" in mask.names:
         raise VerifyError(f"triton-fa2: mask={mask}: dense is not a rule for Triton; hand it over as a boolean tensor")
+    if isinstance(mask, Mask) and mask.batch_sizes() - {q.shape[0]}:
+        raise VerifyError(f"triton-fa2: mask={mask}, batch={q.shape[0]}: padding takes one length per batch entry")
     boolean = mask if isinstance(mask, torch.Tensor) else None
     _check(q, k, v, mask=boolean, bias=bias, slopes=slopes)
     (batch, heads, len_q, dim_qk), (_, heads_kv, len_k, dim_v) = q.shape, v.shape
@@ -248,11 +252,12 @@ def attention(
             warnings.simplefilter("ignore", RuntimeWarning)
         _forward[(row_blocks * batch * heads,)](
             *(q, *q.stride(), k, *k.stride(), v, *v.stride(), *_spread(seen, scores), *_spread(bias, scores)),
-            *(slopes, integers, rules, counts, out, lse),
+            *(None if slopes is None else slopes.contiguous(), integers, rules, counts, out, lse),
             *(batch, heads, heads // heads_kv, row_blocks, len_q, len_k, dim_qk, dim_v, float(scale), float(softcap)),
             SOFTCAP=softcap != 0,
             ALIGNED=_aligned(q, k, v),
             INTERPRET=INTERPRET,
+            enable_fp_fusion=True,  # said aloud: Triton 3.9 warns that its default will change
             **geometry,
         )
     return out, lse

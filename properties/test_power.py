@@ -89,7 +89,9 @@ def _plain(problem: Problem, device: str) -> str | None:
 def test_a_planted_defect_is_found_and_shrunk(fn: Callable[..., Tensor], law: str, largest: int, seed: int) -> None:
     """`largest`: batch * heads * len_q * len_k of the shrunk case."""
     records: list[Record] = []
-    result = hunt(registered(fn), PROPERTIES[law], "cpu", budget=Budget(judged=400, shrink_seconds=100), seed=seed, record=records.append)
+    result = hunt(
+        registered(fn), PROPERTIES[law], "cpu", budget=Budget(judged=400, shrink_seconds=100), seed=seed, record=records.append
+    )
     assert result.finding is not None
     p = result.finding[0].problem
     assert p.batch * p.heads_q * p.len_q * p.len_k <= largest, str(result.finding[0])
