@@ -37,17 +37,12 @@ BACKENDS: dict[str, tuple[SDPBackend, Arithmetic | Callable[[Problem, str], Arit
     "efficient": (SDPBackend.EFFICIENT_ATTENTION, EFFICIENT),
     "cudnn": (SDPBackend.CUDNN_ATTENTION, FUSED),
 }
-KNOWN = {
-    "flash": (
-        Known(
-            "a scale of 0 gives NaN: 0 * -inf in its softmax (torch 2.11)", lambda p, device: p.scale == 0 and device == "cuda"
-        ),
-    ),
-    "cudnn": (
-        Known("a scale <= 0 gives NaN: padded keys' -inf is scaled (cuDNN 9.19)", lambda p, device: p.softmax_scale <= 0),
-        Known("a row without a visible key gives a mean of V, not 0 (cuDNN 9.19)", lambda p, device: has_empty_row(p)),
-    ),
-}
+NO_POSITIVE_SCALE = Known(
+    "a scale <= 0 gives NaN: the -inf of padded keys is multiplied by it (torch 2.11, cuDNN 9.19)",
+    lambda p, device: device == "cuda" and p.softmax_scale <= 0,
+)
+EMPTY_ROW = Known("a row without a visible key gives a mean of V, not 0 (cuDNN 9.19)", lambda p, device: has_empty_row(p))
+KNOWN = {"flash": (NO_POSITIVE_SCALE,), "cudnn": (NO_POSITIVE_SCALE, EMPTY_ROW)}
 _HEADERS = {"flash": "flash", "efficient": "memory efficient", "cudnn": "cudnn"}
 
 
