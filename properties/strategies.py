@@ -141,19 +141,24 @@ def _arguments(name: str, batch: int, len_q: int, len_k: int) -> st.SearchStrate
 
 @st.composite
 def problems(draw: Callable[..., Any], kernel: Kernel, device: str, *, full_mask: bool = False, grads: bool = False) -> Problem:
-    """A problem made of options that the kernel takes one at a time; a combination may still be unsupported."""
+    """A problem made of options that the kernel takes one at a time; a combination may still be unsupported.
+
+    Every choice is drawn whether it is used or not, the mask last, so that shrinking one of them leaves the others as they are.
+    """
     taken = options(kernel, device).taken
-    pick = lambda name: draw(st.sampled_from(taken[name]))  # noqa: E731 (a name for one expression that is used ten times)
-    rarely = lambda name, plain: pick(name) if draw(st.integers(0, 3)) == 3 else plain  # noqa: E731
-    dim = pick("dim_qk")
     lengths = st.sampled_from(LENGTHS + (LONG if device == "cuda" else ())) | st.integers(1, max(LENGTHS))
-    len_q = draw(lengths)
-    len_k = len_q if draw(st.integers(0, 3)) == 3 else draw(lengths)
-    if 0 in taken["len_k"] and draw(st.integers(0, 24)) == 24:
-        len_q, len_k = draw(st.sampled_from([(1, 0), (0, 1), (3, 0), (0, 0)]))
-    affordable = SCORES_AT_MOST[device] // max(1, len_q * len_k)
-    batch = draw(st.sampled_from([b for b in BATCHES if b <= affordable] or [1]))
-    heads = draw(st.sampled_from([h for h in taken["heads"] if h[0] * batch <= affordable] or [(1, 1)]))
+    len_q, len_k, shape = draw(lengths), draw(lengths), draw(st.integers(0, 24))
+    if shape == 24 and 0 in taken["len_k"]:
+        len_q, len_k = EMPTY[len_q % len(EMPTY)]
+    elif shape > 17:
+        len_k = len_q
+    batch, heads = _affordable(draw(st.sampled_from(BATCHES)), draw(st.sampled_from(taken["heads"])), device, len_q * len_k)
+    plain: dict[str, Any] = {"dim_v": draw(st.sampled_from(taken["dim_qk"])), "bias": "none", "scale": None, "softcap": 0.0}
+    drawn = {name: (draw(st.sampled_from(taken[name])), draw(st.integers(0, 3)) == 3) for name in plain}
+    chosen = {name: value if used else plain[name] for name, (value, used) in drawn.items()}
+    if set(taken["dim_v"]) <= {PLAIN.dim_v}:  # takes no other dim_v than dim_qk
+        chosen["dim_v"] = plain["dim_v"]
+    dtype, mask_as = draw(st.sampled_from(taken["dtype"])), draw(st.sampled_from(taken["mask_as"] or ("rule",)))
     kinds = frozenset(name for mask in taken["mask"] for name in mask.names)
     mask = FULL if full_mask else draw(masks(kinds, batch, len_q, len_k))
     return Problem(
@@ -162,20 +167,28 @@ def problems(draw: Callable[..., Any], kernel: Kernel, device: str, *, full_mask
         heads_kv=heads[1],
         len_q=len_q,
         len_k=len_k,
-        dim_qk=dim,
-        dim_v=rarely("dim_v", dim) if set(taken["dim_v"]) - {64} else dim,
-        dtype=pick("dtype"),
+        dim_qk=plain["dim_v"],
+        dtype=dtype,
         mask=mask,
-        mask_as=pick("mask_as") if mask != FULL else "rule",
-        bias=rarely("bias", "none"),
-        scale=rarely("scale", None),
-        softcap=rarely("softcap", 0.0),
+        mask_as=mask_as if mask != FULL else "rule",
         grads=grads,
+        **chosen,
     )
+
+
+EMPTY = ((1, 0), (0, 1), (3, 0), (0, 0))
+"""(len_q, len_k) where nothing is seen or nobody looks."""
+
+
+def _affordable(batch: int, heads: tuple[int, int], device: str, scores: int) -> tuple[int, tuple[int, int]]:
+    """Batch and heads cut down to what a case of so many scores per head may cost."""
+    most = SCORES_AT_MOST[device] // max(1, scores)
+    batch = max(1, min(batch, most))
+    return batch, heads if heads[0] * batch <= most else (1, 1)
 
 
 @st.composite
 def cases(draw: Callable[..., Any], kernel: Kernel, device: str, *, full_mask: bool = False, grads: bool = False) -> Case:
     """A whole case for this kernel on this device ("cpu", "cuda")."""
-    problem = draw(problems(kernel, device, full_mask=full_mask, grads=grads))
-    return Case(problem, Recipe.parse(draw(st.sampled_from(RECIPES))), draw(st.integers(0, 999)))
+    recipe, seed = Recipe.parse(draw(st.sampled_from(RECIPES))), draw(st.integers(0, 999))
+    return Case(draw(problems(kernel, device, full_mask=full_mask, grads=grads)), recipe, seed)
