@@ -49,6 +49,8 @@ def allowance(problem: Problem, exact: Exact, blocks: Iterable[Block], arithmeti
     """
     units = Units(problem, arithmetic)
     by_row: dict[str, list[Terms]] = {"out": [], "lse": []}
+    if problem.grads:
+        by_row |= {"dq": []} | ({"dbias": []} if exact.dbias is not None else {})
     by_key_sums: dict[str, Terms] = {"dk": {}, "dv": {}}
     for block in blocks:
         rows = _Rows(problem, block, units, arithmetic)
@@ -59,7 +61,7 @@ def allowance(problem: Problem, exact: Exact, blocks: Iterable[Block], arithmeti
             for name, sums in by_key_sums.items():
                 _accumulate(sums, gradients.pop(name))
             for name, terms in gradients.items():
-                by_row.setdefault(name, []).append(mapped(terms, ungrouped))
+                by_row[name].append(mapped(terms, ungrouped))
     result = {name: _joined(pieces) for name, pieces in by_row.items()}
     if problem.grads:
         for name, terms in by_key_sums.items():
@@ -194,7 +196,8 @@ def _broadcast_sum(terms: Terms, dbias: Tensor, units: Units) -> Terms:
     """dBias is summed over the dimensions that the bias is broadcast in, in the group-sum format, and stored."""
     over = [n for n in (0, 1) if dbias.shape[n] == 1]
     summed = mapped(terms, lambda t: t.sum(over, keepdim=True) if over else t)
-    units.store(summed, "output", dbias)
+    if summed:
+        units.store(summed, "output", dbias)
     return summed
 
 
