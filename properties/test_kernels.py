@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from verify.engine import Budget, hunt, replay_command
+from verify.case import Case
+from verify.engine import Budget, hunt, judge, replay_command
 from verify.properties.laws import PROPERTIES, Property
 from verify.properties.strategies import options
 from verify.pytest_plugin import JUDGED, Run
@@ -42,6 +43,27 @@ def _share(seconds: float, request: pytest.FixtureRequest) -> float:
     items = [item for item in request.session.items if item.name.startswith("test_kernel_holds[")]
     left = len(items) - items.index(request.node)
     return max(0.0, seconds - (time.monotonic() - _started[0])) / left
+
+
+REGRESSIONS = (
+    ("triton-fa2", "oracle", "b2.h4:2.q33.k70.d40:24.fp16.full/normal#1"),  # wrong keys from the second tile on, on sm_90
+    ("triton-fa2", "mask-equivalence", "b1.h1.q1.k1.d1.fp32.full.bias=qk/integers#0"),  # int32 for booleans in the interpreter
+    ("sdpa-flash", "gradients", "b1.h1.q76.k33.d128.bf16.full.grads/integers#0"),  # spills partial sums on the CPU
+    ("sdpa-flash", "gradients", "b1.h8:2.q256.k256.d64.fp16.full.grads/normal#0"),  # and across the heads of a group
+    ("sdpa-efficient", "gradients", "b1.h1.q1.k31.d8.fp16.full.grads/integers#0"),  # rounds P as the factor of dS
+    ("sdpa-math", "gradients", "b1.h1.q0.k1.d1.fp32.full.grads/integers#0"),  # no queries: bounds of gradients
+    ("naive", "gradients", "b1.h2:1.q1.k3.d1.fp16.causal_lower_right.grads/rising(30)#0"),  # dk of each head is subnormal
+)
+
+
+@pytest.mark.parametrize(("name", "law", "case"), REGRESSIONS, ids=[" ".join(r) for r in REGRESSIONS])
+def test_what_was_once_found_holds(run: Run, name: str, law: str, case: str) -> None:
+    if name not in run.kernels:
+        pytest.skip(f"{name}: {run.unavailable.get(name, 'not among the kernels of this run')}")
+    record = judge(run.kernels[name], PROPERTIES[law], Case.parse(case), run.device)
+    if record.verdict == "unsupported":
+        pytest.skip(f"{name}: {record.reason}")
+    assert record.verdict in ("held", "uninformative")
 
 
 def test_properties_state_their_law() -> None:
