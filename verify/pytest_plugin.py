@@ -13,7 +13,7 @@ from verify import environment
 from verify.errors import VerifyError
 from verify.records import Journal, Record, read
 
-JUDGED = {"cpu": 25, "cuda": 60}
+JUDGED = {"cpu": 40, "cuda": 60}
 """Cases judged for each kernel and property in a plain `pytest` run."""
 
 
