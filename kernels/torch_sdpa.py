@@ -73,10 +73,6 @@ def _attn_mask(mask, bias, problem: Problem):
 
 def supports(problem: Problem, device: str, *, backend: str) -> str | None:
     """None, or torch's reason why this backend does not take the problem."""
-    if problem.softcap:
-        return "SDPA has no softcap"
-    if problem.bias == "alibi":
-        return "SDPA takes ALiBi only as a bias tensor"
     if backend in ("efficient", "cudnn") and device == "cpu":
         return f"SDPA {backend} needs a CUDA GPU"
     shapes, dtype = problem.shapes, TORCH_DTYPES[problem.dtype]

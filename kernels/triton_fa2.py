@@ -287,8 +287,8 @@ def supports(problem: Problem, device: str) -> str | None:
 
 
 @kernel(name="triton-fa2", supports=supports)
-def triton_fa2(q, k, v, *, problem, mask, bias, slopes):
+def triton_fa2(q, k, v, *, problem, mask, bias, slopes, scale, softcap):
     """Masks as rules where the problem leaves the choice and all of them are rules for Triton; `dense` comes as a tensor."""
     rules = problem.mask_as == "rule" and "dense" not in problem.mask.names
-    options = {"scale": problem.softmax_scale, "softcap": problem.softcap}
-    return attention(q, k, v, mask=problem.mask if rules else mask, bias=bias, slopes=slopes, **options)
+    mask = problem.mask if rules else mask
+    return attention(q, k, v, mask=mask, bias=bias, slopes=slopes, scale=scale, softcap=softcap)

@@ -14,9 +14,9 @@ from verify.errors import VerifyError
 from verify.problem import DTYPES, Problem
 from verify.properties.strategies import RECIPES, cases
 from verify.recipes import Recipe
-from verify.registry import Kernel
+from verify.registry import KEYWORDS, Kernel
 
-ANYTHING = Kernel("anything", lambda q, k, v: q, frozenset(("problem", "bias", "slopes")), dtypes=DTYPES)
+ANYTHING = Kernel("anything", lambda q, k, v: q, frozenset(KEYWORDS), dtypes=DTYPES)
 
 
 @given(cases(ANYTHING, "cpu", grads=True) | cases(ANYTHING, "cpu"))

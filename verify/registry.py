@@ -8,7 +8,7 @@ lse [B,H,Q] float32. It names the keywords that it takes, and what it does not t
     bias: Tensor | None      added to the scaled scores, dtype of q, [B|1, H|1, Q, K]
     slopes: Tensor | None    ALiBi, float32 [H]: bias_ij = -slope |i + len_k - len_q - j|
     softcap: float           0 = none
-    problem: Problem         all of it, masks as rules included; the kernel then says in `supports` what it can do
+    problem: Problem         all of it; serves for `mask` where the kernel applies the rules of problem.mask itself
 """
 
 from __future__ import annotations
@@ -67,13 +67,14 @@ class Kernel:
 
     def unsupported(self, problem: Problem, device: str) -> str | None:
         """Why this kernel can't do this problem on this device ("cpu", "cuda"); None where it can."""
+        by_rule = "problem" in self.takes and problem.mask_as == "rule"
         needs = [
             ("bias", problem.bias in ("bhqk", "hqk", "qk") or problem.mask_as == "float"),
             ("slopes", problem.bias == "alibi"),
+            ("mask", problem.mask.names != {"full"} and problem.mask_as != "float" and not by_rule),
+            ("softcap", problem.softcap != 0),
+            ("scale", problem.scale is not None),
         ]
-        if "problem" not in self.takes:
-            masked = problem.mask.names != {"full"} and problem.mask_as != "float"
-            needs += [("mask", masked), ("softcap", problem.softcap != 0), ("scale", problem.scale is not None)]
         if problem.dtype not in self.dtypes:
             return f"takes {', '.join(self.dtypes)}"
         for keyword, needed in needs:
