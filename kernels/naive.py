@@ -24,7 +24,8 @@ def naive(q, k, v, *, scale, mask, bias, slopes, softcap):
         s = s + bias
     if slopes is not None:
         diagonal = torch.arange(len_q, device=q.device)[:, None] + len_k - len_q
-        s = s - (slopes[:, None, None] * (diagonal - torch.arange(len_k, device=q.device)).abs()).to(s.dtype)
+        distance = (diagonal - torch.arange(len_k, device=q.device)).abs()
+        s = s - (slopes[:, None, None].to(torch.promote_types(s.dtype, torch.float32)) * distance).to(s.dtype)
     visible = s.detach() != -torch.inf  # a float bias hides with -inf
     visible = visible if mask is None else visible & mask
     # the smallest finite score and a zero afterwards, not -inf: a row that sees nothing must not turn into 0/0
