@@ -39,7 +39,7 @@ BACKENDS: dict[str, tuple[SDPBackend, Arithmetic | Callable[[Problem, str], Arit
 }
 NO_POSITIVE_SCALE = Known(
     "a scale <= 0 gives NaN: the -inf of hidden or padded keys is multiplied by it (torch 2.11 and 2.13, cuDNN 9.19)",
-    lambda p, device: p.softmax_scale <= 0 and (device == "cuda" or _is_causal(p)),
+    lambda p, device: p.softmax_scale <= 0 and (device == "cuda" or p.mask.names <= {"causal_upper_left", "causal_lower_right"}),
 )
 EMPTY_ROW = Known("a row without a visible key gives a mean of V, not 0 (cuDNN 9.19)", lambda p, device: has_empty_row(p))
 KNOWN = {"flash": (NO_POSITIVE_SCALE,), "cudnn": (NO_POSITIVE_SCALE, EMPTY_ROW)}

@@ -51,7 +51,7 @@ class _Emulator:
         if cap := self.problem.softcap:
             s = self.store(cap * self.store(torch.tanh(self.store(s / cap, "stored_scores")), "stored_scores"), "stored_scores")
         if b.bias is not None:
-            s = self.store(s + b.bias, "stored_scores")
+            s = self.store(s + self.store(b.bias, "stored_scores"), "stored_scores")
         return s.masked_fill(~b.visible, -torch.inf)
 
     def forward(self, b: Block) -> tuple[Tensor, Tensor, Tensor]:

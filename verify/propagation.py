@@ -123,7 +123,7 @@ def _score_error(problem: Problem, b: Block, units: Units) -> tuple[Tensor, Tens
     if problem.softcap:
         error = error + TANH * units.work * problem.softcap + 2 * u * (b.capped.abs() + error)
     if b.bias is not None:
-        error = error + units.work * b.bias.abs() + u * (b.s.abs() + error)
+        error = error + (units.work + u) * b.bias.abs() + u * (b.s.abs() + error)
     if not problem.len_k:
         return error, torch.zeros_like(b.row_max)
     largest = (size * max(1.0, abs(problem.softmax_scale)) + b.s.abs()).amax(-1, keepdim=True)
@@ -136,7 +136,8 @@ def _gradients(problem: Problem, b: Block, units: Units, arithmetic: Arithmetic,
     e_p, e_ds, ds = _ds_error(problem, b, units, arithmetic, rows)
     result: dict[str, Terms] = {}
     if problem.bias not in ("none", "alibi"):
-        result["dbias"] = {"dS": e_ds, "store": units.u["dscores"] * (ds.abs() + e_ds) + units.floor["dscores"]}
+        parts = units.u["dscores"] + units.u["output"] if problem.bias != "bhqk" else units.u["dscores"]  # stored before summed
+        result["dbias"] = {"dS": e_ds, "dS stored": parts * (ds.abs() + e_ds) + units.floor["dscores"] + units.floor["output"]}
     if problem.softcap:
         slope = 1 - (b.capped / problem.softcap) ** 2
         e_slope = 2 * (rows.score / problem.softcap + TANH * units.work).clamp(max=1)
