@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,24 +70,37 @@ def run_report(
             {"kernel": name, "dtype": "", "reason": reason} for name, reason in registry.UNAVAILABLE.items() if not targets
         ],
     }
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("measuring", total=report["draws"] * len(problems) * len(kernels))
-        for seed in range(report["draws"]):
-            for name, dtype, figures in _draw(Case(shape, family, seed), problems, kernels, device):
-                progress.update(task, advance=1, description=f"draw {seed}: {name} {dtype}")
-                if isinstance(figures, str):
-                    report["unsupported"] += [{"kernel": name, "dtype": dtype, "reason": figures}] if seed == 0 else []
-                    continue
-                row = rows.setdefault((name, dtype), {"kernel": name, "dtype": dtype, "draws": []})
-                row["draws"].append(figures)
-                report["rows"] = list(rows.values())
-                path.write_text(json.dumps(report, indent=1), encoding="utf-8")
-    path.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    _measure(report, Case(shape, family), problems, kernels, device, path, console)
     rmse_table.write(report, out)
     console.print(rmse_table.table(report))
     console.print(rmse_table.footnotes(report), markup=False)
     console.print(f"written: {', '.join(str(out / f'table.{suffix}') for suffix in ('md', 'csv', 'json'))}", markup=False)
+
+
+def _measure(
+    report: dict[str, Any],
+    case: Case,
+    problems: list[Problem],
+    kernels: list[registry.Kernel],
+    device: str,
+    path: Path,
+    console: Console,
+) -> None:
+    """Fill in the report's rows, a draw at a time, and store it after every figure."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("measuring", total=report["draws"] * len(problems) * len(kernels))
+        for seed in range(report["draws"]):
+            for name, dtype, figures in _draw(replace(case, seed=seed), problems, kernels, device):
+                progress.update(task, advance=1, description=f"draw {seed}: {name} {dtype}")
+                if isinstance(figures, str):
+                    reason = {"kernel": name, "dtype": dtype, "reason": figures}
+                    report["unsupported"] += [reason] if reason not in report["unsupported"] else []
+                else:
+                    row = rows.setdefault((name, dtype), {"kernel": name, "dtype": dtype, "draws": []})
+                    row["draws"].append(figures)
+                report["rows"] = list(rows.values())
+                path.write_text(json.dumps(report, indent=1), encoding="utf-8")
 
 
 def _draw(
