@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -38,6 +39,7 @@ class _Display:
         self.task = self.progress.add_task("fuzzing", total=seconds, counts="")
         self.start, self.judged, self.findings = time.monotonic(), 0, 0
         self.broken: list[str] = []
+        self.interrupted = False
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         pytest_plugin.run_of(session.config).progress = self.show
@@ -47,7 +49,15 @@ class _Display:
         if report.failed and ("verdict", "finding") not in report.user_properties:
             self.broken.append(report.longreprtext)
 
+    def interrupt(self, *signal_and_frame: object) -> None:
+        """Ctrl-C. Remembered as well as raised: one that arrives inside a garbage collector's callback is swallowed there."""
+        self.interrupted = True
+        raise KeyboardInterrupt
+
     def show(self, record: Record) -> None:
+        """A case was judged."""
+        if self.interrupted:
+            raise KeyboardInterrupt
         self.judged += record.verdict in JUDGED
         self.findings += record.verdict == "finding"
         counts = f"{record.kernel} {record.property}: {self.judged} judged, {self.findings} findings"
@@ -79,8 +89,12 @@ def run_fuzz(
     arguments += [f"--seconds={seconds}", f"--draw-seed={seed}", f"--records={folder}", f"--device={device}"]
     arguments += [f"--property={law}" for law in laws]
     start = time.monotonic()
-    with display.progress:
-        code = pytest.main(arguments, plugins=[display])
+    handler = signal.signal(signal.SIGINT, display.interrupt)
+    try:
+        with display.progress:
+            code = pytest.main(arguments, plugins=[display])
+    finally:
+        signal.signal(signal.SIGINT, handler)
     records = list(read(folder))
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.INTERRUPTED):
         raise VerifyError(f"the run broke off (pytest: {pytest.ExitCode(code).name}); what was measured is in {folder}")
