@@ -9,9 +9,7 @@ from collections.abc import Callable, Iterable
 from rich.console import Console
 from rich.table import Table
 
-from verify.records import Record
-
-JUDGED = ("held", "uninformative", "known", "failed")
+from verify.records import JUDGED, Record
 
 
 def show_run(records: Iterable[Record], *, write: Callable[[str], None], width: int = 150) -> None:

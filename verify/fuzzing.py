@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import time
@@ -22,9 +23,9 @@ from verify.guard import call
 from verify.masks import FULL
 from verify.properties.laws import PROPERTIES, Property
 from verify.properties.truth import Truth, truth
-from verify.records import Journal, Record, read
+from verify.records import JUDGED, Journal, Record, read
 from verify.registry import Kernel
-from verify.reports.terminal import JUDGED, known_defects, matrix, sight, unsupported
+from verify.reports.terminal import show_run
 
 SMALL = 8
 """Tensors of at most this many rows and columns are printed by replay."""
@@ -111,12 +112,7 @@ def run_fuzz(
 
 def _summary(records: list[Record], target: str, kernels: Sequence[Kernel], spent: float, folder: Path, console: Console) -> None:
     judged = sum(r.verdict in JUDGED for r in records)
-    if records:
-        console.print(matrix(records))
-        for line in (sight(records), *known_defects(records)):
-            console.print(line, markup=False, soft_wrap=True)
-    if any(r.verdict == "unsupported" for r in records):
-        console.print(unsupported(records))
+    show_run(records, write=functools.partial(console.print, markup=False, soft_wrap=True), width=console.width)
     shown = {(r.kernel, r.property): r for r in records if r.verdict in ("failed", "finding")}  # the shrunk one comes last
     path = target.partition("::")[0]
     for number, record in enumerate(shown.values(), 1):

@@ -10,8 +10,10 @@ from typing import Any
 
 from verify.errors import VerifyError
 
-VERDICTS = ("held", "uninformative", "unsupported", "known", "failed", "finding")
-"""known: broke the law as a known defect does; failed: a case that broke it on the way to the shrunk one, the finding."""
+JUDGED = ("held", "uninformative", "known", "failed")
+"""Verdicts of a judged case. known: broke the law as a known defect does; failed: broke it, on the way to the shrunk case. A
+record may also be `unsupported`, or the `finding`, which is the shrunk case.
+"""
 
 REQUIRED = {"kernel", "property", "case", "verdict"}
 

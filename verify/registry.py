@@ -18,6 +18,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,9 +178,8 @@ def load_file(path: Path) -> list[Kernel]:
     except VerifyError:
         raise
     except (Exception, SystemExit) as error:
-        line = next(
-            (t.tb_lineno for t in _frames(error) if Path(t.tb_frame.f_code.co_filename).resolve() == path.resolve()), None
-        )
+        frames = reversed(traceback.extract_tb(error.__traceback__))
+        line = next((frame.lineno for frame in frames if Path(frame.filename).resolve() == path.resolve()), None)
         where = f"{path}:{line}" if line else str(path)
         raise VerifyError(f"{where}: raised {type(error).__name__} on import: {error}; it must import cleanly") from error
     new = [k for name, k in REGISTRY.items() if before.get(name) is not k]
@@ -189,25 +189,19 @@ def load_file(path: Path) -> list[Kernel]:
     return new
 
 
-def _frames(error: BaseException) -> list[Any]:
-    frames, trace = [], error.__traceback__
-    while trace:
-        frames.append(trace)
-        trace = trace.tb_next
-    return frames[::-1]
-
-
 def find(target: str) -> list[Kernel]:
     """The kernels that a target names: `name`, `path/to/file.py` or `path/to/file.py::name`.
 
     Raises VerifyError for an unknown name, with the known ones, or for a bundled kernel that is unavailable, with the reason.
     """
     load_bundled()
-    path, _, wanted = target.partition("::")
-    kernels = load_file(Path(path)) if path.endswith(".py") or "/" in path else list(REGISTRY.values())
-    name = wanted if kernels and (path.endswith(".py") or "/" in path) else target
-    if path.endswith(".py") and not wanted:
-        return kernels
+    path, _, name = target.partition("::")
+    if path.endswith(".py") or "/" in path:
+        kernels = load_file(Path(path))
+        if not name:
+            return kernels
+    else:
+        kernels, name = list(REGISTRY.values()), target
     if found := [k for k in kernels if k.name == name]:
         return found
     if name in UNAVAILABLE:
