@@ -1,94 +1,145 @@
 """The honest low-precision emulation: float64 attention with a rounding exactly where an Arithmetic puts one.
 
 What an honest kernel of that arithmetic is expected to be off by on these very inputs is the distance of this from the exact
-answer. A product declared as FP32 (TF32) accumulation is a real FP32 product (of operands rounded to TF32).
+answer. How each rounding goes is handed in (formats.Nearest by default), so that a test can round adversarially.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from verify.arithmetic import Arithmetic
-from verify.case import TORCH_DTYPES, Inputs
+from verify.case import Inputs
 from verify.exact import Block, Exact, by_key, from_keys, to_keys, ungrouped
 from verify.oracles import dense
+from verify.oracles.formats import Form, Nearest, quantised
 from verify.problem import Problem
 
-
-def to_tf32(x: Tensor) -> Tensor:
-    """Round to nearest, ties to even, at 10 stored bits of significand."""
-    bits = x.to(torch.float32).view(torch.int32)
-    return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+NEAREST = Nearest()
 
 
-def rounded(x: Tensor, fmt: str) -> Tensor:
-    """x as float64, rounded to this format; overflow becomes infinite as it does in the format."""
-    return (to_tf32(x) if fmt == "tf32" else x.to(TORCH_DTYPES[fmt])).to(torch.float64)
+class Rounding(Protocol):
+    """How a value is stored, a function evaluated, a sum and a product accumulated, in a named format."""
+
+    def store(self, x: Tensor, fmt: str) -> Tensor: ...  # noqa: D102
+    def function(self, name: str, x: Tensor, fmt: str, ulp: float) -> Tensor: ...  # noqa: D102
+    def total(self, x: Tensor, fmt: str) -> Tensor: ...  # noqa: D102
+    def product(self, form: Form, a: Tensor, b: Tensor, fmt: str, *, cut: bool) -> Tensor: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
 class _Emulator:
     problem: Problem
     arithmetic: Arithmetic
+    rounding: Rounding
+    device: str
+
+    @property
+    def work(self) -> str:
+        return "fp64" if self.problem.dtype == "fp64" else "fp32"
 
     def store(self, x: Tensor, field: str) -> Tensor:
-        return rounded(x, self.arithmetic.format(field, self.problem.dtype))
+        return self.rounding.store(x, self.arithmetic.format(field, self.problem.dtype))
 
-    def product(self, form, a: Tensor, b: Tensor, field: str) -> Tensor:
-        """`form` (by_key, from_keys, to_keys) of a and b, accumulated in the declared format."""
-        fmt = self.arithmetic.format(field, self.problem.dtype)
-        if fmt == "fp64":
-            return form(a, b)
-        a, b = (to_tf32(a), to_tf32(b)) if fmt == "tf32" else (a.float(), b.float())
-        return form(a, b).to(torch.float64)
+    def working(self, x: Tensor) -> Tensor:
+        return self.rounding.store(x, self.work)
 
-    def scores(self, b: Block) -> Tensor:
-        product = self.store(self.product(by_key, b.q, b.k, "scores"), "stored_scores")
-        s = self.store(self.problem.softmax_scale * product, "stored_scores")
-        if cap := self.problem.softcap:
-            s = self.store(cap * self.store(torch.tanh(self.store(s / cap, "stored_scores")), "stored_scores"), "stored_scores")
+    def operand(self, x: Tensor, field: str) -> Tensor:
+        """A factor of a product: TF32 narrows it on the way in."""
+        return self.store(x, field) if self.arithmetic.format(field, self.problem.dtype) == "tf32" else x
+
+    def product(self, form: Form, a: Tensor, b: Tensor, field: str) -> Tensor:
+        cut = self.arithmetic.truncates(field, self.problem.dtype, self.device)
+        return self.rounding.product(form, a, b, self.arithmetic.format(field, self.problem.dtype), cut=cut)
+
+    def constant(self, x: float, like: Tensor, fmt: str) -> Tensor:
+        return self.rounding.store(like.new_tensor(x), fmt)
+
+    def scores(self, b: Block) -> tuple[Tensor, float, Tensor]:
+        """(S [B,Hk,G,n,K] in units of the exponential, -inf where hidden; what a unit is in nats; the slope of the softcap)"""
+        scale, q, arithmetic = self.problem.softmax_scale, b.q, self.arithmetic
+        if arithmetic.scaled_query:
+            scale, q = 1.0, self.rounding.store(scale * q, self.problem.dtype)
+        z = self.product(by_key, self.operand(q, "scores"), self.operand(b.k, "scores"), "scores")
+        z, binary = self.store(z, "stored_scores"), arithmetic.exp != "natural"
+        log2e, cap, slope = 1 / math.log(2), self.problem.softcap, z.new_ones(())
+        if binary and not cap and b.bias is None:
+            return self.in_base_two(z, scale * log2e).masked_fill(~b.visible, -torch.inf), math.log(2), slope
+        s = self.store(scale * z, "stored_scores")
+        if cap:
+            ratio = self.store(s / cap, "stored_scores")
+            bent = self.store(self.function("tanh", torch.tanh(ratio)), "stored_scores")
+            s, slope = self.store(cap * bent, "stored_scores"), self.working(1 - bent * bent)
         if b.bias is not None:
             s = self.store(s + self.store(b.bias, "stored_scores"), "stored_scores")
-        return s.masked_fill(~b.visible, -torch.inf)
+        s = self.in_base_two(s, log2e) if binary else s
+        return s.masked_fill(~b.visible, -torch.inf), math.log(2) if binary else 1.0, slope
 
-    def forward(self, b: Block) -> tuple[Tensor, Tensor, Tensor]:
-        """(out, lse, P as the backward sees it)"""
-        s = self.scores(b)
+    def in_base_two(self, s: Tensor, factor: float) -> Tensor:
+        """s * factor, the factor rounded; the product too, unless it is fused with the subtraction of the maximum."""
+        product = s * self.constant(factor, s, self.work)
+        return product if self.arithmetic.exp == "fused" else self.working(product)
+
+    def exp(self, x: Tensor, unit: float) -> Tensor:
+        return self.function("exp", torch.exp(unit * self.working(x)))
+
+    def function(self, name: str, x: Tensor) -> Tensor:
+        return self.rounding.function(name, x, self.work, self.arithmetic.exp_ulp if name == "exp" else 1.0)
+
+    def forward(self, b: Block) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(out, lse, P as the backward sees it, the slope of the softcap)"""
+        s, unit, slope = self.scores(b)
         row_max = s.amax(-1, keepdim=True) if s.shape[-1] else s.new_full((*s.shape[:-1], 1), -torch.inf)
         row_max = row_max.masked_fill(row_max == -torch.inf, 0.0)
-        weights = torch.exp(s - row_max)
-        total = weights.sum(-1, keepdim=True)
+        held = running_max(s, row_max, self.arithmetic)
+        if self.arithmetic.exp == "fused":  # elsewhere a maximum is one of the stored scores
+            row_max, held = self.working(row_max), self.working(held)
+        weights, later = self.exp(s - held, unit), torch.exp(unit * (held - row_max))
+        v = self.operand(b.v, "accumulate")
+        factor = self.arithmetic.probs_scale
         if self.arithmetic.normalized_probs:
-            p = self.store(weights / total.masked_fill(total == 0, 1.0), "probs")
-            return self.store(self.product(from_keys, p, b.v, "accumulate"), "output"), self.lse(row_max, total), p
-        held = self.store(weights, "probs")
-        total = held.sum(-1, keepdim=True) if self.arithmetic.rowsum == "rounded" else total
-        out = self.product(from_keys, held, b.v, "accumulate") / total.masked_fill(total == 0, 1.0)
-        lse = self.lse(row_max, total)
-        return self.store(out, "output"), lse, torch.exp(s - lse.masked_fill(lse == -torch.inf, 0.0))
+            total = self.rounding.total(weights * later, self.work)
+            p = self.store(self.working(weights * later / total.masked_fill(total == 0, 1.0)) * factor, "probs") / factor
+            out = self.product(from_keys, self.operand(p, "accumulate"), v, "accumulate")
+            return self.store(out, "output"), self.lse(unit * row_max, total), p, slope
+        stored = self.store(weights * factor, "probs") / factor
+        total = self.rounding.total((stored if self.arithmetic.rowsum == "rounded" else weights) * later, self.work)
+        out = self.product(from_keys, self.operand(stored, "accumulate") * later, v, "accumulate")
+        lse = self.lse(unit * row_max, total)
+        seen = self.working(lse.masked_fill(lse == -torch.inf, 0.0) / unit)
+        return self.store(out / total.masked_fill(total == 0, 1.0), "output"), lse, self.exp(s - seen, unit), slope
 
     def lse(self, row_max: Tensor, total: Tensor) -> Tensor:
         """The logarithm of the row sum, stored in FP32."""
-        return rounded(row_max + total.log(), "fp64" if self.problem.dtype == "fp64" else "fp32")
+        return self.working(row_max + self.function("log", total.log()))
 
     def ds(self, b: Block, out: Tensor, p: Tensor) -> Tensor:
-        dp = self.store(self.product(by_key, b.do, b.v, "scores"), "stored_scores")
-        delta = (b.do * out).sum(-1, keepdim=True) if self.arithmetic.delta == "out" else (p * dp).sum(-1, keepdim=True)
-        return self.store(p, "ds_probs") * (dp - delta)
+        dp = self.product(by_key, self.operand(b.do, "scores"), self.operand(b.v, "scores"), "scores")
+        dp = self.store(dp, "stored_scores")
+        per_row = b.do * out if self.arithmetic.delta == "out" else p * dp
+        delta = self.rounding.total(per_row, self.work)
+        return self.working(self.store(p, "ds_probs") * self.working(dp - delta))
 
-    def scaled(self, ds: Tensor) -> Tensor:
-        """Scale * dS: a factor of the sums that follow, or a step of its own where every step is written to memory."""
-        scaled = self.problem.softmax_scale * ds
-        stores = self.arithmetic.format("stored_scores", self.problem.dtype) not in ("fp32", "fp64")
-        return self.store(scaled, "dscores") if stores else scaled
+    def scaled(self, ds: Tensor, slope: Tensor) -> Tensor:
+        """Scale * slope * dS as it enters the products: rounded once, or after each step that is written to memory."""
+        cap, scale = self.problem.softcap, self.problem.softmax_scale
+        if self.arithmetic.format("stored_scores", self.problem.dtype) in ("fp32", "fp64"):
+            return scale * self.store(ds * slope, "dscores")
+        ds = self.store(ds, "dscores")
+        if cap:
+            ds = self.store(self.store(self.store(cap * ds, "dscores") * slope, "dscores") / cap, "dscores")
+        return self.store(scale * ds, "dscores")
 
     def add_rows(self, total: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
         """Total + weights^T rows, kept apart for each query head: [B,Hk,G,K,D]. Where partial sums are spilled, one running sum
         goes through the tiles of all heads of the group: [B,Hk,1,K,D].
         """
+        weights, rows = self.operand(weights, "accumulate"), self.operand(rows, "accumulate")
         heads = [(weights[:, :, g : g + 1], rows[:, :, g : g + 1]) for g in range(weights.shape[2])]
         if not self.arithmetic.spill:
             return total + torch.stack([self.product(to_keys, w, r, "accumulate") for w, r in heads], 2)
@@ -101,6 +152,7 @@ class _Emulator:
 
     def add_keys(self, weights: Tensor, keys: Tensor) -> Tensor:
         """Weights times keys: [B,Hk,G,n,D]; stored between tiles where declared."""
+        weights, keys = self.operand(weights, "accumulate"), self.operand(keys, "accumulate")
         step = self.arithmetic.spill[1] if self.arithmetic.spill else weights.shape[4]
         total = weights.new_zeros((*weights.shape[:4], keys.shape[-1]))
         for start in range(0, weights.shape[4], max(1, step)):
@@ -110,13 +162,27 @@ class _Emulator:
 
     def group_sum(self, x: Tensor) -> Tensor:
         """[B,Hk,G,K,D] -> [B,Hk,K,D], stored"""
-        fmt = self.arithmetic.format("group_sum", self.problem.dtype)
-        return self.store((x if fmt in ("fp32", "fp64") else rounded(x, fmt)).sum(2), "output")
+        return self.store((self.store(x, "group_sum") if x.shape[2] > 1 else x).sum(2), "output")
 
 
-def emulate(problem: Problem, inputs: Inputs, arithmetic: Arithmetic) -> Exact:
+def running_max(s: Tensor, row_max: Tensor, arithmetic: Arithmetic) -> Tensor:
+    """The maximum that was in force when P of each key was rounded: [.., n, K], or [.., n, 1] where it is the row's."""
+    if not s.shape[-1] or (arithmetic.tile == 0 and arithmetic.splits == 1):
+        return row_max
+    parts = []
+    for part in s.split(-(-s.shape[-1] // arithmetic.splits), -1):
+        tiles = part.split(arithmetic.tile or part.shape[-1], -1)
+        tops = torch.cat([tile.amax(-1, keepdim=True) for tile in tiles], -1).cummax(-1).values
+        parts += [top.expand(tile.shape) for top, tile in zip(tops.split(1, -1), tiles, strict=True)]
+    held = torch.cat(parts, -1)
+    return torch.where(held == -torch.inf, row_max, held)
+
+
+def emulate(problem: Problem, inputs: Inputs, arithmetic: Arithmetic, rounding: Rounding = NEAREST) -> Exact:
     """out, lse and, where problem.grads, the gradients that an honest kernel of this arithmetic gives."""
-    emulator, shapes = _Emulator(problem, arithmetic), problem.shapes
+    if arithmetic.quantised:
+        inputs = quantised(problem, inputs, arithmetic.quantised)
+    emulator, shapes = _Emulator(problem, arithmetic, rounding, inputs.q.device.type), problem.shapes
     result = {name: torch.zeros(shapes[name], dtype=torch.float64, device=inputs.q.device) for name in ("out", "lse")}
     if problem.grads:
         result |= {
@@ -126,18 +192,17 @@ def emulate(problem: Problem, inputs: Inputs, arithmetic: Arithmetic) -> Exact:
         }
     dk = dv = torch.zeros((), dtype=torch.float64, device=inputs.q.device)
     for block in dense.blocks(problem, inputs):
-        out, lse, p = emulator.forward(block)
+        out, lse, p, slope = emulator.forward(block)
         result["out"][:, :, block.rows], result["lse"][:, :, block.rows] = ungrouped(out), ungrouped(lse).squeeze(-1)
         if problem.grads:
             ds = emulator.ds(block, out, p)
             if "dbias" in result:
-                dense.add_bias_gradient(problem, result["dbias"], block.rows, ds)
-            ds = emulator.scaled(
-                emulator.store(ds * (1 - (block.capped / problem.softcap) ** 2) if problem.softcap else ds, "dscores")
-            )
+                dense.add_bias_gradient(problem, result["dbias"], block.rows, emulator.store(ds, "dscores"))
+            ds = emulator.scaled(ds, slope)
             result["dq"][:, :, block.rows] = ungrouped(emulator.add_keys(ds, block.k))
             dk = emulator.add_rows(dk, ds, block.q)
-            dv = emulator.add_rows(dv, emulator.store(p, "probs"), block.do)
+            dv = emulator.add_rows(dv, p if arithmetic.normalized_probs else emulator.store(p, "probs"), block.do)
     if problem.grads and problem.len_q:
         result |= {"dk": emulator.group_sum(dk), "dv": emulator.group_sum(dv)}
+        result |= {"dbias": emulator.store(result["dbias"], "output")} if "dbias" in result else {}
     return Exact(**result, provenance="emulation")

@@ -13,18 +13,19 @@ from verify.case import Case, Inputs
 from verify.guard import Output, call
 from verify.masks import Mask
 from verify.problem import Problem
-from verify.properties.truth import Truth, compare, judge, truth
+from verify.properties.truth import Truth, compare, judge, judge_expected, truth
 from verify.registry import Kernel
 
 
 @dataclass
 class Verdict:
     """The law held. `unsupported` says why nothing was judged; `blind_to` what the case could not have seen;
-    `bitwise` whether two results that must agree agreed to the last bit."""
+    `bitwise` whether two results that must agree agreed to the last bit; `measured` errors over what was expected and proved."""
 
     unsupported: str | None = None
     blind_to: list[str] = field(default_factory=list)
     bitwise: bool | None = None
+    measured: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -54,22 +55,28 @@ def holds(*, full_mask: bool = False, grads: bool = False) -> Callable[[Callable
 
 @holds()
 def oracle(kernel: Kernel, case: Case, device: str) -> Verdict:
-    """|out - exact| and |lse - exact| are within the bound that the kernel's declared arithmetic has on these inputs."""
+    """|out - exact| and |lse - exact| are within the bound that the kernel's declared arithmetic has on these inputs, and as
+    large and as even as an honest kernel's of that arithmetic."""
     known = truth(case, device)
     limits = known.allowances(kernel.numerics(case.problem, device))
-    judge(kernel, call(kernel, case.problem, known.inputs), known.exact, limits, names=("out", "lse"))
-    return Verdict(blind_to=known.blind_to(limits))
+    output = call(kernel, case.problem, known.inputs)
+    judge(kernel, output, known.exact, limits, names=("out", "lse"))
+    expected, measured = judge_expected(kernel, output, known, limits, names=("out", "lse"))
+    return Verdict(blind_to=known.blind_to(limits, expected), measured=measured)
 
 
 @holds(grads=True)
 def gradients(kernel: Kernel, case: Case, device: str) -> Verdict:
-    """|dq - exact|, |dk - exact|, |dv - exact| and |dbias - exact| for a random cotangent are within their bounds."""
+    """|dq - exact|, |dk - exact|, |dv - exact| and |dbias - exact| for a random cotangent are within their bounds, and as large
+    and as even as an honest kernel's."""
     known = truth(case, device)
     output = call(kernel, case.problem, known.inputs)
     if output.dq is None:
         return Verdict(unsupported="its output carries no autograd graph")
-    judge(kernel, output, known.exact, known.allowances(kernel.numerics(case.problem, device)), names=("dv", "dq", "dk", "dbias"))
-    return Verdict()
+    limits, names = known.allowances(kernel.numerics(case.problem, device)), ("dv", "dq", "dk", "dbias")
+    judge(kernel, output, known.exact, limits, names=names)
+    _, measured = judge_expected(kernel, output, known, limits, names=names)
+    return Verdict(measured=measured)
 
 
 @holds(full_mask=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from verify.arithmetic import Arithmetic, Quantisation
 from verify.case import Case
 from verify.masks import FULL, Mask
 from verify.problem import Problem
@@ -192,3 +193,35 @@ def cases(draw: Callable[..., Any], kernel: Kernel, device: str, *, full_mask: b
     """A whole case for this kernel on this device ("cpu", "cuda")."""
     recipe, seed = Recipe.parse(draw(st.sampled_from(RECIPES))), draw(st.integers(0, 999))
     return Case(draw(problems(kernel, device, full_mask=full_mask, grads=grads)), recipe, seed)
+
+
+@st.composite
+def arithmetics(draw: Callable[..., Any]) -> Arithmetic:
+    """Anything that a kernel may declare; shrinks to the defaults."""
+
+    def one_of(*values: Any) -> Any:
+        return draw(st.sampled_from(values))
+
+    narrow = one_of("input", "fp32", "bf16", "fp16", "e4m3", "e5m2", "tf32")
+    return Arithmetic(
+        quantised=one_of(None, None, None, None, Quantisation(), Quantisation("e5m2", 0), Quantisation("e4m3", 3, rotated=True)),
+        scaled_query=one_of(False, False, False, True),
+        scores=one_of("fp32", "tf32", "fp22"),
+        stored_scores=one_of("fp32", "fp32", "input"),
+        exp=one_of("natural", "binary", "fused"),
+        exp_ulp=one_of(2.0, 2.0, 20.0, 65536.0),
+        tile=one_of(0, 16),
+        splits=one_of(1, 1, 2, 3),
+        probs=narrow,
+        probs_scale=256.0 if narrow == "e4m3" else 1.0,
+        normalized_probs=one_of(False, True),
+        rowsum=one_of("unrounded", "rounded"),
+        accumulate=one_of("fp32", "tf32", "fp22"),
+        summation=one_of("hardware", "truncated"),
+        output=one_of("input", "fp32"),
+        dscores=one_of("input", "fp32", "bf16"),
+        ds_probs=one_of("fp32", "input"),
+        delta=one_of("out", "probs"),
+        group_sum=one_of("fp32", "input"),
+        spill=one_of(None, None, (16, 32)),
+    )

@@ -20,16 +20,17 @@ import verify.reports
 
 PACKAGES = {p.__name__: Path(p.__path__[0]) for p in (verify, verify.kernels, verify.oracles, verify.properties, verify.reports)}
 ORDER = (
-    "errors masks problem recipes arithmetic case exact registry finding records measure bounds propagation guard environment"
+    "errors masks problem recipes arithmetic case exact registry finding records measure"
+    " bounds propagation backpropagation allowance expectation guard environment"
 ).split()
 """The vocabulary of verify/, each module importing only those before it."""
-TOP = "conventions engine pytest_plugin fuzzing reporting cli __main__ __init__".split()
+TOP = "conventions engine pytest_plugin fuzzing recording reporting cli __main__ __init__".split()
 """Where everything meets."""
 MAY_IMPORT = {
     "verify.kernels": {*ORDER[: ORDER.index("registry") + 1]},
     "verify.oracles": {*ORDER[: ORDER.index("exact") + 1], "oracles"},
     "verify.reports": {"records", "measure", "reports"},
-    "verify.properties": {*ORDER, "engine", "pytest_plugin", "cli", "reporting", "oracles", "kernels", "properties", "reports"},
+    "verify.properties": {*ORDER, *"engine pytest_plugin cli recording reporting oracles kernels properties reports".split()},
 }
 
 

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache, partial
 
 import torch
 from torch import Tensor
 
+from verify.allowance import allowance
 from verify.arithmetic import Arithmetic
-from verify.bounds import Allowance
+from verify.bounds import FALSE_ALARM, Allowance
 from verify.case import Case, Inputs
-from verify.exact import Exact
+from verify.exact import Exact, from_keys, ungrouped
+from verify.expectation import DIRECTIONS, Expectation, Surprise
 from verify.finding import Finding
 from verify.guard import Output
 from verify.measure import distance, worst
-from verify.oracles import dense
+from verify.oracles import dense, formats, rounded
 from verify.problem import Problem
-from verify.propagation import allowance
 from verify.registry import Kernel
 
 IN_FLOAT64 = Arithmetic(
     scores="fp64", stored_scores="fp64", probs="fp64", accumulate="fp64", dscores="fp64", output="fp64", group_sum="fp64"
 )
+
+
+SAMPLE, DISTINCT = 4096, 0.9
+"""So many scores are looked at, and so many of them must differ, for roundings to be taken as independent."""
 
 
 @dataclass(frozen=True)
@@ -34,19 +39,55 @@ class Truth:
     inputs: Inputs
     exact: Exact
 
+    @property
+    def device(self) -> str:
+        """cpu or cuda."""
+        return self.inputs.q.device.type
+
     def allowances(self, arithmetic: Arithmetic) -> dict[str, Allowance]:
         """How far each tensor of a kernel of this arithmetic may be from the exact answer."""
-        return allowance(self.problem, self.exact, dense.blocks(self.problem, self.inputs), arithmetic)
+        return allowance(self.problem, self.inputs, self.exact, dense.blocks(self.problem, self.inputs), arithmetic)
 
-    def blind_to(self, limits: Mapping[str, Allowance]) -> list[str]:
+    def expectation(self, arithmetic: Arithmetic) -> Expectation | None:
+        """What honest kernels of this arithmetic are off by here; None where roundings repeat, so that no statistics apply."""
+        if self.problem.dtype == "fp64" or not self.generic:
+            return None
+        kinds = {"nearest": formats.Nearest(), "exact fp32": formats.Nearest(work=False), "jittered": formats.Jittered()}
+        tests = 4 * (6 if self.problem.grads else 2) * (1 + self.problem.batch * self.problem.heads_q)
+        emulate = partial(rounded.emulate, self.problem, self.inputs, arithmetic)
+        return Expectation(self.exact, lambda kind: emulate(kinds[kind]), self.tilt, tests)
+
+    @cached_property
+    def generic(self) -> bool:
+        """Whether the scores are all different, as far as a sample shows: equal ones are rounded alike, row after row."""
+        for block in dense.blocks(self.problem, self.inputs):
+            seen = block.raw.masked_select(block.visible)
+            sample = seen[:: max(1, seen.numel() // SAMPLE)]
+            return sample.unique().numel() > DISTINCT * sample.numel()
+        return False
+
+    @cached_property
+    def tilt(self) -> Tensor:
+        """d out / d log(scale) [B,H,Q,Dv]: sum_j p_j (x_j - sum p x) v_j with x the scores before softcap times its slope."""
+        parts, cap = [torch.zeros_like(self.exact.out[:, :, :0])], self.problem.softcap
+        for b in dense.blocks(self.problem, self.inputs):
+            x = b.raw * (1 - (b.capped / cap) ** 2) if cap else b.raw
+            parts.append(ungrouped(from_keys(b.p * (x - (b.p * x).sum(-1, keepdim=True)), b.v)))
+        return torch.cat(parts, 2)
+
+    def blind_to(self, limits: Mapping[str, Allowance], expected: Expectation | None) -> list[str]:
         """Which of three wrong kernels this case would let pass: all zeros, the mean of the visible V, a scale 5 % off."""
         p, limit = self.problem, limits["out"].limit
         wrong = {
-            "zeros": torch.zeros_like(self.exact.out),
-            "mean(V)": dense.exact(p.but(scale=0.0, bias="none", softcap=0.0, grads=False), self.inputs).out,
-            "scale*1.05": dense.exact(p.but(scale=1.05 * p.softmax_scale, grads=False), self.inputs).out,
+            "zeros": lambda: torch.zeros_like(self.exact.out),
+            "mean(V)": lambda: dense.exact(p.but(scale=0.0, bias="none", softcap=0.0, grads=False), self.inputs).out,
+            "scale*1.05": lambda: dense.exact(p.but(scale=1.05 * p.softmax_scale, grads=False), self.inputs).out,
         }
-        return [name for name, out in wrong.items() if not bool((distance(out, self.exact.out) > limit).any())]
+        return [name for name, make in wrong.items() if not self._rejects(make(), limit, expected)]
+
+    def _rejects(self, out: Tensor, limit: Tensor, expected: Expectation | None) -> bool:
+        beyond = bool((distance(out, self.exact.out) > limit).any())
+        return beyond or (expected is not None and expected.surprise("out", out) is not None)
 
 
 @lru_cache(maxsize=2)
@@ -59,7 +100,7 @@ def truth(case: Case, device: str) -> Truth:
 def oracle_limit(problem: Problem, inputs: Inputs) -> dict[str, Tensor]:
     """How far any float64 evaluation of these values may be from the exact answer, for each tensor of it."""
     wide = problem.but(dtype="fp64")
-    limits = allowance(wide, dense.exact(wide, inputs), dense.blocks(wide, inputs), IN_FLOAT64)
+    limits = allowance(wide, inputs, dense.exact(wide, inputs), dense.blocks(wide, inputs), IN_FLOAT64)
     return {name: a.limit for name, a in limits.items()}
 
 
@@ -72,6 +113,42 @@ def judge(kernel: Kernel, output: Output, exact: Exact, limits: Mapping[str, All
         if name == "out" and kernel.empty_row == "nan":
             want = want.masked_fill((exact.lse == -torch.inf).unsqueeze(-1), torch.nan)
         compare(name, got, want, limits[name], against="exact")
+
+
+def judge_expected(
+    kernel: Kernel, output: Output, known: Truth, limits: Mapping[str, Allowance], *, names: tuple[str, ...]
+) -> tuple[Expectation | None, dict[str, float]]:
+    """Raise a Finding for the first tensor whose error no honest kernel of the declared arithmetic would have. Returns the
+    expectation (None where it does not apply) and measured RMSE / expected, largest error / proved bound, by tensor.
+    """
+    expected, ratios = known.expectation(kernel.numerics(known.problem, known.device)), {}
+    for name in names:
+        got = getattr(output, name)
+        if got is None or getattr(known.exact, name) is None:
+            continue
+        error, limit = distance(got, getattr(known.exact, name)), limits[name].limit
+        within = (limit > 0) & limit.isfinite()
+        if within.any():
+            ratios[f"{name}/proved"] = (error[within] / limit[within]).max().item()
+        if expected is None:
+            continue
+        mine, honest = (x.square().mean().sqrt().item() for x in expected.errors(name, got))
+        if honest > 0:
+            ratios[f"{name}/expected"] = mine / honest
+        if found := expected.surprise(name, got):
+            raise Finding(_surprise(name, found, mine, honest, limits[name]), measured=ratios)
+    return expected, ratios
+
+
+def _surprise(name: str, found: Surprise, mine: float, honest: float, allowed: Allowance) -> str:
+    ratio = f"{mine / honest:.3g} times" if honest else "not 0 as"
+    what = DIRECTIONS.get(found.what, "more error than the declared arithmetic has")
+    terms = sorted(((part.nan_to_num().mean().item(), term) for term, part in allowed.terms.items()), reverse=True)
+    return (
+        f"{name}: {what} ({found.what}): RMSE {mine:.3e}, {ratio} the expected {honest:.3e}; score {found.score:.1f}, an honest"
+        f" kernel's is below {found.level:.1f} in all but {FALSE_ALARM:g} of cases. No element crosses the proved bound (mean"
+        f" {allowed.limit.nan_to_num(posinf=0.0).mean().item():.1e}, most of it {terms[0][1]})"
+    )
 
 
 def compare(name: str, got: Tensor, want: Tensor, allowed: Allowance, *, against: str, times: int = 1) -> None:

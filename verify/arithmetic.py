@@ -1,13 +1,36 @@
-"""Arithmetic: the numerics that a kernel declares. Its error bound and its expected error follow from it (verify/bounds.py)."""
+"""Arithmetic: the numerics that a kernel declares. Its error bound and its expected error follow from it (verify/BOUNDS.md)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from verify.errors import VerifyError
 
-FORMATS = ("input", "fp64", "fp32", "tf32", "fp16", "bf16")
-"""Names of formats; `input` is the dtype of the problem."""
+FORMATS = ("input", "fp64", "fp32", "tf32", "fp22", "fp16", "bf16", "e4m3", "e5m2")
+"""Names of formats; `input` is the dtype of the problem. fp22: FP32 with 13 stored bits of significand, the accumulator of
+Hopper's FP8 tensor cores (SageAttention2, arXiv 2411.10958, section 3.2; DeepSeek-V3, arXiv 2412.19437, section 3.3.2).
+"""
+NARROW = ("fp16", "bf16", "tf32", "e4m3", "e5m2")
+"""Formats of operands that tensor cores multiply."""
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """Q, K and V as the kernel narrows them by itself: each divided by amax / largest of its group, rounded to `format`.
+
+    `rows`: how many rows of one head share a scale; 0 a whole head, None the whole tensor. `rotated`: Q and K are first turned by
+    a random orthogonal matrix (incoherent processing, FlashAttention-3, arXiv 2407.08608, section 3.3).
+    """
+
+    format: str = "e4m3"
+    rows: int | None = None
+    rotated: bool = False
+
+    def __post_init__(self) -> None:
+        if self.format not in ("e4m3", "e5m2"):
+            raise VerifyError(f"quantisation format={self.format!r}: e4m3 or e5m2")
+        if self.rows is not None and self.rows < 0:
+            raise VerifyError(f"quantisation rows={self.rows}: rows of a head that share a scale, 0 for all, None for the tensor")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,18 +40,36 @@ class Arithmetic:
     FP64 problems are computed in FP64 throughout, whatever is declared as FP32.
     """
 
+    quantised: Quantisation | None = None
+    """How the kernel quantises its inputs; None: it multiplies them as they come."""
+    scaled_query: bool = False
+    """True: scale * Q is stored in the input's dtype before Q K^T."""
     scores: str = "fp32"
     """Products and accumulation of Q K^T and dO V^T."""
     stored_scores: str = "fp32"
     """S (and dP) after each step: product, scale, softcap, bias; `input` for a kernel that writes each to memory in its dtype."""
+    exp: str = "natural"
+    """`natural`: exp(s - max); `binary`: exp2(t - max t) of t = s log2(e), the scale and log2(e) one factor; `fused`: the same
+    with t unrounded, its product fused with the subtraction of the rounded maximum (may overflow where u(fp32) |s| is large)."""
+    exp_ulp: float = 2.0
+    """Units in the last place of FP32 by which an exponential may be off; 2: CUDA's ex2.approx (PTX ISA, ex2)."""
+    tile: int = 0
+    """Keys between two updates of the running maximum; 0: the maximum of the whole row."""
+    splits: int = 1
+    """Parts of the keys that are attended to apart and merged through their LSE in FP32 (FlashDecoding)."""
     probs: str = "input"
     """P as the operand of P V and P^T dO."""
+    probs_scale: float = 1.0
+    """P is multiplied by this before it is rounded, so that a narrow format does not flush it."""
     normalized_probs: bool = False
     """True: P is divided by its row sum before it is rounded (a softmax function); False: after P V (FlashAttention)."""
     rowsum: str = "unrounded"
     """Which P the row sum adds up: `unrounded` or `rounded`."""
     accumulate: str = "fp32"
     """Products and accumulation of P V and of the gradients."""
+    summation: str = "hardware"
+    """How products are added: `nearest`; `truncated`, as tensor cores do (Fasi et al. 2021, PeerJ Comput. Sci. 7:e330);
+    `hardware`: truncated on a GPU where the operands are narrow, to nearest elsewhere."""
     output: str = "input"
     """out, dq, dk, dv as they are stored."""
     dscores: str = "input"
@@ -41,18 +82,27 @@ class Arithmetic:
     """dk, dv of a group of query heads as they are added up (GQA)."""
     spill: tuple[int, int] | None = None
     """(query rows, keys) after which the running sums dk, dv and dq are stored in the output format and read back; or None."""
+    deterministic: bool = False
+    """True: a second call gives the same bits, forward and backward; judged where it is declared."""
 
     def __post_init__(self) -> None:
-        for name in ("scores", "stored_scores", "probs", "accumulate", "output", "dscores", "ds_probs", "group_sum"):
-            if getattr(self, name) not in FORMATS:
-                raise VerifyError(f"{name}={getattr(self, name)!r}: one of {', '.join(FORMATS)}")
-        if self.rowsum not in ("unrounded", "rounded"):
-            raise VerifyError(f"rowsum={self.rowsum!r}: unrounded or rounded")
-        if self.delta not in ("out", "probs"):
-            raise VerifyError(f"delta={self.delta!r}: out or probs")
-
+        checks = [(name, FORMATS) for name in ROUNDED]
+        checks += [("rowsum", ("unrounded", "rounded")), ("delta", ("out", "probs")), ("exp", ("natural", "binary", "fused"))]
+        for name, allowed in [*checks, ("summation", ("hardware", "nearest", "truncated"))]:
+            if getattr(self, name) not in allowed:
+                raise VerifyError(f"{name}={getattr(self, name)!r}: one of {', '.join(allowed)}")
         if self.spill is not None and min(self.spill) < 1:
             raise VerifyError(f"spill={self.spill!r}: (query rows, keys), each at least 1, or None")
+        numbers = {
+            "tile": self.tile >= 0,
+            "splits": self.splits >= 1,
+            "probs_scale": self.probs_scale > 0,
+            "exp_ulp": self.exp_ulp > 0,
+        }
+        if wrong := [name for name, fine in numbers.items() if not fine]:
+            raise VerifyError(
+                f"{wrong[0]}={getattr(self, wrong[0])!r}: tile from 0, splits from 1, probs_scale and exp_ulp above 0"
+            )
 
     def format(self, field: str, dtype: str) -> str:
         """The format in force for this field in a problem of this dtype."""
@@ -61,5 +111,28 @@ class Arithmetic:
             return "fp64"
         return dtype if declared == "input" else declared
 
+    def truncates(self, field: str, dtype: str, device: str) -> bool:
+        """Whether products accumulated under this field ("scores", "accumulate") are truncated, on "cuda" or "cpu"."""
+        if self.summation != "hardware":
+            return self.summation == "truncated"
+        narrow = dtype in NARROW or self.quantised is not None or self.format(field, dtype) in NARROW
+        return device == "cuda" and narrow
 
+    def __str__(self) -> str:
+        """The line that declares it: what differs from the defaults."""
+        given = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default)
+        return f"Arithmetic({given})"
+
+
+ROUNDED = (
+    "scores",
+    "stored_scores",
+    "probs",
+    "accumulate",
+    "output",
+    "dscores",
+    "ds_probs",
+    "group_sum",
+)
+"""The fields that name a format."""
 FLASH = Arithmetic()

@@ -14,27 +14,43 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from verify.arithmetic import Arithmetic
+from verify.arithmetic import ROUNDED, Arithmetic
 from verify.problem import Problem
 
-UNIT = {"fp64": 2.0**-53, "fp32": 2.0**-24, "tf32": 2.0**-11, "fp16": 2.0**-11, "bf16": 2.0**-8}
-"""Unit roundoff (half the spacing at 1), round to nearest."""
-FLOOR = {"fp64": 2.0**-1022, "fp32": 2.0**-126, "tf32": 2.0**-126, "fp16": 2.0**-25, "bf16": 2.0**-126}
-"""Absolute error of a store near zero: half the smallest subnormal of FP16; elsewhere subnormals may be flushed."""
-LARGEST = {"fp64": 1.7e308, "fp32": 3.4e38, "tf32": 3.4e38, "fp16": 65504.0, "bf16": 3.38e38}
-"""A value from here on may overflow the format."""
-EXP = 4
-"""exp and exp2 err by at most this many unit roundoffs: CUDA's ex2.approx 2 ulp (PTX ISA, ex2)."""
+UNIT = {"fp64": 2.0**-53, "fp32": 2.0**-24, "fp22": 2.0**-14, "tf32": 2.0**-10, "fp16": 2.0**-11, "bf16": 2.0**-8}
+UNIT |= {"e4m3": 2.0**-4, "e5m2": 2.0**-3}
+"""Unit roundoff (half the spacing at 1), to nearest; TF32's is the whole spacing: tensor cores may cut the operand's low bits."""
+FLOOR = {"fp64": 2.0**-1022, "fp32": 2.0**-126, "fp22": 2.0**-126, "tf32": 2.0**-126, "fp16": 2.0**-25, "bf16": 2.0**-126}
+FLOOR |= {"e4m3": 2.0**-10, "e5m2": 2.0**-17}
+"""Absolute error of a store near zero: half the smallest subnormal of a short exponent; elsewhere subnormals may be flushed."""
+LARGEST = {"fp64": 1.7e308, "fp32": 3.4e38, "fp22": 3.4e38, "tf32": 3.4e38, "fp16": 65504.0, "bf16": 3.38e38}
+LARGEST |= {"e4m3": 448.0, "e5m2": 57344.0}
+"""A value beyond may overflow the format."""
+CUT = 3
+"""A truncated sum of n products errs by this many times n unit roundoffs: each product is cut to the largest exponent present
+(one spacing = two roundoffs), the accumulator at least every fourth product (Fasi et al. 2021, PeerJ Comput. Sci. 7:e330)."""
 TANH = 8
 """tanh errs by at most this many unit roundoffs of 1, formed from exp."""
+LOG = 2
+"""log errs by at most this many unit roundoffs: CUDA's logf 1 ulp (CUDA C++ Programming Guide, mathematical functions)."""
 STEPS = 4
 """Roundings around a product besides its sum: Q and K each scaled, the scaled sum, a change of base."""
 SHORTEST_TILE = 16
 """Key tiles are at least this long: the running maximum moves at most len_k / 16 times."""
 UNBOUNDED = 1e100
 """Stands for infinity while bounds are multiplied (infinity times zero is NaN)."""
+FALSE_ALARM = 1e-9
+"""Probability that the decision rule on expected errors accuses an honest kernel, for each case (verify/expectation.py)."""
+RESOLUTION = 0.03
+"""The emulation's own accuracy: order of tiles and FP32 sums move a real kernel's RMSE by up to 2 % (BOUNDS.md, Sharpness)."""
+ORDER = 2
+"""FP32 in another order than the emulation's, or fused, may err by this many times a random roundoff at every step."""
 CLAMP = 30.0
 """exp of a larger exponent error is of no use as a bound, and would overflow."""
+REGRESSION = 0.01
+"""A recorded RMSE may grow by this share of itself: a deterministic kernel repeats its figure to the last digit, and one that
+sums with atomics moves by a few FP32 roundings, far less.
+"""
 
 Terms = dict[str, Tensor]
 
@@ -50,24 +66,27 @@ class Allowance:
 class Units:
     """Unit roundoffs, floors and gammas in force for an arithmetic in a problem."""
 
-    def __init__(self, problem: Problem, arithmetic: Arithmetic) -> None:
-        names = ("scores", "stored_scores", "probs", "accumulate", "output", "dscores", "ds_probs", "group_sum")
-        self.format = {name: arithmetic.format(name, problem.dtype) for name in names}
+    def __init__(self, problem: Problem, arithmetic: Arithmetic, device: str) -> None:
+        self.format = {name: arithmetic.format(name, problem.dtype) for name in ROUNDED}
+        self.cut = {name: CUT if arithmetic.truncates(name, problem.dtype, device) else 1 for name in ("scores", "accumulate")}
         self.u = {name: UNIT[f] for name, f in self.format.items()}
         self.floor = {name: FLOOR[f] for name, f in self.format.items()}
         self.work = UNIT["fp64" if problem.dtype == "fp64" else "fp32"]
-        self.tiles = problem.len_k // SHORTEST_TILE
+        self.tiles = problem.len_k // SHORTEST_TILE + 2 * (arithmetic.splits - 1)  # rescalings, and merges of splits
+        self.exp = 2 * arithmetic.exp_ulp * self.work  # one ulp is two roundoffs
+        self.exp_floor = FLOOR["fp64" if problem.dtype == "fp64" else "fp32"]
         self.stores_scores = self.u["stored_scores"] > self.work
 
     def gamma(self, name: str, terms: int) -> float:
-        """gamma_n of a sum of this many products. In TF32 the two operands are rounded, the sum is FP32."""
+        """gamma_n of a sum of this many products. In TF32 the two operands are narrowed, the sum is FP32."""
         tf32 = self.format[name] == "tf32"
-        n_u = (terms + STEPS) * (UNIT["fp32"] if tf32 else self.u[name]) + (2 * UNIT["tf32"] if tf32 else 0.0)
+        cut = CUT if self.format[name] == "fp22" else self.cut.get(name, 1)
+        n_u = cut * (terms + STEPS) * (UNIT["fp32"] if tf32 else self.u[name]) + (2 * UNIT["tf32"] if tf32 else 0.0)
         return n_u / (1 - n_u) if n_u < 1 else UNBOUNDED
 
     def overflow(self, name: str, size: Tensor) -> Tensor:
         """UNBOUNDED where a value of this size may not fit the format, 0 elsewhere."""
-        return unbounded(size >= LARGEST[self.format[name]])
+        return unbounded(size > LARGEST[self.format[name]])
 
     def store(self, terms: Terms, name: str, exact: Tensor) -> None:
         """Append the rounding of `exact` + what `terms` have moved it by, on its way to memory."""
@@ -99,3 +118,16 @@ def total(terms: Terms) -> Tensor:
 def mapped(terms: Terms, change: Callable[[Tensor], Tensor]) -> Terms:
     """Every part changed."""
     return {name: change(part) for name, part in terms.items()}
+
+
+def narrowed(size: Tensor, fmt: str, rows: int | None, *, columns: int = 1) -> Tensor:
+    """|what quantisation leaves of x - x|: x of sizes [B,H,n,D] through an 8-bit format, the largest of each group (`rows` of a
+    head share a scale, 0: all, None: the tensor) at the format's largest. For norms of rows of so many columns: the error's norm.
+    """
+    if not size.numel():
+        return size
+    step = size.shape[2] if not rows else rows
+    groups = [part.amax((2, 3), keepdim=True).expand(part.shape) for part in size.split(step, 2)]
+    largest = size.amax().expand(size.shape) if rows is None else torch.cat(groups, 2)
+    floor = FLOOR[fmt] / LARGEST[fmt] * largest * columns**0.5
+    return (UNIT[fmt] * size + floor) * (1 + STEPS * UNIT["fp32"]) + STEPS * UNIT["fp32"] * size

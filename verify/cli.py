@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 import time
@@ -152,6 +153,47 @@ def report(
     run_report(
         device, problem=problem, recipe=recipe, targets=kernel or [], dtypes=dtype or [], draws=draws, out=out, console=console
     )
+
+
+@app.command()
+def record(
+    *,
+    kernel: Annotated[list[str] | None, typer.Option(help="only this kernel (name or file); may be repeated")] = None,
+    update: Annotated[bool, typer.Option("--update", help="write the figures into the record of this machine")] = False,
+    device: Device = None,
+) -> None:
+    """Compare every kernel's RMSE with the record of this machine and its versions. Exit code 1 where one is WORSE."""
+    for library in ("OMP", "OPENBLAS", "MKL"):  # sums split among threads end in other digits; read when NumPy loads
+        os.environ[f"{library}_NUM_THREADS"] = "1"
+    device = environment.prepare(device)
+    from verify import recording, registry
+
+    registry.load_bundled()
+    kernels = [k for t in kernel or [] for k in registry.find(t)] or list(registry.REGISTRY.values())
+    machine, names = recording.machine(device), {k.name for k in kernels}
+    recorded = recording.read(recording.FILE).get(machine, {})
+    now, reasons = recording.measure_all(kernels, device)
+    reasons.update(f"{name} is unavailable: {why}" for name, why in registry.UNAVAILABLE.items() if not kernel)
+    changes = recording.compare(recorded, now, names)
+    console.print(_changes(machine, changes))
+    if reasons:
+        console.print(f"no figures: {'; '.join(f'{why} ({count})' for why, count in reasons.items())}", markup=False)
+    if update:
+        recording.update(recording.FILE, machine, names, now)
+        console.print(f"written: {recording.FILE}; review it with `git diff`", markup=False)
+        return
+    console.print("nothing was written; the same command with --update records these figures")
+    raise typer.Exit(int(any(change.mark == "WORSE" for change in changes)))
+
+
+def _changes(machine: str, changes) -> Table:
+    table = Table(title=f"RMSE on {machine}", title_justify="left")
+    for heading in ("kernel", "case", "tensor", "recorded", "now", "ratio", ""):
+        table.add_column(heading, justify="right" if heading in ("recorded", "now", "ratio") else "left", no_wrap=True)
+    for c in changes:
+        figures = ["-" if rmse is None else f"{rmse:.3e}" for rmse in (c.recorded, c.now)]
+        table.add_row(*c.entry.rsplit(" ", 1), c.tensor, *figures, "-" if c.ratio is None else f"{c.ratio:.3f}", c.mark)
+    return table
 
 
 def _conventions(kernel, device: str) -> Table:

@@ -1,13 +1,11 @@
-"""How the roundings of a declared arithmetic reach the output: the proved bound, element by element, from the case's own inputs.
+"""How the roundings of a declared arithmetic reach out and lse: the proved bound, element by element (derived in BOUNDS.md).
 
-With s the scores, p the softmax, D_i = sum_j p_ij d_ij:
+With s the scores, p the softmax, o the exact output, e_j the error of the argument of key j's exponential:
 
-    weights     p^_j = p_j (1 + delta_j) / sum_j p_j (1 + delta_j),  |delta_j| <= d_j = expm1(e_j),
-                e_j the error of the score and of the argument of its exponential, rescalings included
-    out         |o^ - o| <= sum_j p_j d_j |v_j - o| / (1 - D), then P rounded, the sum over keys, the store
-    lse         |l^ - l| <= -log1p(-D) + gamma + the rounding of its terms
-    gradients   P recomputed from lse, dP = dO V^T, delta = rowsum(dO * out), dS = P * (dP - delta): each with its error,
-                carried into the products that follow
+    weights     p^_j = p_j (1 + delta_j) / sum_j p_j (1 + delta_j),  |delta_j| <= d_j = expm1(e_j),  D = sum_j p_j d_j
+    out         |o^ - o| <= (sum_j p_j d_j (|v_j| + |o|) / (1 - D) + P stored + V quantised + the sum) / (1 - eta) + the store,
+                eta the relative error of the row sum
+    lse         |l^ - l| <= -log1p(-D) - log1p(-eta) + the logarithm
 
 Errors are propagated in the order in which they arise, so products of two errors are in the bound. Where it cannot be formed
 (a declared format overflows, D >= 1) it is infinite: such a case says nothing there, and is counted as uninformative.
@@ -15,7 +13,7 @@ Errors are propagated in the order in which they arise, so products of two error
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,197 +21,139 @@ from torch import Tensor
 from verify.arithmetic import Arithmetic
 from verify.bounds import (
     CLAMP,
-    EXP,
     STEPS,
     TANH,
     UNBOUNDED,
     UNIT,
-    Allowance,
     Terms,
     Units,
     finite,
-    mapped,
+    narrowed,
     reciprocal,
     total,
     unbounded,
 )
-from verify.exact import Block, Exact, by_key, from_keys, to_keys, ungrouped
+from verify.case import Inputs
+from verify.exact import Block, by_key, from_keys, grouped
 from verify.problem import Problem
 
 
-def allowance(problem: Problem, exact: Exact, blocks: Iterable[Block], arithmetic: Arithmetic) -> dict[str, Allowance]:
-    """The proved bound for out, lse and, where problem.grads, dq, dk, dv, dbias of a kernel of this arithmetic.
-
-    `blocks` is the exact softmax of the same inputs. The float64 oracle's own error is included: every part grows at least
-    linearly with the unit roundoffs, so the oracle's share is at most the ratio of FP64's to the working format's.
+@dataclass(frozen=True)
+class Operands:
+    """What quantisation may have moved q [B,H,Q,D], k [B,Hk,K,D], v [B,Hk,K,Dv] by, element by element; and for Q K^T the sizes
+    and errors to multiply: the same, or the norms of rows [..., 1] where the kernel rotates them (Cauchy-Schwarz).
     """
-    units = Units(problem, arithmetic)
-    by_row: dict[str, list[Terms]] = {"out": [], "lse": []}
-    if problem.grads:
-        by_row |= {"dq": []} | ({"dbias": []} if exact.dbias is not None else {})
-    by_key_sums: dict[str, Terms] = {"dk": {}, "dv": {}}
-    for block in blocks:
-        rows = _Rows(problem, block, units, arithmetic)
-        by_row["out"].append(mapped(rows.out, ungrouped))
-        by_row["lse"].append(mapped(rows.lse, lambda t: ungrouped(t).squeeze(-1)))
-        if problem.grads:
-            gradients = _gradients(problem, block, units, arithmetic, rows)
-            for name, sums in by_key_sums.items():
-                _accumulate(sums, gradients.pop(name))
-            for name, terms in gradients.items():
-                by_row[name].append(mapped(terms, ungrouped))
-    result = {name: _joined(pieces) for name, pieces in by_row.items()}
-    if problem.grads:
-        for name, terms in by_key_sums.items():
-            if terms:
-                units.store(terms, "output", getattr(exact, name))
-        result |= by_key_sums
-    if "dbias" in result and exact.dbias is not None:
-        result["dbias"] = _broadcast_sum(result["dbias"], exact.dbias, units)
-    return {name: _closed(terms, getattr(exact, name), UNIT["fp64"] / units.work) for name, terms in result.items()}
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    q_pair: tuple[Tensor, Tensor]
+    k_pair: tuple[Tensor, Tensor]
+
+    @classmethod
+    def of(cls, inputs: Inputs, arithmetic: Arithmetic) -> Operands | None:
+        """None where nothing is quantised."""
+        how = arithmetic.quantised
+        if how is None:
+            return None
+        x = inputs.exact(inputs.q.device)
+        pairs = []
+        for t in (x.q, x.k):
+            size = t.norm(dim=-1, keepdim=True) if how.rotated else t.abs()
+            pairs.append((size, narrowed(size, how.format, how.rows, columns=t.shape[-1] if how.rotated else 1)))
+        q, k = (pair[1].expand(t.shape) for pair, t in zip(pairs, (x.q, x.k), strict=True))
+        return cls(q, k, narrowed(x.v.abs(), how.format, how.rows), pairs[0], pairs[1])
 
 
-class _Rows:
+class Rows:
     """The forward bound for a block of rows: out and lse as terms, and what the backward needs of the weights' error."""
 
-    def __init__(self, problem: Problem, b: Block, units: Units, arithmetic: Arithmetic) -> None:
-        self.problem, self.block, self.units, self.arithmetic = problem, b, units, arithmetic
-        self.score, self.overflow = _score_error(problem, b, units)
-        argument = STEPS * units.work * (b.s.abs() + b.row_max.abs()) + (1 + units.tiles) * (EXP + 1) * units.work
+    def __init__(self, problem: Problem, b: Block, units: Units, arithmetic: Arithmetic, operands: Operands | None) -> None:
+        self.problem, self.block, self.units, self.arithmetic, self.operands = problem, b, units, arithmetic, operands
+        self.score, self.overflow = _score_error(problem, b, units, arithmetic, operands)
+        merged = finite(b.lse).abs() if arithmetic.splits > 1 else 0.0
+        argument = STEPS * units.work * (b.s.abs() + b.row_max.abs() + merged)
+        argument = argument + (1 + units.tiles) * (units.exp + units.work)
         self.exponent = self.score + argument
+        if arithmetic.exp == "fused":  # the argument may be positive
+            self.overflow = self.overflow + unbounded(argument.amax(-1, keepdim=True) > CLAMP) if problem.len_k else self.overflow
         p_d = b.p * torch.expm1(self.exponent.clamp(max=CLAMP))
         spread = p_d.sum(-1, keepdim=True)
+        held = torch.exp(b.row_max - finite(b.lse))  # 1 / row sum of exp(s - max)
+        held = torch.ones_like(held) if arithmetic.normalized_probs else held
+        flushed = max(units.floor["probs"] / arithmetic.probs_scale, units.exp_floor)
+        self.flushed = flushed * (held * reciprocal(1 - spread)).clamp(max=1.0)  # of each P, over the row sum, at least 1
+        self.overflow = self.overflow + units.overflow("probs", torch.full_like(b.lse, arithmetic.probs_scale))
+        sees = b.visible.sum(-1, keepdim=True)
+        rounded = units.u["probs"] + self.flushed * sees if arithmetic.rowsum == "rounded" else torch.zeros_like(b.lse)
+        summed = units.work * (problem.len_k + units.tiles + STEPS)
+        self.eta = (rounded + summed).clamp(max=1 - UNIT["fp64"])
         self.out = self._out(p_d, spread)
         self.lse = self._lse(spread)
 
     def _out(self, p_d: Tensor, spread: Tensor) -> Terms:
-        b, units, rounded_sum = self.block, self.units, float(self.arithmetic.rowsum == "rounded")
+        b, units = self.block, self.units
         v, o, u_p = b.v.abs(), b.out.abs(), units.u["probs"]
+        everything = v.sum(-2, keepdim=True).unsqueeze(2)
         hull = (v.amax(-2, keepdim=True) if self.problem.len_k else v.new_zeros(1, 1, 1, 1)).unsqueeze(2)  # [B,Hk,1,1,Dv]
-        grow = reciprocal(1 - spread)
+        grow, held_grow = reciprocal(1 - spread), reciprocal(1 - self.eta)
         moved = from_keys(p_d, v)
         mass = torch.minimum((from_keys(b.p, v) + moved) * grow, hull)
         terms = {"scores and exponentials": torch.minimum((moved + o * spread) * grow, hull + o) + self.overflow}
-        held = 1.0 if self.arithmetic.normalized_probs else torch.exp(b.row_max - finite(b.lse))  # 1/l, at most 1
-        flushed = units.floor["probs"] * held * v.sum(-2, keepdim=True).unsqueeze(2)
-        terms[f"P in {units.format['probs']}"] = u_p * (mass + rounded_sum * o) + flushed
+        if self.operands is not None:
+            lost = from_keys(b.p + p_d, self.operands.v) * grow
+            terms["V quantised"], mass, o_size = lost, mass + lost, o + lost
+        else:
+            o_size = o
+        flushed = self.flushed * (from_keys(b.visible.to(v.dtype).expand(b.p.shape), v) if self._short() else everything)
+        terms[f"P in {units.format['probs']}"] = u_p * mass + flushed
         gamma = units.gamma("accumulate", self.problem.len_k + units.tiles)
-        terms["sum over keys"] = gamma * (mass * (1 + u_p) + o + total(terms))
+        terms["sum over keys"] = gamma * (mass * (1 + u_p) + flushed)
+        terms["row sum"] = self.eta * (o_size + total(terms))
+        terms = {name: part * held_grow for name, part in terms.items()}
         units.store(terms, "output", b.out)
         return terms
 
+    def _short(self) -> bool:
+        """Whether P's format has a short exponent: then it matters which keys are visible, since only those can be flushed."""
+        return self.units.floor["probs"] > self.units.exp_floor
+
     def _lse(self, spread: Tensor) -> Terms:
-        units, len_k, lse = self.units, self.problem.len_k, finite(self.block.lse)
-        rounded = units.u["probs"] + units.floor["probs"] * len_k if self.arithmetic.rowsum == "rounded" else 0.0
+        lse = finite(self.block.lse)
         moved = -torch.log1p(-spread.clamp(max=1 - UNIT["fp64"])) + unbounded(spread >= 1)
         return {
             "scores and exponentials": moved + self.overflow,
-            "row sum": torch.full_like(lse, rounded + units.work * (len_k + units.tiles + STEPS)),
-            "logarithm": STEPS * units.work * (lse.abs() + 2 * self.block.row_max.abs() + 1),
+            "row sum": -torch.log1p(-self.eta) + unbounded(self.eta >= 1 - UNIT["fp64"]),
+            "logarithm": STEPS * self.units.work * (lse.abs() + 2 * self.block.row_max.abs() + 1),
         }
 
 
-def _score_error(problem: Problem, b: Block, units: Units) -> tuple[Tensor, Tensor]:
-    """|s^ - s| [B,Hk,G,n,K]: the product Q K^T, each store of S in the declared format, softcap, bias. And where a row may
-    overflow that format, whichever way the scale is applied: UNBOUNDED [B,Hk,G,n,1].
+def _score_error(
+    problem: Problem, b: Block, units: Units, arithmetic: Arithmetic, operands: Operands | None
+) -> tuple[Tensor, Tensor]:
+    """|s^ - s| [B,Hk,G,n,K]: quantised operands, the product Q K^T, each store of S in the declared format, softcap, bias. And
+    where a row may overflow that format, whichever way the scale is applied: UNBOUNDED [B,Hk,G,n,1].
     """
-    size, u = by_key(b.q.abs(), b.k.abs()), units.u["stored_scores"]
-    error = abs(problem.softmax_scale) * units.gamma("scores", problem.dim_qk) * size
-    error = error + 2 * u * (b.raw.abs() + error)
+    scale, u, floor = abs(problem.softmax_scale), units.u["stored_scores"], units.floor["stored_scores"]
+    size = by_key(b.q.abs(), b.k.abs())
+    error = units.gamma("scores", problem.dim_qk) * size
+    if arithmetic.scaled_query:
+        floor_q = units.floor["output"] / (scale or UNBOUNDED)
+        stored = UNIT[problem.dtype] * size + floor_q * b.k.abs().sum(-1)[:, :, None, None, :]
+        error = error + stored * (1 + units.gamma("scores", problem.dim_qk))
+    if operands is not None:
+        (q_size, q_error), (k_size, k_error) = operands.q_pair, operands.k_pair
+        q_size, q_error = (grouped(t[:, :, b.rows], problem) for t in (q_size, q_error))
+        moved = by_key(q_error, k_size) + by_key(q_size + q_error, k_error)
+        error = error + moved * (1 + units.gamma("scores", problem.dim_qk))
+    error = scale * error
+    error = error + 2 * u * (b.raw.abs() + error) + 2 * floor
     if problem.softcap:
-        error = error + TANH * units.work * problem.softcap + 2 * u * (b.capped.abs() + error)
+        error = error + u * (b.raw.abs() + error) + floor * problem.softcap  # s / softcap
+        error = error + TANH * units.work * problem.softcap + 2 * u * (b.capped.abs() + error) + 2 * floor * problem.softcap
     if b.bias is not None:
-        error = error + (units.work + u) * b.bias.abs() + u * (b.s.abs() + error)
+        error = error + (units.work + u) * b.bias.abs() + u * (b.s.abs() + error) + 2 * floor
     if not problem.len_k:
         return error, torch.zeros_like(b.row_max)
-    largest = (size * max(1.0, abs(problem.softmax_scale)) + b.s.abs()).amax(-1, keepdim=True)
+    largest = (size * max(1.0, scale) + b.s.abs()).amax(-1, keepdim=True)
     return error, units.overflow("stored_scores", largest)
-
-
-def _gradients(problem: Problem, b: Block, units: Units, arithmetic: Arithmetic, rows: _Rows) -> dict[str, Terms]:
-    """Terms of dq, dbias for these rows and what the rows add to dk, dv; the stores of dk, dv come after the sum."""
-    k, q, do, scale = b.k.abs(), b.q.abs(), b.do.abs(), abs(problem.softmax_scale)
-    e_p, e_ds, ds = _ds_error(problem, b, units, arithmetic, rows)
-    result: dict[str, Terms] = {}
-    if problem.bias not in ("none", "alibi"):
-        parts = units.u["dscores"] + units.u["output"] if problem.bias != "bhqk" else units.u["dscores"]  # stored before summed
-        result["dbias"] = {"dS": e_ds, "dS stored": parts * (ds.abs() + e_ds) + units.floor["dscores"] + units.floor["output"]}
-    if problem.softcap:
-        slope = 1 - (b.capped / problem.softcap) ** 2
-        e_slope = 2 * (rows.score / problem.softcap + TANH * units.work).clamp(max=1)
-        ds, e_ds = ds * slope, e_ds * slope + (ds.abs() + e_ds) * e_slope
-    size = ds.abs() + e_ds
-    stores = 2 if units.stores_scores else 1  # dS, and scale * dS
-    r_ds = stores * (units.u["dscores"] * size + units.floor["dscores"] / min(1.0, scale or 1.0)) + units.overflow(
-        "dscores", size
-    )
-    r_p = 0.0 * b.p if arithmetic.normalized_probs else units.u["probs"] * (b.p + e_p) + units.floor["probs"]
-    key_sum = problem.len_q * problem.group
-    names = (f"dS in {units.format['dscores']}", f"P in {units.format['probs']}")
-    result["dq"] = {"dS": scale * from_keys(e_ds, k), names[0]: scale * from_keys(r_ds, k)}
-    result["dq"]["sum over keys"] = units.gamma("accumulate", problem.len_k) * scale * from_keys(size + r_ds, k)
-    if arithmetic.spill:
-        spills = -(-problem.len_k // arithmetic.spill[1])
-        result["dq"]["partial sums stored"] = spills * (
-            units.u["output"] * scale * from_keys(size + r_ds, k) + units.floor["output"]
-        )
-    units.store(result["dq"], "output", problem.softmax_scale * from_keys(ds, b.k))
-    gamma = units.gamma("accumulate", key_sum) + (units.gamma("group_sum", problem.group) if problem.group > 1 else 0.0)
-    partial = problem.group * (
-        1 + (-(-problem.len_q // arithmetic.spill[0]) if arithmetic.spill else 0)
-    )  # stores of partial sums
-    gamma += partial * units.u["output"] if arithmetic.spill else 0.0
-    floor = partial * max(units.floor["group_sum"], units.floor["output"]) * (1 + scale)
-    result["dk"] = {"dS": scale * to_keys(e_ds, q), names[0]: scale * to_keys(r_ds, q)}
-    result["dk"]["sum over rows"] = gamma * scale * to_keys(size + r_ds, q) + floor
-    result["dv"] = {"scores and exponentials": to_keys(e_p, do), names[1]: to_keys(r_p, do)}
-    result["dv"]["sum over rows"] = gamma * to_keys(b.p + e_p + r_p, do) + floor
-    return result
-
-
-def _ds_error(problem: Problem, b: Block, units: Units, arithmetic: Arithmetic, rows: _Rows) -> tuple[Tensor, Tensor, Tensor]:
-    """(error of P, error of dS, dS), each [B,Hk,G,n,K], before dS is rounded and before the slope of a softcap."""
-    lse_error = total(rows.lse)
-    exponent = rows.exponent + lse_error + STEPS * units.work * finite(b.lse).abs()
-    e_p = b.p * (torch.expm1(exponent.clamp(max=CLAMP)) + unbounded(exponent > CLAMP))
-    e_p = e_p + rows.overflow  # 0 * NaN: a row that overflows reaches the keys that are hidden from it, too
-    if arithmetic.normalized_probs:  # a softmax function keeps its rounded output for the backward
-        e_p = e_p + units.u["probs"] * (b.p + e_p) + units.floor["probs"] * b.visible
-    dp = by_key(b.do, b.v)
-    e_dp = (units.gamma("scores", problem.dim_v) + units.u["stored_scores"]) * by_key(b.do.abs(), b.v.abs())
-    delta = (b.p * dp).sum(-1, keepdim=True)
-    if arithmetic.delta == "out":
-        o_error, o_size = total(rows.out), b.out.abs()
-        e_delta = (b.do.abs() * (o_error + (problem.dim_v + STEPS) * units.work * (o_size + o_error))).sum(-1, keepdim=True)
-    else:
-        terms = e_p * dp.abs() + (b.p + e_p) * e_dp
-        e_delta = (terms + (problem.len_k + STEPS) * units.work * (b.p * dp.abs() + terms)).sum(-1, keepdim=True)
-    factor = e_p + units.u["ds_probs"] * (b.p + e_p) + units.floor["ds_probs"] * b.visible
-    e_ds = factor * (dp - delta).abs() + (b.p + factor) * (e_dp + e_delta + STEPS * units.work * (dp.abs() + delta.abs()))
-    return e_p, e_ds, b.p * (dp - delta)
-
-
-def _broadcast_sum(terms: Terms, dbias: Tensor, units: Units) -> Terms:
-    """dBias is summed over the dimensions that the bias is broadcast in, in the group-sum format, and stored."""
-    over = [n for n in (0, 1) if dbias.shape[n] == 1]
-    summed = mapped(terms, lambda t: t.sum(over, keepdim=True) if over else t)
-    if summed:
-        units.store(summed, "output", dbias)
-    return summed
-
-
-def _closed(terms: Terms, exact: Tensor, oracle_share: float) -> Allowance:
-    terms = mapped(terms, lambda t: t.expand_as(exact)) if terms else {"empty sum": torch.zeros_like(exact)}
-    limit = total(terms) * (1 + oracle_share)
-    if limit.isnan().any():
-        raise AssertionError("a bound is NaN: that is a defect of verify/bounds.py, report it with the case")
-    return Allowance(limit.masked_fill(limit >= UNBOUNDED, torch.inf), terms)
-
-
-def _accumulate(sums: Terms, terms: Terms) -> None:
-    for name, part in terms.items():
-        sums[name] = sums[name] + part if name in sums else part
-
-
-def _joined(pieces: list[Terms]) -> Terms:
-    return {name: torch.cat([piece[name] for piece in pieces], dim=2) for name in (pieces[0] if pieces else ())}

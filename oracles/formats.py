@@ -1,0 +1,152 @@
+"""Number formats: float64 tensors rounded as a format rounds, added as a processor adds, quantised as a kernel quantises."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from verify.arithmetic import Quantisation
+from verify.case import TORCH_DTYPES, Inputs
+from verify.exact import by_key, from_keys, to_keys
+from verify.problem import Problem
+
+EIGHT_BITS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+STORED_BITS = {"fp32": 23, "fp22": 13, "tf32": 10}
+"""Stored bits of the significand."""
+MMA_TERMS = 16
+"""Products that one tensor-core instruction adds to the accumulator at a time (16-bit operands, wgmma k16)."""
+USUAL_ULP = 2.0
+"""What every exponential may be off by: no cause to expect an error of its own."""
+_CONTRACTED = {by_key: (-1, -1), from_keys: (-1, -2), to_keys: (-2, -2)}
+Form = Callable[[Tensor, Tensor], Tensor]
+
+
+def truncated(x: Tensor, fmt: str) -> Tensor:
+    """x (float64) cut towards zero to the stored bits of fp32, fp22 or tf32; its exponent range is left alone."""
+    cut = 52 - STORED_BITS[fmt]
+    return ((x.contiguous().view(torch.int64) >> cut) << cut).view(torch.float64)
+
+
+def to_tf32(x: Tensor) -> Tensor:
+    """Round to nearest, ties to even, at 10 stored bits of significand."""
+    bits = x.to(torch.float32).view(torch.int32)
+    return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+
+
+def rounded(x: Tensor, fmt: str) -> Tensor:
+    """x as float64, rounded to nearest in this format. Overflow is infinite; in the 8-bit formats it saturates."""
+    if fmt in EIGHT_BITS:
+        largest = torch.finfo(EIGHT_BITS[fmt]).max
+        return x.clamp(-largest, largest).to(torch.float32).to(EIGHT_BITS[fmt]).to(torch.float64)
+    if fmt == "fp22":
+        return truncated(x.to(torch.float32).to(torch.float64), fmt)
+    return (to_tf32(x) if fmt == "tf32" else x.to(TORCH_DTYPES[fmt])).to(torch.float64)
+
+
+class Nearest:
+    """Every rounding to nearest. With work=False whatever happens in FP32 is exact: only the narrow roundings are left."""
+
+    def __init__(self, *, work: bool = True) -> None:
+        self.work = work
+        self.generators: dict[torch.device, torch.Generator] = {}
+
+    def store(self, x: Tensor, fmt: str) -> Tensor:
+        """x as this format holds it."""
+        return x if fmt == "fp64" or (fmt == "fp32" and not self.work) else rounded(x, fmt)
+
+    def function(self, name: str, x: Tensor, fmt: str, ulp: float) -> Tensor:
+        """The result x of `name` (exp, log, tanh) in this format; off at random where it is declared to be off by many ulp."""
+        if ulp > USUAL_ULP and self.work:
+            x = self._random(x, 2 * ulp * x.abs())
+        return self.store(x, fmt)
+
+    def _random(self, x: Tensor, size: Tensor) -> Tensor:
+        """x moved by up to FP32's unit roundoff of `size`, evenly distributed."""
+        if x.device not in self.generators:
+            self.generators[x.device] = torch.Generator(x.device).manual_seed(1)
+        draw = 2 * torch.rand(x.shape, dtype=x.dtype, device=x.device, generator=self.generators[x.device]) - 1
+        return torch.where(x.isfinite(), x + draw * size.nan_to_num() * 2.0 ** -(STORED_BITS["fp32"] + 1), x)
+
+    def total(self, x: Tensor, fmt: str) -> Tensor:
+        """The sum along the last dimension, kept."""
+        return x.sum(-1, keepdim=True) if fmt == "fp64" or not self.work else x.float().sum(-1, keepdim=True).double()
+
+    def product(self, form: Form, a: Tensor, b: Tensor, fmt: str, *, cut: bool) -> Tensor:
+        """`form` (by_key, from_keys, to_keys) of a and b, accumulated in this format; cut: by truncation, as tensor cores do."""
+        if fmt == "fp64" or (fmt in ("fp32", "tf32") and not self.work):
+            return form(a, b)
+        if cut or fmt == "fp22":
+            return _by_instructions(form, a, b, "fp22" if fmt == "fp22" else "fp32")
+        return form(a.float(), b.float()).to(torch.float64)
+
+
+class Jittered(Nearest):
+    """Narrow formats to nearest; a random error of up to one unit roundoff wherever FP32 rounds: honest kernels differ by it."""
+
+    def __init__(self) -> None:
+        super().__init__(work=False)
+
+    def function(self, name: str, x: Tensor, fmt: str, ulp: float) -> Tensor:
+        """The function's result, off by up to its error."""
+        return self._random(x, (2 * ulp if name == "exp" else 2) * x.abs()) if fmt == "fp32" else x
+
+    def store(self, x: Tensor, fmt: str) -> Tensor:
+        """x as this format holds it; FP32 at random."""
+        return self._random(x, x.abs()) if fmt == "fp32" else super().store(x, fmt)
+
+    def total(self, x: Tensor, fmt: str) -> Tensor:
+        """The sum, off by up to a roundoff of the sum of sizes."""
+        return self._random(x.sum(-1, keepdim=True), x.abs().sum(-1, keepdim=True))
+
+    def product(self, form: Form, a: Tensor, b: Tensor, fmt: str, *, cut: bool) -> Tensor:
+        """The product, off by up to a roundoff of the sum of sizes."""
+        exact = super().product(form, a, b, fmt, cut=cut)
+        return exact if fmt in ("fp64", "fp22") else self._random(exact, form(a.abs(), b.abs()))
+
+
+def _by_instructions(form: Form, a: Tensor, b: Tensor, fmt: str) -> Tensor:
+    """An exact sum of MMA_TERMS products at a time, added to the accumulator, which is cut."""
+    along_a, along_b = _CONTRACTED[form]
+    total = torch.zeros((), dtype=torch.float64, device=a.device)
+    for start in range(0, a.shape[along_a], MMA_TERMS):
+        terms = min(MMA_TERMS, a.shape[along_a] - start)
+        total = truncated(total + form(a.narrow(along_a, start, terms), b.narrow(along_b, start, terms)), fmt)
+    return total if total.dim() else form(a, b)
+
+
+def quantised(problem: Problem, inputs: Inputs, how: Quantisation) -> Inputs:
+    """q, k, v (any dtype) as float64 tensors of what the kernel has left of them: dequantised, and rotated back."""
+    turn = _rotation(problem.dim_qk, inputs.q.device) if how.rotated else None
+    x = inputs.exact(inputs.q.device)
+    q, k = ((_narrowed(t @ turn, how) @ turn.T) if turn is not None else _narrowed(t, how) for t in (x.q, x.k))
+    return Inputs(q, k, _narrowed(x.v, how), x.do, x.bias, x.slopes)
+
+
+def _narrowed(x: Tensor, how: Quantisation) -> Tensor:
+    """[B,H,n,D] through the 8-bit format and back, a float32 scale for each group of rows."""
+    if how.rows:
+        return torch.cat([_scaled(part, how.format, (2, 3)) for part in x.split(how.rows, 2)], 2) if x.shape[2] else x
+    return _scaled(x, how.format, (0, 1, 2, 3) if how.rows is None else (2, 3))
+
+
+def _scaled(x: Tensor, fmt: str, over: tuple[int, ...]) -> Tensor:
+    if not x.numel():
+        return x
+    scale = (x.abs().amax(over, keepdim=True) / torch.finfo(EIGHT_BITS[fmt]).max).float().double()
+    scale = scale.masked_fill(scale == 0, 1.0)
+    return rounded(x / scale, fmt) * scale
+
+
+def _rotation(dim: int, device: torch.device) -> Tensor:
+    """A random orthogonal matrix [D,D], the same for Q and K: signs times Hadamard where D is a power of two, else from QR."""
+    generator = torch.Generator().manual_seed(dim)
+    if dim & (dim - 1):
+        return torch.linalg.qr(torch.randn(dim, dim, dtype=torch.float64, generator=generator))[0].to(device)
+    turn = torch.ones(1, 1, dtype=torch.float64)
+    while turn.shape[0] < dim:
+        turn = torch.cat([torch.cat([turn, turn], 1), torch.cat([turn, -turn], 1)], 0)
+    signs = torch.randint(0, 2, (dim, 1), generator=generator).double() * 2 - 1
+    return (signs * turn / math.sqrt(dim)).to(device)

@@ -1,0 +1,118 @@
+"""How far a kernel should be from the exact answer, and when its error is too large, or leans to one side, to be an honest one's.
+
+An emulation of the declared arithmetic is one honest kernel on these very inputs. Were the kernel another, then its squared error
+and the emulation's could be swapped in every row without anybody noticing: their difference d_r is symmetric about 0, and
+
+    P( sum_r d_r > t sqrt(sum_r d_r^2) ) <= exp(-t^2 / 2)            (Hoeffding's inequality on the signs; Efron 1969)
+
+whatever the distribution, if rows err independently. Where they don't, columns do (an error of delta or of a key's V is shared
+by a whole column of rows), so the smaller of the two statistics counts. Derivation, limits, what it catches: verify/BOUNDS.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from verify.bounds import FALSE_ALARM, ORDER, RESOLUTION
+from verify.exact import Exact
+
+DIRECTIONS = {"alpha": "a factor on the output", "bias": "a constant offset", "tilt": "another softmax scale"}
+"""What a signed error is compared with: the exact tensor, ones, and the derivative by the logarithm of the scale (out only)."""
+
+
+@dataclass(frozen=True)
+class Surprise:
+    """A test that an honest kernel fails less often than FALSE_ALARM: of the size of the error, or of its lean to one side."""
+
+    what: str
+    score: float
+    level: float
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """Honest errors on one case. `emulate(kind)` for `nearest`, `exact fp32` and `jittered` gives the emulations, when needed."""
+
+    exact: Exact
+    emulate: Callable[[str], Exact]
+    tilt: Tensor
+    tests: int
+    """How many tests share FALSE_ALARM."""
+
+    @cached_property
+    def nearest(self) -> Exact:
+        """Every rounding to nearest."""
+        return self.emulate("nearest")
+
+    @cached_property
+    def without_fp32(self) -> Exact:
+        """FP32 taken as exact."""
+        return self.emulate("exact fp32")
+
+    @cached_property
+    def jittered(self) -> Exact:
+        """A random error of one roundoff wherever FP32 rounds."""
+        return self.emulate("jittered")
+
+    def errors(self, name: str, got: Tensor) -> tuple[Tensor, Tensor]:
+        """(the kernel's, the emulation's) signed errors of one tensor, [B,H,n,C]; 0 where any of them is not finite."""
+        exact, honest = getattr(self.exact, name), getattr(self.nearest, name)
+        mine, its = got.to(torch.float64) - exact, honest - exact
+        judged = mine.isfinite() & its.isfinite()
+        return _columns(torch.where(judged, mine, 0.0)), _columns(torch.where(judged, its, 0.0))
+
+    def surprise(self, name: str, got: Tensor) -> Surprise | None:
+        """Why no honest kernel gives this, or None. First with the emulation's resolution as the only slack, then FP32's."""
+        for slack in (False, True):
+            found = self._worst(name, got, with_order=slack)
+            if found.score <= found.level:
+                return None
+        return found
+
+    def _worst(self, name: str, got: Tensor, *, with_order: bool) -> Surprise:
+        mine, honest = self.errors(name, got)
+        level, order = math.sqrt(2 * math.log(self.tests / FALSE_ALARM)), 0.0 * honest
+        margin = ((1 + RESOLUTION) ** 2 - 1) * honest * honest
+        if with_order:
+            narrow = _columns(getattr(self.without_fp32, name) - getattr(self.nearest, name)).nan_to_num(0.0, 0.0, 0.0)
+            jitter = _columns(getattr(self.jittered, name) - getattr(self.nearest, name)).nan_to_num(0.0, 0.0, 0.0)
+            order = ORDER * torch.hypot(narrow, jitter)
+            margin = margin + order * order
+        whole, heads = scores(mine * mine - honest * honest, margin)
+        found = [Surprise("error", whole, level)]
+        if heads.numel() > 1:
+            at = int(heads.argmax())
+            where = f"error in head {at % heads.shape[1]} of batch entry {at // heads.shape[1]}"
+            found.append(Surprise(where, heads.max().item(), level))
+        for direction, along in self._directions(name).items():
+            score = max(scores(side, order * along.abs())[0] for side in ((mine - honest) * along, (honest - mine) * along))
+            found.append(Surprise(direction, score, level))
+        return max(found, key=lambda s: s.score / s.level)
+
+    def _directions(self, name: str) -> dict[str, Tensor]:
+        exact = _columns(getattr(self.exact, name))
+        exact = exact.masked_fill(~exact.isfinite(), 0.0)
+        return {"alpha": exact, "bias": torch.ones_like(exact)} | ({"tilt": self.tilt} if name == "out" else {})
+
+
+def scores(d: Tensor, margin: Tensor) -> tuple[float, Tensor]:
+    """(sum of d - margin) / sqrt(sum of squares of d), rows or columns as units, the smaller: of all [B,H,n,C], and [B,H]."""
+    excess = (d - margin).sum((2, 3))
+    units = [d.sum(-1).square().sum(-1)] + ([d.sum(-2).square().sum(-1)] if d.shape[-1] > 1 else [])  # each [B,H]
+    heads = torch.stack([_ratio(excess, u) for u in units]).amin(0)
+    whole = min(_ratio(excess.sum(), u.sum()).item() for u in units)
+    return whole, heads
+
+
+def _ratio(excess: Tensor, squares: Tensor) -> Tensor:
+    return torch.where(squares > 0, excess / squares.sqrt().clamp(min=torch.finfo(torch.float64).tiny), 0.0)
+
+
+def _columns(x: Tensor) -> Tensor:
+    return x.unsqueeze(-1) if x.dim() == 3 else x  # lse [B,H,Q] is one column
