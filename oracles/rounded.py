@@ -7,6 +7,7 @@ answer. How each rounding goes is handed in (formats.Nearest by default), so tha
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -178,8 +179,17 @@ def running_max(s: Tensor, row_max: Tensor, arithmetic: Arithmetic) -> Tensor:
     return torch.where(held == -torch.inf, row_max, held)
 
 
-def emulate(problem: Problem, inputs: Inputs, arithmetic: Arithmetic, rounding: Rounding = NEAREST) -> Exact:
-    """out, lse and, where problem.grads, the gradients that an honest kernel of this arithmetic gives."""
+def emulate(
+    problem: Problem,
+    inputs: Inputs,
+    arithmetic: Arithmetic,
+    rounding: Rounding = NEAREST,
+    blocks: Iterable[Block] | None = None,
+) -> Exact:
+    """out, lse and, where problem.grads, the gradients that an honest kernel of this arithmetic gives.
+
+    `blocks`: the exact softmax of these inputs, where it is at hand and the kernel does not quantise.
+    """
     if arithmetic.quantised:
         inputs = quantised(problem, inputs, arithmetic.quantised)
     emulator, shapes = _Emulator(problem, arithmetic, rounding, inputs.q.device.type), problem.shapes
@@ -191,7 +201,7 @@ def emulate(problem: Problem, inputs: Inputs, arithmetic: Arithmetic, rounding: 
             if name in shapes
         }
     dk = dv = torch.zeros((), dtype=torch.float64, device=inputs.q.device)
-    for block in dense.blocks(problem, inputs):
+    for block in blocks or dense.blocks(problem, inputs):
         out, lse, p, slope = emulator.forward(block)
         result["out"][:, :, block.rows], result["lse"][:, :, block.rows] = ungrouped(out), ungrouped(lse).squeeze(-1)
         if problem.grads:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 
 import torch
@@ -13,7 +13,7 @@ from verify.allowance import allowance
 from verify.arithmetic import Arithmetic
 from verify.bounds import FALSE_ALARM, Allowance
 from verify.case import Case, Inputs
-from verify.exact import Exact, from_keys, ungrouped
+from verify.exact import Block, Exact, from_keys, ungrouped
 from verify.expectation import DIRECTIONS, Expectation, Surprise
 from verify.finding import Finding
 from verify.guard import Output
@@ -27,6 +27,8 @@ IN_FLOAT64 = Arithmetic(
 )
 
 
+KEPT = 8
+"""Blocks are kept for reuse up to this fraction of the oracle's own block size."""
 SAMPLE, DISTINCT = 4096, 0.9
 """So many scores are looked at, and so many of them must differ, for roundings to be taken as independent."""
 
@@ -44,23 +46,40 @@ class Truth:
         """cpu or cuda."""
         return self.inputs.q.device.type
 
+    def blocks(self) -> Iterable[Block]:
+        """The exact softmax, block by block; kept where it is one block."""
+        if self._one_block is not None:
+            return self._one_block
+        return dense.blocks(self.problem, self.inputs)
+
+    @cached_property
+    def _one_block(self) -> list[Block] | None:
+        p = self.problem
+        small = p.batch * p.heads_q * p.len_q * p.len_k <= dense.BLOCK_ELEMENTS[self.device] // KEPT
+        return list(dense.blocks(p, self.inputs)) if small else None
+
     def allowances(self, arithmetic: Arithmetic) -> dict[str, Allowance]:
         """How far each tensor of a kernel of this arithmetic may be from the exact answer."""
-        return allowance(self.problem, self.inputs, self.exact, dense.blocks(self.problem, self.inputs), arithmetic)
+        return allowance(self.problem, self.inputs, self.exact, self.blocks(), arithmetic)
 
     def expectation(self, arithmetic: Arithmetic) -> Expectation | None:
         """What honest kernels of this arithmetic are off by here; None where roundings repeat, so that no statistics apply."""
         if self.problem.dtype == "fp64" or not self.generic:
             return None
-        kinds = {"nearest": formats.Nearest(), "exact fp32": formats.Nearest(work=False), "jittered": formats.Jittered()}
         tests = 4 * (6 if self.problem.grads else 2) * (1 + self.problem.batch * self.problem.heads_q)
-        emulate = partial(rounded.emulate, self.problem, self.inputs, arithmetic)
-        return Expectation(self.exact, lambda kind: emulate(kinds[kind]), self.tilt, tests)
+        return Expectation(self.exact, partial(self._emulate, arithmetic), lambda: self.tilt, tests)
+
+    def _emulate(self, arithmetic: Arithmetic, kind: str) -> Exact:
+        if kind != "truncated":
+            arithmetic = replace(arithmetic, summation="nearest")  # cheaper, and nearly always enough
+        rounding = {"exact fp32": formats.Nearest(work=False), "jittered": formats.Jittered()}.get(kind, rounded.NEAREST)
+        blocks = self.blocks() if arithmetic.quantised is None else None
+        return rounded.emulate(self.problem, self.inputs, arithmetic, rounding, blocks)
 
     @cached_property
     def generic(self) -> bool:
         """Whether the scores are all different, as far as a sample shows: equal ones are rounded alike, row after row."""
-        for block in dense.blocks(self.problem, self.inputs):
+        for block in self.blocks():
             seen = block.raw.masked_select(block.visible)
             sample = seen[:: max(1, seen.numel() // SAMPLE)]
             return sample.unique().numel() > DISTINCT * sample.numel()
@@ -70,7 +89,7 @@ class Truth:
     def tilt(self) -> Tensor:
         """d out / d log(scale) [B,H,Q,Dv]: sum_j p_j (x_j - sum p x) v_j with x the scores before softcap times its slope."""
         parts, cap = [torch.zeros_like(self.exact.out[:, :, :0])], self.problem.softcap
-        for b in dense.blocks(self.problem, self.inputs):
+        for b in self.blocks():
             x = b.raw * (1 - (b.capped / cap) ** 2) if cap else b.raw
             parts.append(ungrouped(from_keys(b.p * (x - (b.p * x).sum(-1, keepdim=True)), b.v)))
         return torch.cat(parts, 2)

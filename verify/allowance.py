@@ -40,7 +40,8 @@ def allowance(
         by_row["out"].append(mapped(rows.out, ungrouped))
         by_row["lse"].append(mapped(rows.lse, lambda t: ungrouped(t).squeeze(-1)))
         if problem.grads:
-            found = gradients(problem, block, units, arithmetic, rows)
+            assert exact.dq is not None
+            found = gradients(problem, block, units, arithmetic, rows, exact.dq[:, :, block.rows])
             for name, sums in by_key_sums.items():
                 _accumulate(sums, found.pop(name))
             for name, terms in found.items():

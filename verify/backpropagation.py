@@ -8,7 +8,6 @@ Each carries the error of what it is formed from, its own rounding, and the roun
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from verify.arithmetic import Arithmetic
@@ -18,72 +17,93 @@ from verify.problem import Problem
 from verify.propagation import Rows
 
 
-def gradients(problem: Problem, b: Block, units: Units, arithmetic: Arithmetic, rows: Rows) -> dict[str, Terms]:
-    """Terms of dq, dbias for these rows and what the rows add to dk, dv; the stores of dk, dv come after the sum."""
-    k, q, do, scale = b.k.abs(), b.q.abs(), b.do.abs(), abs(problem.softmax_scale)
+def gradients(problem: Problem, b: Block, units: Units, arithmetic: Arithmetic, rows: Rows, dq: Tensor) -> dict[str, Terms]:
+    """Terms of dq, dbias for these rows and what the rows add to dk, dv; the stores of dk, dv come after the sum. `dq`: exact."""
     e_p, e_ds, ds = _ds_error(problem, b, units, arithmetic, rows)
-    result: dict[str, Terms] = {}
+    result: dict[str, Terms] = {"dv": _dv(problem, b, units, arithmetic, e_p)}
     if problem.bias not in ("none", "alibi"):
         parts = units.u["dscores"] + units.u["output"] if problem.bias != "bhqk" else units.u["dscores"]  # stored before summed
-        result["dbias"] = {"dS": e_ds, "dS stored": parts * (ds.abs() + e_ds) + units.floor["dscores"] + units.floor["output"]}
-    if problem.softcap:
+        result["dbias"] = {"dS": e_ds, "dS stored": parts * (ds + e_ds) + units.floor["dscores"] + units.floor["output"]}
+    if rows.score is not None:
         slope = 1 - (b.capped / problem.softcap) ** 2
         e_slope = 2 * (rows.score / problem.softcap + TANH * units.work + units.u["stored_scores"]).clamp(max=1)
-        ds, e_ds = ds * slope, e_ds * slope + (ds.abs() + e_ds) * e_slope
-    size = ds.abs() + e_ds
+        ds, e_ds = ds * slope, e_ds * slope + (ds + e_ds) * e_slope
+    scale, k, q = abs(problem.softmax_scale), b.k.abs(), b.q.abs()
     stores = (5 if problem.softcap else 2) if units.stores_scores else 1  # dS; softcap *, slope *, / softcap; scale *
-    floor_ds = units.floor["dscores"] / min(1.0, scale or 1.0, problem.softcap or 1.0)
-    r_ds = stores * (units.u["dscores"] * size + floor_ds) + units.overflow("dscores", size)
-    r_p = 0.0 * b.p if arithmetic.normalized_probs else units.u["probs"] * (b.p + e_p) + units.floor["probs"]
-    key_sum = problem.len_q * problem.group
-    names = (f"dS in {units.format['dscores']}", f"P in {units.format['probs']}")
-    result["dq"] = {"dS": scale * from_keys(e_ds, k), names[0]: scale * from_keys(r_ds, k)}
+    u_ds, floor_ds = stores * units.u["dscores"], stores * units.floor["dscores"] / min(1.0, scale or 1.0, problem.softcap or 1.0)
+    name, over = f"dS in {units.format['dscores']}", units.row_overflow("dscores", ds, e_ds)
+
+    moved, mass = scale * from_keys(e_ds, k), scale * from_keys(ds, k)
+    stored = u_ds * (mass + moved) + scale * floor_ds * k.sum(-2)[:, :, None, None, :] + over
+    largest, everything = units.gamma("accumulate", problem.len_k), mass + moved + stored
+    result["dq"] = {"dS": moved, name: stored, "sum over keys": largest * everything}
     if rows.operands is not None:
-        result["dq"]["K quantised"] = scale * from_keys(size + r_ds, rows.operands.k)
-    result["dq"]["sum over keys"] = units.gamma("accumulate", problem.len_k) * scale * from_keys(size + r_ds, k)
+        result["dq"]["K quantised"] = scale * from_keys((ds + e_ds) * (1 + u_ds) + floor_ds, rows.operands.k)
     if arithmetic.spill:
         spills = -(-problem.len_k // arithmetic.spill[1])
-        stored = units.u["output"] * scale * from_keys(size + r_ds, k) + units.floor["output"]
-        result["dq"]["partial sums stored"] = spills * stored
-    units.store(result["dq"], "output", problem.softmax_scale * from_keys(ds, b.k))
-    gamma = units.gamma("accumulate", key_sum) + (units.gamma("group_sum", problem.group) if problem.group > 1 else 0.0)
-    # stores of partial sums
-    partial = problem.group * (1 + (-(-problem.len_q // arithmetic.spill[0]) if arithmetic.spill else 0))
-    gamma += partial * units.u["output"] if arithmetic.spill else 0.0
-    floor = partial * max(units.floor["group_sum"], units.floor["output"]) * (1 + scale)
-    result["dk"] = {"dS": scale * to_keys(e_ds, q), names[0]: scale * to_keys(r_ds, q)}
+        result["dq"]["partial sums stored"] = spills * (units.u["output"] * everything + units.floor["output"])
+    units.store(result["dq"], "output", grouped(dq, problem))
+
+    moved, mass = scale * to_keys(e_ds, q), scale * to_keys(ds, q)
+    stored = u_ds * (mass + moved) + scale * floor_ds * q.sum((2, 3))[:, :, None, :] + over.sum((2, 3))[:, :, None]
+    gamma, floor = _row_sum(problem, units, arithmetic)
+    result["dk"] = {"dS": moved, name: stored, "sum over rows": gamma * (mass + moved + stored) + floor}
     if rows.operands is not None:
-        result["dk"]["Q quantised"] = scale * to_keys(size + r_ds, grouped(rows.operands.q[:, :, b.rows], problem))
-    result["dk"]["sum over rows"] = gamma * scale * to_keys(size + r_ds, q) + floor
-    result["dv"] = {"scores and exponentials": to_keys(e_p, do), names[1]: to_keys(r_p, do)}
-    result["dv"]["sum over rows"] = gamma * to_keys(b.p + e_p + r_p, do) + floor
+        lost = grouped(rows.operands.q[:, :, b.rows], problem)
+        result["dk"]["Q quantised"] = scale * to_keys((ds + e_ds) * (1 + u_ds) + floor_ds, lost)
     return result
 
 
+def _dv(problem: Problem, b: Block, units: Units, arithmetic: Arithmetic, e_p: Tensor) -> Terms:
+    do = b.do.abs()
+    moved, mass = to_keys(e_p, do), to_keys(b.p, do)
+    stored = 0.0 * mass
+    if not arithmetic.normalized_probs:
+        stored = units.u["probs"] * (mass + moved) + units.floor["probs"] * do.sum((2, 3))[:, :, None, :]
+    gamma, floor = _row_sum(problem, units, arithmetic)
+    name = f"P in {units.format['probs']}"
+    return {"scores and exponentials": moved, name: stored, "sum over rows": gamma * (mass + moved + stored) + floor}
+
+
+def _row_sum(problem: Problem, units: Units, arithmetic: Arithmetic) -> tuple[float, float]:
+    """(gamma, floor) of the sums over query rows and heads of a group, with the partial sums that are stored."""
+    group = units.gamma("group_sum", problem.group) if problem.group > 1 else 0.0
+    partial = problem.group * (1 + (-(-problem.len_q // arithmetic.spill[0]) if arithmetic.spill else 0))
+    gamma = units.gamma("accumulate", problem.len_q * problem.group) + group
+    gamma += partial * units.u["output"] if arithmetic.spill else 0.0
+    return gamma, partial * max(units.floor["group_sum"], units.floor["output"]) * (1 + abs(problem.softmax_scale))
+
+
 def _ds_error(problem: Problem, b: Block, units: Units, arithmetic: Arithmetic, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-    """(error of P, error of dS, dS), each [B,Hk,G,n,K], before dS is rounded and before the slope of a softcap."""
+    """(error of P, error of dS, |dS|), each [B,Hk,G,n,K], before dS is rounded and before the slope of a softcap."""
     lse_error = total(rows.lse)
-    exponent = rows.exponent + lse_error + STEPS * units.work * (finite(b.lse).abs() + lse_error)
-    e_p = b.p * torch.expm1(exponent.clamp(max=CLAMP))
-    e_p = e_p + STEPS * units.exp_floor * b.visible
+    e_p = rows.exponent + (lse_error + STEPS * units.work * (finite(b.lse).abs() + lse_error))
     # 0 * NaN: a row that overflows, in S or in exp(s - lse), reaches the keys that are hidden from it, too
-    e_p = e_p + rows.overflow + unbounded((exponent * b.visible > CLAMP).any(-1, keepdim=True))
+    overflow = rows.overflow + unbounded(((e_p > CLAMP) & b.visible).any(-1, keepdim=True))
+    tiny = STEPS * units.exp_floor
+    e_p.clamp_(max=CLAMP).expm1_().mul_(b.p)
     if arithmetic.normalized_probs:  # a softmax function keeps its rounded output for the backward
-        e_p = e_p + units.u["probs"] * (b.p + e_p) + units.floor["probs"] * b.visible
-    dp, dp_size = by_key(b.do, b.v), by_key(b.do.abs(), b.v.abs())
-    e_dp = units.gamma("scores", problem.dim_v) * dp_size
+        e_p.mul_(1 + units.u["probs"]).add_(b.p, alpha=units.u["probs"])
+        tiny += units.floor["probs"]
+    e_p.add_(b.visible, alpha=tiny).add_(overflow)
+
+    dp, step = by_key(b.do, b.v), by_key(b.do.abs(), b.v.abs())  # `step` becomes the error of dP - delta
+    delta, u = (b.p * dp).sum(-1, keepdim=True), units.u["stored_scores"]
+    step.mul_(units.gamma("scores", problem.dim_v))
     if rows.operands is not None:
-        lost = by_key(b.do.abs(), rows.operands.v)
-        e_dp = e_dp + lost * (1 + units.gamma("scores", problem.dim_v))
-    e_dp = e_dp + units.u["stored_scores"] * (dp.abs() + e_dp) + units.floor["stored_scores"]
-    delta = (b.p * dp).sum(-1, keepdim=True)
+        step.add_(by_key(b.do.abs(), rows.operands.v), alpha=1 + units.gamma("scores", problem.dim_v))
+    step.mul_(1 + u).add_(dp.abs(), alpha=u).add_(units.floor["stored_scores"])
     if arithmetic.delta == "out":
         o_error, o_size = total(rows.out), b.out.abs()
         e_delta = (b.do.abs() * (o_error + (problem.dim_v + STEPS) * units.work * (o_size + o_error))).sum(-1, keepdim=True)
     else:
-        terms = e_p * dp.abs() + (b.p + e_p) * e_dp
+        terms = e_p * dp.abs() + (b.p + e_p) * step
         e_delta = (terms + (problem.len_k + STEPS) * units.work * (b.p * dp.abs() + terms)).sum(-1, keepdim=True)
-    factor = e_p + units.u["ds_probs"] * (b.p + e_p) + units.floor["ds_probs"] * b.visible
-    step = e_dp + e_delta + STEPS * units.work * (dp.abs() + e_dp + delta.abs() + e_delta)
-    e_ds = factor * (dp - delta).abs() + (b.p + factor) * step + STEPS * units.exp_floor * b.visible
-    return e_p, e_ds, b.p * (dp - delta)
+    work = STEPS * units.work
+    step.mul_(1 + work).add_(dp.abs(), alpha=work).add_((1 + work) * e_delta + work * delta.abs())
+    ds = dp.sub_(delta).abs_()
+    factor = e_p
+    if units.u["ds_probs"] > units.work:
+        factor = e_p * (1 + units.u["ds_probs"]) + units.u["ds_probs"] * b.p + units.floor["ds_probs"] * b.visible
+    e_ds = (ds + step).mul_(factor).addcmul_(b.p, step).add_(b.visible, alpha=STEPS * units.exp_floor)
+    return e_p, e_ds, ds.mul_(b.p)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from verify.arithmetic import ROUNDED, Arithmetic
+from verify.exact import Block
 from verify.problem import Problem
 
 UNIT = {"fp64": 2.0**-53, "fp32": 2.0**-24, "fp22": 2.0**-14, "tf32": 2.0**-10, "fp16": 2.0**-11, "bf16": 2.0**-8}
@@ -45,6 +46,10 @@ RESOLUTION = 0.03
 """The emulation's own accuracy: order of tiles and FP32 sums move a real kernel's RMSE by up to 2 % (BOUNDS.md, Sharpness)."""
 ORDER = 2
 """FP32 in another order than the emulation's, or fused, may err by this many times a random roundoff at every step."""
+ALIKE = 2
+"""Two random errors of the same size differ by at most this factor in their mean square (verify/identify.py, exponentials)."""
+CERTAIN = 1e-6
+"""An arithmetic is taken as identified where the probability that chance made it look so is below this (verify/identify.py)."""
 CLAMP = 30.0
 """exp of a larger exponent error is of no use as a bound, and would overflow."""
 REGRESSION = 0.01
@@ -87,6 +92,20 @@ class Units:
     def overflow(self, name: str, size: Tensor) -> Tensor:
         """UNBOUNDED where a value of this size may not fit the format, 0 elsewhere."""
         return unbounded(size > LARGEST[self.format[name]])
+
+    def row_overflow(self, name: str, size: Tensor, error: Tensor) -> Tensor:
+        """UNBOUNDED for rows [.., 1] in which a value of these sizes, that much off, may not fit the format."""
+        largest = LARGEST[self.format[name]]
+        if largest >= LARGEST["bf16"] or not size.shape[-1]:  # what FP32 holds fits
+            return size.new_zeros((*size.shape[:-1], 1))
+        return unbounded((size + error).amax(-1, keepdim=True) > largest)
+
+    def score_overflow(self, b: Block, size: Tensor, scale: float) -> Tensor:
+        """UNBOUNDED for rows where S, of products of these sizes, may overflow its format, however the scale is applied."""
+        largest = LARGEST[self.format["stored_scores"]]
+        if not size.shape[-1] or (size.amax() * max(1.0, scale) + b.s.abs().amax()).item() <= largest:
+            return torch.zeros_like(b.row_max)
+        return unbounded((size * max(1.0, scale) + b.s.abs()).amax(-1, keepdim=True) > largest)
 
     def store(self, terms: Terms, name: str, exact: Tensor) -> None:
         """Append the rounding of `exact` + what `terms` have moved it by, on its way to memory."""

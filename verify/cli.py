@@ -117,6 +117,21 @@ def kernels(device: Device = None) -> None:
 
 
 @app.command()
+def identify(target: Target, device: Device = None) -> None:
+    """Find out from a kernel's errors which arithmetic it has: formats, sums, extra roundings. Prints the line to declare."""
+    from verify import registry
+    from verify.identify import identify as find_out
+    from verify.problem import Problem
+
+    device = environment.prepare(device)
+    for kernel in registry.find(target):
+        identity = find_out(kernel, device)
+        plain = Problem(batch=1, heads_q=8, heads_kv=2, len_q=512, len_k=64, dim_qk=64, dim_v=64, dtype="fp16", grads=True)
+        console.print(identity.table(kernel.numerics(plain, device)))
+        console.print(f"arithmetic={identity.arithmetic}", markup=False, soft_wrap=True)
+
+
+@app.command()
 def masks(len_q: Annotated[int, typer.Option(min=1)] = 4, len_k: Annotated[int, typer.Option(min=1)] = 6) -> None:
     """Show every mask as a picture: rows are queries, columns keys, # = visible."""
     from verify.masks import KINDS, Mask

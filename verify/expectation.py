@@ -37,11 +37,11 @@ class Surprise:
 
 @dataclass(frozen=True)
 class Expectation:
-    """Honest errors on one case. `emulate(kind)` for `nearest`, `exact fp32` and `jittered` gives the emulations, when needed."""
+    """Honest errors on one case. `emulate(kind)` gives the emulations, when needed; `tilt` d out / d log(scale)."""
 
     exact: Exact
     emulate: Callable[[str], Exact]
-    tilt: Tensor
+    tilt: Callable[[], Tensor]
     tests: int
     """How many tests share FALSE_ALARM."""
 
@@ -54,6 +54,11 @@ class Expectation:
     def without_fp32(self) -> Exact:
         """FP32 taken as exact."""
         return self.emulate("exact fp32")
+
+    @cached_property
+    def truncated(self) -> Exact:
+        """Products added up as the declaration says, by truncation where that is by tensor cores."""
+        return self.emulate("truncated")
 
     @cached_property
     def jittered(self) -> Exact:
@@ -80,9 +85,9 @@ class Expectation:
         level, order = math.sqrt(2 * math.log(self.tests / FALSE_ALARM)), 0.0 * honest
         margin = ((1 + RESOLUTION) ** 2 - 1) * honest * honest
         if with_order:
-            narrow = _columns(getattr(self.without_fp32, name) - getattr(self.nearest, name)).nan_to_num(0.0, 0.0, 0.0)
-            jitter = _columns(getattr(self.jittered, name) - getattr(self.nearest, name)).nan_to_num(0.0, 0.0, 0.0)
-            order = ORDER * torch.hypot(narrow, jitter)
+            for other in (self.without_fp32, self.jittered, self.truncated):
+                moved = _columns(getattr(other, name) - getattr(self.nearest, name))
+                order = torch.hypot(order, ORDER * moved.nan_to_num(0.0, 0.0, 0.0))
             margin = margin + order * order
         whole, heads = scores(mine * mine - honest * honest, margin)
         found = [Surprise("error", whole, level)]
@@ -98,7 +103,7 @@ class Expectation:
     def _directions(self, name: str) -> dict[str, Tensor]:
         exact = _columns(getattr(self.exact, name))
         exact = exact.masked_fill(~exact.isfinite(), 0.0)
-        return {"alpha": exact, "bias": torch.ones_like(exact)} | ({"tilt": self.tilt} if name == "out" else {})
+        return {"alpha": exact, "bias": torch.ones_like(exact)} | ({"tilt": self.tilt()} if name == "out" else {})
 
 
 def scores(d: Tensor, margin: Tensor) -> tuple[float, Tensor]:

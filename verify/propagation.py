@@ -70,14 +70,15 @@ class Rows:
 
     def __init__(self, problem: Problem, b: Block, units: Units, arithmetic: Arithmetic, operands: Operands | None) -> None:
         self.problem, self.block, self.units, self.arithmetic, self.operands = problem, b, units, arithmetic, operands
-        self.score, self.overflow = _score_error(problem, b, units, arithmetic, operands)
+        self.exponent, self.overflow = _score_error(problem, b, units, arithmetic, operands)
+        self.score = self.exponent.clone() if problem.softcap else None
         merged = finite(b.lse).abs() if arithmetic.splits > 1 else 0.0
-        argument = STEPS * units.work * (b.s.abs() + b.row_max.abs() + merged)
-        argument = argument + (1 + units.tiles) * (units.exp + units.work)
-        self.exponent = self.score + argument
-        if arithmetic.exp == "fused":  # the argument may be positive
-            self.overflow = self.overflow + unbounded(argument.amax(-1, keepdim=True) > CLAMP) if problem.len_k else self.overflow
-        p_d = b.p * torch.expm1(self.exponent.clamp(max=CLAMP))
+        self.exponent += STEPS * units.work * (b.row_max.abs() + merged) + (1 + units.tiles) * (units.exp + units.work)
+        self.exponent.add_(b.s.abs(), alpha=STEPS * units.work)
+        if arithmetic.exp == "fused" and problem.len_k:  # the argument may be positive
+            argument = STEPS * units.work * (b.s.abs().amax(-1, keepdim=True) + b.row_max.abs())
+            self.overflow = self.overflow + unbounded(argument > CLAMP)
+        p_d = self.exponent.clamp(max=CLAMP).expm1_().mul_(b.p)
         spread = p_d.sum(-1, keepdim=True)
         held = torch.exp(b.row_max - finite(b.lse))  # 1 / row sum of exp(s - max)
         held = torch.ones_like(held) if arithmetic.normalized_probs else held
@@ -136,7 +137,8 @@ def _score_error(
     """
     scale, u, floor = abs(problem.softmax_scale), units.u["stored_scores"], units.floor["stored_scores"]
     size = by_key(b.q.abs(), b.k.abs())
-    error = units.gamma("scores", problem.dim_qk) * size
+    overflow = units.score_overflow(b, size, scale)
+    error = size * units.gamma("scores", problem.dim_qk)
     if arithmetic.scaled_query:
         floor_q = units.floor["output"] / (scale or UNBOUNDED)
         stored = UNIT[problem.dtype] * size + floor_q * b.k.abs().sum(-1)[:, :, None, None, :]
@@ -146,14 +148,10 @@ def _score_error(
         q_size, q_error = (grouped(t[:, :, b.rows], problem) for t in (q_size, q_error))
         moved = by_key(q_error, k_size) + by_key(q_size + q_error, k_error)
         error = error + moved * (1 + units.gamma("scores", problem.dim_qk))
-    error = scale * error
-    error = error + 2 * u * (b.raw.abs() + error) + 2 * floor
+    error.mul_(scale * (1 + 2 * u)).add_(b.raw.abs(), alpha=2 * u).add_(2 * floor)
     if problem.softcap:
         error = error + u * (b.raw.abs() + error) + floor * problem.softcap  # s / softcap
         error = error + TANH * units.work * problem.softcap + 2 * u * (b.capped.abs() + error) + 2 * floor * problem.softcap
     if b.bias is not None:
         error = error + (units.work + u) * b.bias.abs() + u * (b.s.abs() + error) + 2 * floor
-    if not problem.len_k:
-        return error, torch.zeros_like(b.row_max)
-    largest = (size * max(1.0, scale) + b.s.abs()).amax(-1, keepdim=True)
-    return error, units.overflow("stored_scores", largest)
+    return error, overflow
