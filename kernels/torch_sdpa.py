@@ -22,7 +22,7 @@ from verify.registry import Known, kernel
 
 FUSED = Arithmetic(group_sum="input")
 EFFICIENT = Arithmetic(group_sum="input", ds_probs="input")
-IN_FLOAT32 = Arithmetic(probs="fp32", dscores="fp32", normalized_probs=True, delta="probs")
+IN_FLOAT32 = Arithmetic(probs="fp32", dscores="fp32", normalized_probs=True, delta="probs", summation="nearest")
 
 
 def flash_arithmetic(problem: Problem, device: str) -> Arithmetic:

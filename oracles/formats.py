@@ -110,15 +110,16 @@ class Jittered(Nearest):
 
 
 def _by_instructions(form: Form, a: Tensor, b: Tensor, fmt: str) -> Tensor:
-    """An exact sum of MMA_TERMS products at a time, added to the accumulator, which is cut. Each product loses half a unit of its
-    last place when it is aligned with the accumulator: their mean is taken off here.
+    """An exact sum of MMA_TERMS products at a time, added to the accumulator, which is cut. Aligned with it, each product is cut
+    GUARD_BITS below its last place: on average it loses half a unit there, towards zero, which is taken off here.
     """
     along_a, along_b = _CONTRACTED[form]
-    total = torch.zeros((), dtype=torch.float64, device=a.device)
+    total, lost = torch.zeros((), dtype=torch.float64, device=a.device), 0.5 * 2.0 ** -(STORED_BITS[fmt] + GUARD_BITS)
     for start in range(0, a.shape[along_a], MMA_TERMS):
         terms = min(MMA_TERMS, a.shape[along_a] - start)
-        total = total + form(a.narrow(along_a, start, terms), b.narrow(along_b, start, terms))
-        total = truncated(total - truncated(total, "exponent") * (terms * 0.5 * 2.0 ** -(STORED_BITS[fmt] + GUARD_BITS)), fmt)
+        left, right = a.narrow(along_a, start, terms), b.narrow(along_b, start, terms)
+        total = total + form(left, right)
+        total = truncated(total - lost * truncated(total, "exponent").abs() * form(left.sign(), right.sign()), fmt)
     return total if total.dim() else form(a, b)
 
 

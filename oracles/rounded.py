@@ -130,7 +130,8 @@ class _Emulator:
         """Scale * slope * dS as it enters the products: rounded once, or after each step that is written to memory."""
         cap, scale = self.problem.softcap, self.problem.softmax_scale
         if self.arithmetic.format("stored_scores", self.problem.dtype) in ("fp32", "fp64"):
-            return scale * self.store(ds * slope, "dscores")
+            inside, outside = (scale, 1.0) if self.arithmetic.scaled_dscores else (1.0, scale)
+            return outside * self.store(inside * ds * slope, "dscores")
         ds = self.store(ds, "dscores")
         if cap:
             ds = self.store(self.store(self.store(cap * ds, "dscores") * slope, "dscores") / cap, "dscores")

@@ -220,6 +220,7 @@ def arithmetics(draw: Callable[..., Any]) -> Arithmetic:
         summation=one_of("hardware", "truncated"),
         output=one_of("input", "fp32"),
         dscores=one_of("input", "fp32", "bf16"),
+        scaled_dscores=one_of(False, True),
         ds_probs=one_of("fp32", "input"),
         delta=one_of("out", "probs"),
         group_sum=one_of("fp32", "input"),

@@ -74,6 +74,8 @@ class Arithmetic:
     """out, dq, dk, dv as they are stored."""
     dscores: str = "input"
     """dS as the operand of dS K and dS^T Q."""
+    scaled_dscores: bool = False
+    """True: scale * dS is that operand; False: dS, and the products are scaled."""
     ds_probs: str = "fp32"
     """P as the factor of dS = P * (dP - delta); `input` for a kernel that reuses the P it rounded for P^T dO."""
     delta: str = "out"

@@ -31,7 +31,7 @@ def gradients(problem: Problem, b: Block, units: Units, arithmetic: Arithmetic, 
     scale, k, q = abs(problem.softmax_scale), b.k.abs(), b.q.abs()
     stores = (5 if problem.softcap else 2) if units.stores_scores else 1  # dS; softcap *, slope *, / softcap; scale *
     u_ds, floor_ds = stores * units.u["dscores"], stores * units.floor["dscores"] / min(1.0, scale or 1.0, problem.softcap or 1.0)
-    name, over = f"dS in {units.format['dscores']}", units.row_overflow("dscores", ds, e_ds)
+    name, over = f"dS in {units.format['dscores']}", units.row_overflow("dscores", ds, e_ds, max(1.0, scale))
 
     moved, mass = scale * from_keys(e_ds, k), scale * from_keys(ds, k)
     stored = u_ds * (mass + moved) + scale * floor_ds * k.sum(-2)[:, :, None, None, :] + over

@@ -93,12 +93,12 @@ class Units:
         """UNBOUNDED where a value of this size may not fit the format, 0 elsewhere."""
         return unbounded(size > LARGEST[self.format[name]])
 
-    def row_overflow(self, name: str, size: Tensor, error: Tensor) -> Tensor:
-        """UNBOUNDED for rows [.., 1] in which a value of these sizes, that much off, may not fit the format."""
+    def row_overflow(self, name: str, size: Tensor, error: Tensor, factor: float) -> Tensor:
+        """UNBOUNDED for rows [.., 1] in which `factor` times a value of these sizes, that much off, may not fit the format."""
         largest = LARGEST[self.format[name]]
         if largest >= LARGEST["bf16"] or not size.shape[-1]:  # what FP32 holds fits
             return size.new_zeros((*size.shape[:-1], 1))
-        return unbounded((size + error).amax(-1, keepdim=True) > largest)
+        return unbounded(factor * (size + error).amax(-1, keepdim=True) > largest)
 
     def score_overflow(self, b: Block, size: Tensor, scale: float) -> Tensor:
         """UNBOUNDED for rows where S, of products of these sizes, may overflow its format, however the scale is applied."""

@@ -48,6 +48,7 @@ FORWARD = {
     "scaled_query": (False, True),
 }
 BACKWARD = {"dscores": ("input", "fp32"), "ds_probs": ("fp32", "input"), "delta": ("out", "probs")}
+BACKWARD |= {"scaled_dscores": (False, True)}
 SPILLS = (None, (32, 512), (64, 512), (128, 512), (256, 512))
 TILES = (0, 16, 32, 48, 64, 80, 96, 112, 128, 160, 176, 192, 256)
 QUESTIONS = (
@@ -180,6 +181,8 @@ def _distinct(problem: Problem, device: str, base: Arithmetic, asked: dict[str, 
             meaning["rowsum"] = ""
         if candidate.normalized_probs and meaning["probs"] == meaning["ds_probs"]:
             meaning["ds_probs"] = "fp32"  # it is already rounded
+        if meaning["dscores"] == "fp32":
+            meaning["scaled_dscores"] = ""
         result.setdefault(tuple(meaning.values()), candidate)
     return list(result.values())
 
