@@ -46,7 +46,11 @@ NO_POSITIVE_SCALE = Known(
     lambda p, device: p.softmax_scale <= 0 and (device == "cuda" or p.mask.names <= {"causal_upper_left", "causal_lower_right"}),
 )
 EMPTY_ROW = Known("a row without a visible key gives a mean of V, not 0 (cuDNN 9.19)", lambda p, device: has_empty_row(p))
-KNOWN = {"flash": (NO_POSITIVE_SCALE,), "cudnn": (NO_POSITIVE_SCALE, EMPTY_ROW)}
+NO_KEYS = Known(
+    "no key at all and a large q give NaN, not 0: the zero is formed from a sum that overflows (torch 2.13)",
+    lambda p, device: p.len_k == 0 and p.dtype == "fp16",
+)
+KNOWN = {"math": (NO_KEYS,), "flash": (NO_POSITIVE_SCALE,), "cudnn": (NO_POSITIVE_SCALE, EMPTY_ROW)}
 _HEADERS = {"flash": "flash", "efficient": "memory efficient", "cudnn": "cudnn"}
 
 

@@ -18,7 +18,7 @@ from verify.expectation import DIRECTIONS, Expectation, Surprise
 from verify.finding import Finding
 from verify.guard import Output
 from verify.measure import distance, worst
-from verify.oracles import dense, formats, rounded
+from verify.oracles import certified, dense, formats, rounded
 from verify.problem import Problem
 from verify.registry import Kernel
 
@@ -29,6 +29,8 @@ IN_FLOAT64 = Arithmetic(
 
 KEPT = 8
 """Blocks are kept for reuse up to this fraction of the oracle's own block size."""
+NARROWED = ("stored_scores", "probs", "output", "dscores", "ds_probs", "group_sum")
+"""Fields that an arithmetic without narrow roundings has in FP32."""
 SAMPLE, DISTINCT = 4096, 0.9
 """So many scores are looked at, and so many of them must differ, for roundings to be taken as independent."""
 
@@ -40,6 +42,8 @@ class Truth:
     problem: Problem
     inputs: Inputs
     exact: Exact
+    uncertainty: dict[str, Tensor] | None = None
+    """What `exact` may be off by, where another oracle than the float64 one gave it."""
 
     @property
     def device(self) -> str:
@@ -60,7 +64,7 @@ class Truth:
 
     def allowances(self, arithmetic: Arithmetic) -> dict[str, Allowance]:
         """How far each tensor of a kernel of this arithmetic may be from the exact answer."""
-        return allowance(self.problem, self.inputs, self.exact, self.blocks(), arithmetic)
+        return allowance(self.problem, self.inputs, self.exact, self.blocks(), arithmetic, self.uncertainty)
 
     def expectation(self, arithmetic: Arithmetic) -> Expectation | None:
         """What honest kernels of this arithmetic are off by here; None where roundings repeat, so that no statistics apply."""
@@ -70,9 +74,14 @@ class Truth:
         return Expectation(self.exact, partial(self._emulate, arithmetic), lambda: self.tilt, tests)
 
     def _emulate(self, arithmetic: Arithmetic, kind: str) -> Exact:
-        if kind != "truncated":
-            arithmetic = replace(arithmetic, summation="nearest")  # cheaper, and nearly always enough
-        rounding = {"exact fp32": formats.Nearest(work=False), "jittered": formats.Jittered()}.get(kind, rounded.NEAREST)
+        """`nearest`: every sum to nearest, which is cheaper and nearly always enough; the others: Expectation.fp32."""
+        if kind == "nearest":
+            arithmetic = replace(arithmetic, summation="nearest")
+        else:
+            arithmetic = replace(arithmetic, **dict.fromkeys(NARROWED, "fp32"), quantised=None, scaled_query=False, spill=None)
+        if kind == "jittered fp32":
+            arithmetic = replace(arithmetic, summation="nearest")
+        rounding = formats.Jittered() if kind == "jittered fp32" else rounded.NEAREST
         blocks = self.blocks() if arithmetic.quantised is None else None
         return rounded.emulate(self.problem, self.inputs, arithmetic, rounding, blocks)
 
@@ -113,7 +122,9 @@ class Truth:
 def truth(case: Case, device: str) -> Truth:
     """The truth about a case; the last two are kept, since several calls on one case follow each other."""
     inputs = case.inputs(device)
-    return Truth(case.problem, inputs, dense.exact(case.problem, inputs))
+    better = certified.exact(case.problem, inputs) if case.problem.dtype == "fp64" else None
+    exact, uncertainty = better or (dense.exact(case.problem, inputs), None)
+    return Truth(case.problem, inputs, exact, uncertainty)
 
 
 def oracle_limit(problem: Problem, inputs: Inputs) -> dict[str, Tensor]:

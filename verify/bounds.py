@@ -57,6 +57,25 @@ REGRESSION = 0.01
 sums with atomics moves by a few FP32 roundings, far less.
 """
 
+
+def _twice(out: Tensor, upcast: Tensor, same_dtype: Tensor) -> bool:
+    return bool((out - upcast).abs().max() <= 2 * (same_dtype - upcast).abs().max() + 1e-5)
+
+
+def _torch_defaults(out: Tensor, upcast: Tensor, same_dtype: Tensor) -> bool:
+    rtol, atol = {torch.float16: (1e-3, 1e-5), torch.bfloat16: (1.6e-2, 1e-5), torch.float32: (1.3e-6, 1e-5)}[out.dtype]
+    return torch.allclose(out, upcast.to(out.dtype), rtol=rtol, atol=atol)
+
+
+ELSEWHERE: dict[str, Callable[[Tensor, Tensor, Tensor], bool]] = {
+    "flash-attention 2x": _twice,
+    "assert_close": _torch_defaults,
+    "atol=1e-2": lambda out, upcast, same_dtype: bool((out - upcast).abs().max() <= 1e-2),
+}
+"""What other suites accept, for comparison (``python -m verify.properties.study power``): (out, attention of the upcast inputs in
+FP32, attention in the inputs' dtype) -> accepted. flash-attention's tests/test_flash_attn.py; the defaults of
+torch.testing.assert_close; KernelBench's rule for 16-bit formats."""
+
 Terms = dict[str, Tensor]
 
 

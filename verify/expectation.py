@@ -51,19 +51,9 @@ class Expectation:
         return self.emulate("nearest")
 
     @cached_property
-    def without_fp32(self) -> Exact:
-        """FP32 taken as exact."""
-        return self.emulate("exact fp32")
-
-    @cached_property
-    def truncated(self) -> Exact:
-        """Products added up as the declaration says, by truncation where that is by tensor cores."""
-        return self.emulate("truncated")
-
-    @cached_property
-    def jittered(self) -> Exact:
-        """A random error of one roundoff wherever FP32 rounds."""
-        return self.emulate("jittered")
+    def fp32(self) -> list[Exact]:
+        """The same kernel with nothing narrower than FP32: off at random wherever that rounds, and with products truncated."""
+        return [self.emulate("jittered fp32"), self.emulate("truncated fp32")]
 
     def errors(self, name: str, got: Tensor) -> tuple[Tensor, Tensor]:
         """(the kernel's, the emulation's) signed errors of one tensor, [B,H,n,C]; 0 where any of them is not finite."""
@@ -85,9 +75,9 @@ class Expectation:
         level, order = math.sqrt(2 * math.log(self.tests / FALSE_ALARM)), 0.0 * honest
         margin = ((1 + RESOLUTION) ** 2 - 1) * honest * honest
         if with_order:
-            for other in (self.without_fp32, self.jittered, self.truncated):
-                moved = _columns(getattr(other, name) - getattr(self.nearest, name))
-                order = torch.hypot(order, ORDER * moved.nan_to_num(0.0, 0.0, 0.0))
+            for other in self.fp32:
+                off = _columns(getattr(other, name) - getattr(self.exact, name))
+                order = torch.hypot(order, ORDER * off.nan_to_num(0.0, 0.0, 0.0))
             margin = margin + order * order
         whole, heads = scores(mine * mine - honest * honest, margin)
         found = [Surprise("error", whole, level)]
