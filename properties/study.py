@@ -3,14 +3,16 @@
 soundness   judge many drawn cases of every kernel without stopping at an alarm; run several at once with different seeds
 sharpness   measured/expected and measured/proved from the journals of such runs, by kernel, dtype and tensor
 power       the smallest defects that the two rules catch, beside what other suites' tolerances catch on the same outputs
+narrow      measured/expected of kernels in TF32 and FP8
 cost        time of the oracle, the proved bound and the emulation on one shape
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -23,15 +25,18 @@ from rich.console import Console
 from rich.table import Table
 
 from verify import environment, registry
+from verify.allowance import allowance
 from verify.arithmetic import FLASH
 from verify.bounds import ELSEWHERE
 from verify.case import Case
 from verify.engine import judge
 from verify.finding import Finding
-from verify.measure import distance
+from verify.oracles import dense
+from verify.oracles.rounded import emulate
 from verify.properties.laws import PROPERTIES, Property
 from verify.properties.strategies import cases, options
-from verify.properties.truth import truth
+from verify.properties.study_kernels import Draw, narrow_kernels
+from verify.properties.truth import Truth, truth
 from verify.records import JUDGED, Journal, Record, read
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -140,7 +145,7 @@ def power(
     rules = ("proved", "proved or expected", *ELSEWHERE)
     table = Table("dtype", "defect", "RMSE / honest", *rules, box=None)
     for dtype in ("fp16", "bf16", "fp32"):
-        draws = [_Draw(Case.parse(f"b1.h4.q{length}.k{length}.d128.{dtype}.full/normal#{n}"), device) for n in range(seeds)]
+        draws = [Draw(Case.parse(f"b1.h4.q{length}.k{length}.d128.{dtype}.full/normal#{n}"), device) for n in range(seeds)]
         wolf = {rule for rule in rules if all(d.rejects(rule, {}) for d in draws)}
         assert not {"proved", "proved or expected"} & wolf, "the honest kernel is accused"
         for name, kind in zip(SCALES, ("scale_off", "factor", "noise"), strict=True):
@@ -155,84 +160,66 @@ def power(
     console.print(table)
 
 
-class _Draw:
-    """One draw: what is true, what honest kernels give, and whether a rule rejects a kernel with some defect."""
-
-    def __init__(self, case: Case, device: str) -> None:
-        self.known = truth.__wrapped__(case, device)
-        self.limit = self.known.allowances(FLASH)["out"].limit
-        self.expected = self.known.expectation(FLASH)
-        q, k, v = (t.double() for t in (self.known.inputs.q, self.known.inputs.k, self.known.inputs.v))
-        self.same_dtype = _plain(*(t.to(self.known.inputs.q.dtype) for t in (q, k, v)))
-        self.upcast = _plain(q.float(), k.float(), v.float())
-        self.outs: dict[tuple[tuple[str, float], ...], torch.Tensor] = {}
-
-    def out(self, defect: dict[str, float]) -> torch.Tensor:
-        """The kernel's output with this defect."""
-        key = tuple(defect.items())
-        if key not in self.outs:
-            x = self.known.inputs
-            self.outs[key] = tiled(x.q, x.k, x.v, self.known.problem.softmax_scale, **defect)
-        return self.outs[key]
-
-    def rmse(self, defect: dict[str, float]) -> float:
-        """Against the exact answer."""
-        return (self.out(defect).double() - self.known.exact.out).square().mean().sqrt().item()
-
-    def rejects(self, rule: str, defect: dict[str, float]) -> bool:
-        """Whether the rule says no."""
-        if defect.get("noise"):
-            defect = {"noise": self.rmse({}) * math.sqrt((1 + defect["noise"]) ** 2 - 1)}
-        out = self.out(defect)
-        if rule in ELSEWHERE:
-            return not ELSEWHERE[rule](out, self.upcast, self.same_dtype)
-        beyond = bool((distance(out, self.known.exact.out) > self.limit).any())
-        return beyond or (rule != "proved" and self.expected.surprise("out", out) is not None)
+@app.command()
+def narrow(
+    length: Annotated[int, typer.Option()] = 1024,
+    seeds: Annotated[int, typer.Option(help="draws")] = 4,
+    device: Annotated[str | None, typer.Option()] = None,
+) -> None:
+    """Measured/expected of kernels in TF32 and FP8 made of torch's own matrix products; on the CPU FP8 multiplies in FP32."""
+    device = environment.prepare(device)
+    table = Table("kernel", "inputs", "RMSE", "measured/expected: lowest", "median", "highest", "measured/proved", box=None)
+    for name, (kernel, dtype, arithmetic) in narrow_kernels(device).items():
+        for recipe in ("normal", "outliers(0.001,10)", "one_sign"):
+            ratios, errors, proved = [], [], []
+            for seed in range(seeds):
+                case = Case.parse(f"b1.h8.q{length}.k{length}.d128.{dtype}.full/{recipe}#{seed}")
+                known = truth.__wrapped__(case, device)
+                out = kernel(known.inputs.q, known.inputs.k, known.inputs.v, known.problem.softmax_scale).double()
+                error = out - known.exact.out
+                honest = emulate(known.problem, known.inputs, arithmetic).out - known.exact.out
+                errors.append(error.square().mean().sqrt().item())
+                ratios.append(errors[-1] / honest.square().mean().sqrt().item())
+                proved.append((error.abs() / known.allowances(arithmetic)["out"].limit).max().item())
+            low, middle, high = (f"{x:.3f}" for x in (min(ratios), float(np.median(ratios)), max(ratios)))
+            table.add_row(name, recipe, f"{np.mean(errors):.2e}", low, middle, high, f"{max(proved):.3f}")
+    console.print(table)
 
 
-def _plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    return torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, dim=-1) @ v
+@app.command()
+def cost(length: Annotated[int, typer.Option()] = 4096, device: Annotated[str | None, typer.Option()] = None) -> None:
+    """Milliseconds of the float64 oracle, of the proved bound (its own pass over the softmax included) and of one emulation."""
+    device = environment.prepare(device)
+    table = Table("case", "oracle", "proved bound", "bound / oracle", "emulation", "truncated", box=None)
+    for grads in ("", ".grads"):
+        case = Case.parse(f"b1.h16.q{length}.k{length}.d128.bf16.full{grads}/normal#0")
+        oracle, bound, *rest = _costs(truth.__wrapped__(case, device), device)
+        table.add_row(str(case), f"{oracle:.1f}", f"{bound:.1f}", f"{bound / oracle:.2f}", *(f"{t:.1f}" for t in rest))
+    console.print(table)
 
 
-def tiled(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    scale: float,
-    *,
-    scale_off: float = 0.0,
-    factor: float = 0.0,
-    noise: float = 0.0,
-    bf16_tile: float = 0.0,
-    cut_p: float = 0.0,
-    exp_noise: float = 0.0,
-    scaled_q: float = 0.0,
-) -> torch.Tensor:
-    """FlashAttention-2's forward in torch, tiles of 64 keys, FP32 sums, switches for defects; written apart from the oracles."""
-    generator = torch.Generator(q.device).manual_seed(0)
-
-    def normal(x: torch.Tensor) -> torch.Tensor:
-        return torch.randn(x.shape, generator=generator, device=x.device)
-
-    scale = scale * (1 + scale_off)
-    rows = (q.float() * scale).to(q.dtype).float() if scaled_q else q.float()
-    top, total, acc = torch.full(q.shape[:3], -torch.inf, device=q.device), torch.zeros(q.shape[:3], device=q.device), 0.0
-    for n, (keys, values) in enumerate(zip(k.split(64, 2), v.split(64, 2), strict=True)):
-        s = rows @ keys.float().mT * (1.0 if scaled_q else scale)
-        old, top = top, torch.maximum(top, s.amax(-1))
-        p, decay = torch.exp(s - top[..., None]), torch.exp(old - top)
-        p = p * (1 + exp_noise * normal(p)) if exp_noise else p
-        held = _cut(p, q.dtype) if cut_p else p.to(q.dtype).float()
-        total, acc = total * decay + p.sum(-1), acc * decay[..., None] + held @ values.float()
-        acc = acc.bfloat16().float() if bf16_tile and n == 3 else acc
-    out = acc / total[..., None]
-    return ((out + noise * normal(out)) * (1 + factor)).to(q.dtype)
+def _costs(known: Truth, device: str) -> list[float]:
+    problem, inputs = known.problem, known.inputs
+    nearest, cut = (replace(FLASH, summation=how) for how in ("nearest", "truncated"))
+    work = (
+        lambda: dense.exact(problem, inputs),
+        lambda: allowance(problem, inputs, known.exact, dense.blocks(problem, inputs), FLASH),
+        lambda: emulate(problem, inputs, nearest),
+        lambda: emulate(problem, inputs, cut),
+    )
+    return [_milliseconds(w, device) for w in work]
 
 
-def _cut(p: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """P towards zero in this format."""
-    bits = {torch.float16: 13, torch.bfloat16: 16}.get(dtype, 0)
-    return ((p.view(torch.int32) >> bits) << bits).view(torch.float32)
+def _milliseconds(work: Callable[[], object], device: str, repeats: int = 5) -> float:
+    """The median of a few runs after a first."""
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - start))
+    return float(np.median(times[1:]))
 
 
 if __name__ == "__main__":
