@@ -6,13 +6,17 @@ from __future__ import annotations
 import torch
 
 from verify.arithmetic import Arithmetic
-from verify.problem import DTYPES
+from verify.problem import DTYPES, Problem
 from verify.registry import kernel
 
-STANDARD = Arithmetic(stored_scores="input", normalized_probs=True, delta="probs", group_sum="input")
+
+def standard(problem: Problem, device: str) -> Arithmetic:
+    """Every step in the input's dtype; on CUDA torch's softmax backward stores P * dP on the way (torch 2.11, SoftMax.cu)."""
+    delta = "product" if device == "cuda" else "probs"
+    return Arithmetic(stored_scores="input", normalized_probs=True, delta=delta, group_sum="input")
 
 
-@kernel(arithmetic=STANDARD, dtypes=DTYPES)
+@kernel(arithmetic=standard, dtypes=DTYPES)
 def naive(q, k, v, *, scale, mask, bias, slopes, softcap):
     """q [B,H,Q,D], k [B,Hk,K,D], v [B,Hk,K,Dv] of any float dtype -> (out [B,H,Q,Dv], lse [B,H,Q] float32)."""
     len_q, len_k = q.shape[2], k.shape[2]

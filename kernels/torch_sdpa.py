@@ -21,7 +21,8 @@ from verify.problem import DTYPES, Problem
 from verify.registry import Known, kernel
 
 FUSED = Arithmetic(group_sum="input")
-EFFICIENT = Arithmetic(group_sum="input", ds_probs="input")
+CUDNN = Arithmetic(group_sum="input", scaled_dscores=True)
+EFFICIENT = Arithmetic(group_sum="input", ds_probs="input", scaled_dscores=True, summation="truncated")  # FP32 as 3 x TF32
 IN_FLOAT32 = Arithmetic(probs="fp32", dscores="fp32", normalized_probs=True, delta="probs", summation="nearest")
 
 
@@ -39,7 +40,7 @@ BACKENDS: dict[str, tuple[SDPBackend, Arithmetic | Callable[[Problem, str], Arit
     "math": (SDPBackend.MATH, IN_FLOAT32),
     "flash": (SDPBackend.FLASH_ATTENTION, flash_arithmetic),
     "efficient": (SDPBackend.EFFICIENT_ATTENTION, EFFICIENT),
-    "cudnn": (SDPBackend.CUDNN_ATTENTION, FUSED),
+    "cudnn": (SDPBackend.CUDNN_ATTENTION, CUDNN),
 }
 NO_POSITIVE_SCALE = Known(
     "a scale <= 0 gives NaN: the -inf of hidden or padded keys is multiplied by it (torch 2.11 and 2.13, cuDNN 9.19)",

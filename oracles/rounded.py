@@ -122,8 +122,10 @@ class _Emulator:
     def ds(self, b: Block, out: Tensor, p: Tensor) -> Tensor:
         dp = self.product(by_key, self.operand(b.do, "scores"), self.operand(b.v, "scores"), "scores")
         dp = self.store(dp, "stored_scores")
-        per_row = b.do * out if self.arithmetic.delta == "out" else p * dp
-        delta = self.rounding.total(per_row, self.work)
+        if self.arithmetic.delta == "product":
+            product = self.rounding.store(self.working(p * dp), self.problem.dtype)
+            return self.working(product - self.working(p * self.rounding.total(product, self.work)))
+        delta = self.rounding.total(b.do * out if self.arithmetic.delta == "out" else p * dp, self.work)
         return self.working(self.store(p, "ds_probs") * self.working(dp - delta))
 
     def scaled(self, ds: Tensor, slope: Tensor) -> Tensor:

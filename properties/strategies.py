@@ -222,7 +222,7 @@ def arithmetics(draw: Callable[..., Any]) -> Arithmetic:
         dscores=one_of("input", "fp32", "bf16"),
         scaled_dscores=one_of(False, True),
         ds_probs=one_of("fp32", "input"),
-        delta=one_of("out", "probs"),
+        delta=one_of("out", "probs", "product"),
         group_sum=one_of("fp32", "input"),
         spill=one_of(None, None, (16, 32)),
     )

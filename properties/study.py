@@ -62,6 +62,8 @@ def soundness(
     journal, start, counts, chunk = Journal(out / f"{seed}.jsonl"), time.monotonic(), Counter[str](), 0
     while time.monotonic() - start < seconds:
         for subject, law in pairs:
+            if time.monotonic() - start > seconds:
+                break
             for case in drawn(subject, law, device, seed=seed * 1_000_003 + chunk):
                 record = judged(subject, law, case, device)
                 counts[record.verdict] += 1

@@ -79,7 +79,8 @@ class Arithmetic:
     ds_probs: str = "fp32"
     """P as the factor of dS = P * (dP - delta); `input` for a kernel that reuses the P it rounded for P^T dO."""
     delta: str = "out"
-    """How rowsum is formed in the backward: `out` = rowsum(dO * stored out), `probs` = rowsum(P * dP)."""
+    """How it is formed in the backward: `out` = rowsum(dO * stored out); `probs` = rowsum(P * dP); `product` = rowsum(R) of
+    R = P * dP stored in the input's dtype, and then dS = R - P delta (torch's softmax backward on CUDA)."""
     group_sum: str = "fp32"
     """dk, dv of a group of query heads as they are added up (GQA)."""
     spill: tuple[int, int] | None = None
@@ -88,9 +89,14 @@ class Arithmetic:
     """True: a second call gives the same bits, forward and backward; judged where it is declared."""
 
     def __post_init__(self) -> None:
-        checks = [(name, FORMATS) for name in ROUNDED]
-        checks += [("rowsum", ("unrounded", "rounded")), ("delta", ("out", "probs")), ("exp", ("natural", "binary", "fused"))]
-        for name, allowed in [*checks, ("summation", ("hardware", "nearest", "truncated"))]:
+        choices = {
+            **dict.fromkeys(ROUNDED, FORMATS),
+            "rowsum": ("unrounded", "rounded"),
+            "delta": ("out", "probs", "product"),
+            "exp": ("natural", "binary", "fused"),
+            "summation": ("hardware", "nearest", "truncated"),
+        }
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise VerifyError(f"{name}={getattr(self, name)!r}: one of {', '.join(allowed)}")
         if self.spill is not None and min(self.spill) < 1:

@@ -24,7 +24,7 @@ def gradients(problem: Problem, b: Block, units: Units, arithmetic: Arithmetic, 
     if problem.bias not in ("none", "alibi"):
         parts = units.u["dscores"] + units.u["output"] if problem.bias != "bhqk" else units.u["dscores"]  # stored before summed
         result["dbias"] = {"dS": e_ds, "dS stored": parts * (ds + e_ds) + units.floor["dscores"] + units.floor["output"]}
-    if rows.score is not None:
+    if problem.softcap:
         slope = 1 - (b.capped / problem.softcap) ** 2
         e_slope = 2 * (rows.score / problem.softcap + TANH * units.work + units.u["stored_scores"]).clamp(max=1)
         ds, e_ds = ds * slope, e_ds * slope + (ds + e_ds) * e_slope
@@ -76,34 +76,42 @@ def _row_sum(problem: Problem, units: Units, arithmetic: Arithmetic) -> tuple[fl
 
 def _ds_error(problem: Problem, b: Block, units: Units, arithmetic: Arithmetic, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
     """(error of P, error of dS, |dS|), each [B,Hk,G,n,K], before dS is rounded and before the slope of a softcap."""
-    lse_error = total(rows.lse)
-    e_p = rows.exponent + (lse_error + STEPS * units.work * (finite(b.lse).abs() + lse_error))
-    # 0 * NaN: a row that overflows, in S or in exp(s - lse), reaches the keys that are hidden from it, too
-    overflow = rows.overflow + unbounded(((e_p > CLAMP) & b.visible).any(-1, keepdim=True))
-    tiny = STEPS * units.exp_floor
-    e_p.clamp_(max=CLAMP).expm1_().mul_(b.p)
-    if arithmetic.normalized_probs:  # a softmax function keeps its rounded output for the backward
-        e_p.mul_(1 + units.u["probs"]).add_(b.p, alpha=units.u["probs"])
-        tiny += units.floor["probs"]
-    e_p.add_(b.visible, alpha=tiny).add_(overflow)
-
-    dp, step = by_key(b.do, b.v), by_key(b.do.abs(), b.v.abs())  # `step` becomes the error of dP - delta
-    delta, u = (b.p * dp).sum(-1, keepdim=True), units.u["stored_scores"]
-    step.mul_(units.gamma("scores", problem.dim_v))
+    e_p = _p_error(b, units, arithmetic, rows)
+    do, gamma, u, work = b.do.abs(), units.gamma("scores", problem.dim_v), units.u["stored_scores"], STEPS * units.work
+    dp, delta = by_key(b.do, b.v), (b.do * b.out).sum(-1, keepdim=True)
+    few = work + (0.0 if units.stores_scores else u)  # roundings of dP in FP32: of the sum of sizes, which is no smaller
+    step = by_key(do * (gamma * (1 + u) + few), b.v.abs())  # becomes the error of dP - delta
     if rows.operands is not None:
-        step.add_(by_key(b.do.abs(), rows.operands.v), alpha=1 + units.gamma("scores", problem.dim_v))
-    step.mul_(1 + u).add_(dp.abs(), alpha=u).add_(units.floor["stored_scores"])
+        step.add_(by_key(do, rows.operands.v), alpha=(1 + gamma) * (1 + u))
+    if units.stores_scores:
+        step.add_(dp.abs(), alpha=u).add_(units.floor["stored_scores"])
     if arithmetic.delta == "out":
         o_error, o_size = total(rows.out), b.out.abs()
-        e_delta = (b.do.abs() * (o_error + (problem.dim_v + STEPS) * units.work * (o_size + o_error))).sum(-1, keepdim=True)
+        e_delta = (do * (o_error + (problem.dim_v + STEPS) * units.work * (o_size + o_error))).sum(-1, keepdim=True)
     else:
         terms = e_p * dp.abs() + (b.p + e_p) * step
+        if arithmetic.delta == "product":
+            terms = terms + units.u["ds_product"] * (b.p * dp.abs() + terms) + units.floor["ds_product"] * b.visible
         e_delta = (terms + (problem.len_k + STEPS) * units.work * (b.p * dp.abs() + terms)).sum(-1, keepdim=True)
-    work = STEPS * units.work
-    step.mul_(1 + work).add_(dp.abs(), alpha=work).add_((1 + work) * e_delta + work * delta.abs())
+    product = dp.abs() if arithmetic.delta == "product" else None
+    step.mul_(1 + work).add_((1 + work) * e_delta + work * delta.abs())
     ds = dp.sub_(delta).abs_()
     factor = e_p
     if units.u["ds_probs"] > units.work:
         factor = e_p * (1 + units.u["ds_probs"]) + units.u["ds_probs"] * b.p + units.floor["ds_probs"] * b.visible
-    e_ds = (ds + step).mul_(factor).addcmul_(b.p, step).add_(b.visible, alpha=STEPS * units.exp_floor)
+    e_ds = (ds + step).mul_(factor).addcmul_(b.p, step).add_(STEPS * units.exp_floor)
+    if product is not None:
+        e_ds = e_ds + units.u["ds_product"] * (b.p + e_p) * (product + step) + units.floor["ds_product"] * b.visible
     return e_p, e_ds, ds.mul_(b.p)
+
+
+def _p_error(b: Block, units: Units, arithmetic: Arithmetic, rows: Rows) -> Tensor:
+    """|P^ - P| of P recomputed from the LSE, or kept by a softmax function."""
+    lse_error, probs = total(rows.lse), units.u["probs"]
+    e_p = rows.exponent.add_(lse_error + STEPS * units.work * (finite(b.lse).abs() + lse_error))
+    # 0 * NaN: a row that overflows, in S or in exp(s - lse), reaches the keys that are hidden from it, too
+    overflow = rows.overflow + (unbounded(e_p.amax(-1, keepdim=True) > CLAMP) if e_p.shape[-1] else 0.0)
+    e_p.clamp_(max=CLAMP).expm1_().mul_(b.p)
+    if arithmetic.normalized_probs:  # a softmax function keeps its rounded output for the backward
+        e_p.mul_(1 + probs).add_(b.p, alpha=probs).add_(b.visible, alpha=units.floor["probs"])
+    return e_p.add_(overflow + STEPS * units.exp_floor)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from verify.arithmetic import ROUNDED, Arithmetic
-from verify.exact import Block
+from verify.exact import Block, by_key
 from verify.problem import Problem
 
 UNIT = {"fp64": 2.0**-53, "fp32": 2.0**-24, "fp22": 2.0**-14, "tf32": 2.0**-10, "fp16": 2.0**-11, "bf16": 2.0**-8}
@@ -95,6 +95,7 @@ class Units:
         self.cut = {name: CUT if arithmetic.truncates(name, problem.dtype, device) else 1 for name in ("scores", "accumulate")}
         self.u = {name: UNIT[f] for name, f in self.format.items()}
         self.floor = {name: FLOOR[f] for name, f in self.format.items()}
+        self.u["ds_product"], self.floor["ds_product"] = UNIT[problem.dtype], FLOOR[problem.dtype]
         self.work = UNIT["fp64" if problem.dtype == "fp64" else "fp32"]
         self.tiles = problem.len_k // SHORTEST_TILE + 2 * (arithmetic.splits - 1)  # rescalings, and merges of splits
         self.exp = 2 * arithmetic.exp_ulp * self.work  # one ulp is two roundoffs
@@ -119,18 +120,22 @@ class Units:
             return size.new_zeros((*size.shape[:-1], 1))
         return unbounded(factor * (size + error).amax(-1, keepdim=True) > largest)
 
-    def score_overflow(self, b: Block, size: Tensor, scale: float) -> Tensor:
-        """UNBOUNDED for rows where S, of products of these sizes, may overflow its format, however the scale is applied."""
-        largest = LARGEST[self.format["stored_scores"]]
-        if not size.shape[-1] or (size.amax() * max(1.0, scale) + b.s.abs().amax()).item() <= largest:
+    def score_overflow(self, b: Block, q: Tensor, k: Tensor, scale: float) -> Tensor:
+        """UNBOUNDED for rows where S, of products of these absolute values, may overflow its format, however scale is applied."""
+        largest, factor = LARGEST[self.format["stored_scores"]], max(1.0, scale)
+        if not k.shape[-2] or not q.numel() or (factor * q.amax() * k.amax() * q.shape[-1] + _amax(b.s)).item() <= largest:
             return torch.zeros_like(b.row_max)
-        return unbounded((size * max(1.0, scale) + b.s.abs()).amax(-1, keepdim=True) > largest)
+        return unbounded((by_key(q, k) * factor + b.s.abs()).amax(-1, keepdim=True) > largest)
 
     def store(self, terms: Terms, name: str, exact: Tensor) -> None:
         """Append the rounding of `exact` + what `terms` have moved it by, on its way to memory."""
         size = exact.abs() + total(terms)
         rounding = self.u[name] * size + self.floor[name] + self.overflow(name, size)
         terms[f"store in {self.format[name]}"] = rounding
+
+
+def _amax(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, torch.inf)
 
 
 def unbounded(where: Tensor) -> Tensor:

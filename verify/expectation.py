@@ -80,13 +80,18 @@ class Expectation:
                 order = torch.hypot(order, ORDER * off.nan_to_num(0.0, 0.0, 0.0))
             margin = margin + order * order
         whole, heads = scores(mine * mine - honest * honest, margin)
+        if name == "dk":  # an error of delta is shared by all keys: what is left without their mean must be too large as well
+            mine_c, honest_c = (x - x.mean(2, keepdim=True) for x in (mine, honest))
+            whole_c, heads_c = scores(mine_c * mine_c - honest_c * honest_c, margin)
+            whole, heads = min(whole, whole_c), torch.minimum(heads, heads_c)
         found = [Surprise("error", whole, level)]
         if heads.numel() > 1:
             at = int(heads.argmax())
             where = f"error in head {at % heads.shape[1]} of batch entry {at // heads.shape[1]}"
             found.append(Surprise(where, heads.max().item(), level))
         for direction, along in self._directions(name).items():
-            score = max(scores(side, order * along.abs())[0] for side in ((mine - honest) * along, (honest - mine) * along))
+            sides = ((mine - honest) * along, (honest - mine) * along)
+            score = max(scores(side, order * along.abs(), by_head=name == "dk")[0] for side in sides)
             found.append(Surprise(direction, score, level))
         return max(found, key=lambda s: s.score / s.level)
 
@@ -96,10 +101,14 @@ class Expectation:
         return {"alpha": exact, "bias": torch.ones_like(exact)} | ({"tilt": self.tilt()} if name == "out" else {})
 
 
-def scores(d: Tensor, margin: Tensor) -> tuple[float, Tensor]:
-    """(sum of d - margin) / sqrt(sum of squares of d), rows or columns as units, the smaller: of all [B,H,n,C], and [B,H]."""
+def scores(d: Tensor, margin: Tensor, *, by_head: bool = False) -> tuple[float, Tensor]:
+    """(sum of d - margin) / sqrt(sum of squares of d), rows or columns as units, the smaller: of all [B,H,n,C], and [B,H].
+
+    by_head: whole heads are units, too, where nothing less is independent.
+    """
     excess = (d - margin).sum((2, 3))
     units = [d.sum(-1).square().sum(-1)] + ([d.sum(-2).square().sum(-1)] if d.shape[-1] > 1 else [])  # each [B,H]
+    units += [d.sum((2, 3)).square()] if by_head else []
     heads = torch.stack([_ratio(excess, u) for u in units]).amin(0)
     whole = min(_ratio(excess.sum(), u.sum()).item() for u in units)
     return whole, heads

@@ -47,7 +47,7 @@ FORWARD = {
     "stored_scores": ("fp32", "input"),
     "scaled_query": (False, True),
 }
-BACKWARD = {"dscores": ("input", "fp32"), "ds_probs": ("fp32", "input"), "delta": ("out", "probs")}
+BACKWARD = {"dscores": ("input", "fp32"), "ds_probs": ("fp32", "input"), "delta": ("out", "probs", "product")}
 BACKWARD |= {"scaled_dscores": (False, True)}
 SPILLS = (None, (32, 512), (64, 512), (128, 512), (256, 512))
 TILES = (0, 16, 32, 48, 64, 80, 96, 112, 128, 160, 176, 192, 256)

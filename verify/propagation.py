@@ -70,11 +70,11 @@ class Rows:
 
     def __init__(self, problem: Problem, b: Block, units: Units, arithmetic: Arithmetic, operands: Operands | None) -> None:
         self.problem, self.block, self.units, self.arithmetic, self.operands = problem, b, units, arithmetic, operands
-        self.exponent, self.overflow = _score_error(problem, b, units, arithmetic, operands)
-        self.score = self.exponent.clone() if problem.softcap else None
+        self.score, size, self.overflow = _score_error(problem, b, units, arithmetic, operands)
         merged = finite(b.lse).abs() if arithmetic.splits > 1 else 0.0
-        self.exponent += STEPS * units.work * (b.row_max.abs() + merged) + (1 + units.tiles) * (units.exp + units.work)
-        self.exponent.add_(b.s.abs(), alpha=STEPS * units.work)
+        rescaled = STEPS * units.work * (b.row_max.abs() + merged) + (1 + units.tiles) * (units.exp + units.work)
+        self.exponent = self.score.add(size, alpha=STEPS * units.work) if size is not None else self.score
+        self.exponent = self.exponent + rescaled if problem.softcap else self.exponent.add_(rescaled)
         if arithmetic.exp == "fused" and problem.len_k:  # the argument may be positive
             argument = STEPS * units.work * (b.s.abs().amax(-1, keepdim=True) + b.row_max.abs())
             self.overflow = self.overflow + unbounded(argument > CLAMP)
@@ -131,27 +131,33 @@ class Rows:
 
 def _score_error(
     problem: Problem, b: Block, units: Units, arithmetic: Arithmetic, operands: Operands | None
-) -> tuple[Tensor, Tensor]:
-    """|s^ - s| [B,Hk,G,n,K]: quantised operands, the product Q K^T, each store of S in the declared format, softcap, bias. And
-    where a row may overflow that format, whichever way the scale is applied: UNBOUNDED [B,Hk,G,n,1].
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """|s^ - s| [B,Hk,G,n,K]: quantised operands, the product Q K^T, each store of S in the declared format, softcap, bias. Then a
+    bound of |s| itself, None where the first already holds STEPS roundings of it; and where a row may overflow the format of S,
+    whichever way the scale is applied: UNBOUNDED [B,Hk,G,n,1].
     """
     scale, u, floor = abs(problem.softmax_scale), units.u["stored_scores"], units.floor["stored_scores"]
-    size = by_key(b.q.abs(), b.k.abs())
-    overflow = units.score_overflow(b, size, scale)
-    error = size * units.gamma("scores", problem.dim_qk)
+    gamma, q, k = units.gamma("scores", problem.dim_qk), b.q.abs(), b.k.abs()
+    overflow = units.score_overflow(b, q, k, scale)
+    if not (units.stores_scores or problem.softcap or b.bias is not None or arithmetic.scaled_query or operands is not None):
+        return (
+            by_key(q * (scale * (gamma + (2 * u + STEPS * units.work) * (1 + gamma))), k),
+            None,
+            overflow,
+        )  # |s| <= scale |q|.|k|
+    size = by_key(q, k)
+    error = size * gamma
     if arithmetic.scaled_query:
         floor_q = units.floor["output"] / (scale or UNBOUNDED)
-        stored = UNIT[problem.dtype] * size + floor_q * b.k.abs().sum(-1)[:, :, None, None, :]
-        error = error + stored * (1 + units.gamma("scores", problem.dim_qk))
+        error = error + (UNIT[problem.dtype] * size + floor_q * k.sum(-1)[:, :, None, None, :]) * (1 + gamma)
     if operands is not None:
         (q_size, q_error), (k_size, k_error) = operands.q_pair, operands.k_pair
         q_size, q_error = (grouped(t[:, :, b.rows], problem) for t in (q_size, q_error))
-        moved = by_key(q_error, k_size) + by_key(q_size + q_error, k_error)
-        error = error + moved * (1 + units.gamma("scores", problem.dim_qk))
+        error = error + (by_key(q_error, k_size) + by_key(q_size + q_error, k_error)) * (1 + gamma)
     error.mul_(scale * (1 + 2 * u)).add_(b.raw.abs(), alpha=2 * u).add_(2 * floor)
     if problem.softcap:
         error = error + u * (b.raw.abs() + error) + floor * problem.softcap  # s / softcap
         error = error + TANH * units.work * problem.softcap + 2 * u * (b.capped.abs() + error) + 2 * floor * problem.softcap
     if b.bias is not None:
         error = error + (units.work + u) * b.bias.abs() + u * (b.s.abs() + error) + 2 * floor
-    return error, overflow
+    return error, b.s.abs(), overflow
