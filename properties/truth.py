@@ -11,7 +11,7 @@ from torch import Tensor
 
 from verify.allowance import allowance
 from verify.arithmetic import Arithmetic
-from verify.bounds import FALSE_ALARM, Allowance
+from verify.bounds import FALSE_ALARM, UNIT, Allowance
 from verify.case import Case, Inputs
 from verify.exact import Block, Exact, from_keys, ungrouped
 from verify.expectation import DIRECTIONS, Expectation, Surprise
@@ -71,7 +71,9 @@ class Truth:
         if self.problem.dtype == "fp64" or not self.generic:
             return None
         tests = 4 * (6 if self.problem.grads else 2) * (1 + self.problem.batch * self.problem.heads_q)
-        return Expectation(self.exact, partial(self._emulate, arithmetic), lambda: self.tilt, tests)
+        return Expectation(
+            self.exact, partial(self._emulate, arithmetic), lambda: self.tilt, tests, 2 * arithmetic.exp_ulp * UNIT["fp32"]
+        )
 
     def _emulate(self, arithmetic: Arithmetic, kind: str) -> Exact:
         """`nearest`: every sum to nearest, which is cheaper and nearly always enough; the others: Expectation.fp32."""

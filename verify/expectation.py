@@ -44,6 +44,8 @@ class Expectation:
     tilt: Callable[[], Tensor]
     tests: int
     """How many tests share FALSE_ALARM."""
+    exp_error: float
+    """Largest relative error of an exponential: where it is not the same in P and in the row sum, out is off by that factor."""
 
     @cached_property
     def nearest(self) -> Exact:
@@ -78,6 +80,8 @@ class Expectation:
             for other in self.fp32:
                 off = _columns(getattr(other, name) - getattr(self.exact, name))
                 order = torch.hypot(order, ORDER * off.nan_to_num(0.0, 0.0, 0.0))
+            exact = _columns(getattr(self.exact, name))
+            order = torch.hypot(order, ORDER * self.exp_error * exact.abs().nan_to_num(0.0, 0.0, 0.0))
             margin = margin + order * order
         whole, heads = scores(mine * mine - honest * honest, margin)
         if name == "dk":  # an error of delta is shared by all keys: what is left without their mean must be too large as well
