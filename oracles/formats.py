@@ -62,7 +62,7 @@ class Nearest:
 
     def function(self, name: str, x: Tensor, fmt: str, ulp: float) -> Tensor:
         """The result x of `name` (exp, log, tanh) in this format; off at random where it is declared to be off by many ulp."""
-        if ulp > USUAL_ULP and self.work:
+        if ulp > USUAL_ULP and self.work and fmt == "fp32":
             x = self._random(x, 2 * ulp * x.abs())
         return self.store(x, fmt)
 

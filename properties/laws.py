@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from verify.case import Case, Inputs
+from verify.finding import Finding
 from verify.guard import Output, call
 from verify.masks import Mask
 from verify.problem import Problem
-from verify.properties.truth import Truth, compare, judge, judge_expected, truth
+from verify.properties.truth import Truth, truth
+from verify.properties.verdict import compare, judge
 from verify.registry import Kernel
 
 
@@ -58,11 +60,8 @@ def oracle(kernel: Kernel, case: Case, device: str) -> Verdict:
     """|out - exact| and |lse - exact| are within the bound that the kernel's declared arithmetic has on these inputs, and as
     large and as even as an honest kernel's of that arithmetic."""
     known = truth(case, device)
-    limits = known.allowances(kernel.numerics(case.problem, device))
-    output = call(kernel, case.problem, known.inputs)
-    judge(kernel, output, known.exact, limits, names=("out", "lse"))
-    expected, measured = judge_expected(kernel, output, known, limits, names=("out", "lse"))
-    return Verdict(blind_to=known.blind_to(limits, expected), measured=measured)
+    judged = judge(kernel, call(kernel, case.problem, known.inputs), known, names=("out", "lse"))
+    return Verdict(blind_to=known.blind_to(judged.limits, judged.expected), measured=judged.measured)
 
 
 @holds(grads=True)
@@ -73,10 +72,22 @@ def gradients(kernel: Kernel, case: Case, device: str) -> Verdict:
     output = call(kernel, case.problem, known.inputs)
     if output.dq is None:
         return Verdict(unsupported="its output carries no autograd graph")
-    limits, names = known.allowances(kernel.numerics(case.problem, device)), ("dv", "dq", "dk", "dbias")
-    judge(kernel, output, known.exact, limits, names=names)
-    _, measured = judge_expected(kernel, output, known, limits, names=names)
-    return Verdict(measured=measured)
+    return Verdict(measured=judge(kernel, output, known, names=("dv", "dq", "dk", "dbias")).measured)
+
+
+@holds()
+def repeat(kernel: Kernel, case: Case, device: str) -> Verdict:
+    """f(x) = f(x): where the kernel declares that it is deterministic, a second call gives the same bits, gradients included."""
+    known = truth(case, device)
+    first, second = (call(kernel, case.problem, known.inputs) for _ in range(2))
+    same = True
+    for name in ("out", "lse", "dq", "dk", "dv", "dbias"):
+        one, two = getattr(first, name), getattr(second, name)
+        if one is not None and not bool(((one == two) | (one.isnan() & two.isnan())).all()):
+            same = False
+            if kernel.numerics(case.problem, device).deterministic:
+                raise Finding(f"{name} differs between two calls in {int((one != two).sum())} of {one.numel()} elements")
+    return Verdict(bitwise=same)
 
 
 @holds(full_mask=True)

@@ -12,7 +12,16 @@ from verify.arithmetic import FLASH, Arithmetic, Quantisation
 from verify.bounds import ELSEWHERE
 from verify.case import Case
 from verify.measure import distance
+from verify.problem import Problem
 from verify.properties.truth import truth
+from verify.registry import Kernel
+
+LOSSES = {
+    "one tile's accumulator in BF16": {"bf16_tile": 1.0},
+    "P truncated instead of rounded": {"cut_p": 1.0},
+    "exp off by 1e-3 at random": {"exp_noise": 1e-3},
+    "Q scaled in the input's dtype": {"scaled_q": 1.0},
+}
 
 
 class Draw:
@@ -144,3 +153,23 @@ def _product(a: torch.Tensor, b: torch.Tensor, *, fast: bool) -> torch.Tensor:
         return a.float() @ b.float()
     one = torch.ones((), device=a.device)
     return torch._scaled_mm(a, b, one, one, out_dtype=torch.float32, use_fast_accum=fast)
+
+
+def at_gpu(kernel: Kernel) -> Kernel:
+    """The kernel as it runs on the GPU, taking and giving tensors on the CPU, so that its truth can be worked out there."""
+
+    def there(x: object) -> object:
+        return x.cuda() if isinstance(x, torch.Tensor) else x
+
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **rest: object) -> object:
+        given = kernel.fn(q.cuda(), k.cuda(), v.cuda(), **{name: there(x) for name, x in rest.items()})
+        return tuple(t.cpu() for t in given) if isinstance(given, tuple) else given.cpu()
+
+    def arithmetic(problem: Problem, device: str) -> Arithmetic:
+        found = kernel.numerics(problem, "cuda")
+        return replace(found, summation="truncated" if found.truncates("accumulate", problem.dtype, "cuda") else "nearest")
+
+    known = tuple(replace(k, where=lambda p, device, where=k.where: where(p, "cuda")) for k in kernel.known)
+    return replace(
+        kernel, fn=run, arithmetic=arithmetic, known=known, declared=lambda problem, device: kernel.unsupported(problem, "cuda")
+    )

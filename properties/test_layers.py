@@ -30,7 +30,10 @@ MAY_IMPORT = {
     "verify.kernels": {*ORDER[: ORDER.index("registry") + 1]},
     "verify.oracles": {*ORDER[: ORDER.index("exact") + 1], "oracles"},
     "verify.reports": {"records", "measure", "reports"},
-    "verify.properties": {*ORDER, *"engine pytest_plugin cli recording reporting oracles kernels properties reports".split()},
+    "verify.properties": {
+        *ORDER,
+        *"engine pytest_plugin cli identify recording reporting oracles kernels properties reports".split(),
+    },
 }
 
 

@@ -11,16 +11,13 @@ from torch import Tensor
 
 from verify.allowance import allowance
 from verify.arithmetic import Arithmetic
-from verify.bounds import FALSE_ALARM, UNIT, Allowance
+from verify.bounds import UNIT, Allowance
 from verify.case import Case, Inputs
 from verify.exact import Block, Exact, from_keys, ungrouped
-from verify.expectation import DIRECTIONS, Expectation, Surprise
-from verify.finding import Finding
-from verify.guard import Output
-from verify.measure import distance, worst
+from verify.expectation import Expectation
+from verify.measure import distance
 from verify.oracles import certified, dense, formats, rounded
 from verify.problem import Problem
-from verify.registry import Kernel
 
 IN_FLOAT64 = Arithmetic(
     scores="fp64", stored_scores="fp64", probs="fp64", accumulate="fp64", dscores="fp64", output="fp64", group_sum="fp64"
@@ -134,69 +131,3 @@ def oracle_limit(problem: Problem, inputs: Inputs) -> dict[str, Tensor]:
     wide = problem.but(dtype="fp64")
     limits = allowance(wide, inputs, dense.exact(wide, inputs), dense.blocks(wide, inputs), IN_FLOAT64)
     return {name: a.limit for name, a in limits.items()}
-
-
-def judge(kernel: Kernel, output: Output, exact: Exact, limits: Mapping[str, Allowance], *, names: tuple[str, ...]) -> None:
-    """Raise a Finding for the first of these tensors that is farther from the exact answer than it may be."""
-    for name in names:
-        got, want = getattr(output, name), getattr(exact, name)
-        if got is None or want is None:
-            continue
-        if name == "out" and kernel.empty_row == "nan":
-            want = want.masked_fill((exact.lse == -torch.inf).unsqueeze(-1), torch.nan)
-        compare(name, got, want, limits[name], against="exact")
-
-
-def judge_expected(
-    kernel: Kernel, output: Output, known: Truth, limits: Mapping[str, Allowance], *, names: tuple[str, ...]
-) -> tuple[Expectation | None, dict[str, float]]:
-    """Raise a Finding for the first tensor whose error no honest kernel of the declared arithmetic would have. Returns the
-    expectation (None where it does not apply) and measured RMSE / expected, largest error / proved bound, by tensor.
-    """
-    expected, ratios = known.expectation(kernel.numerics(known.problem, known.device)), {}
-    for name in names:
-        got = getattr(output, name)
-        if got is None or getattr(known.exact, name) is None:
-            continue
-        error, limit = distance(got, getattr(known.exact, name)), limits[name].limit
-        within = (limit > 0) & limit.isfinite()
-        if within.any():
-            ratios[f"{name}/proved"] = (error[within] / limit[within]).max().item()
-        if expected is None:
-            continue
-        mine, honest = (x.square().mean().sqrt().item() for x in expected.errors(name, got))
-        if honest > 0:
-            ratios[f"{name}/expected"] = mine / honest
-        if found := expected.surprise(name, got):
-            raise Finding(_surprise(name, found, mine, honest, limits[name]), measured=ratios)
-    return expected, ratios
-
-
-def _surprise(name: str, found: Surprise, mine: float, honest: float, allowed: Allowance) -> str:
-    ratio = f"{mine / honest:.3g} times" if honest else "not 0 as"
-    what = DIRECTIONS.get(found.what, "more error than the declared arithmetic has")
-    terms = sorted(((part.nan_to_num().mean().item(), term) for term, part in allowed.terms.items()), reverse=True)
-    return (
-        f"{name}: {what} ({found.what}): RMSE {mine:.3e}, {ratio} the expected {honest:.3e}; score {found.score:.1f}, an honest"
-        f" kernel's is below {found.level:.1f} in all but {FALSE_ALARM:g} of cases. No element crosses the proved bound (mean"
-        f" {allowed.limit.nan_to_num(posinf=0.0).mean().item():.1e}, most of it {terms[0][1]})"
-    )
-
-
-def compare(name: str, got: Tensor, want: Tensor, allowed: Allowance, *, against: str, times: int = 1) -> None:
-    """Raise a Finding where |got - want| exceeds `times` the allowance, at the element that exceeds it most."""
-    error, limit = distance(got, want), times * allowed.limit
-    at = worst(error, limit)
-    if at is None:
-        return
-    terms = sorted(((times * part[at].item(), term) for term, part in allowed.terms.items()), reverse=True)
-    why = " + ".join(f"{value:.1e} {term}" for value, term in terms[:2])
-    where = ",".join(f"{letter}{n}" for letter, n in zip(_AXES[name], at, strict=True))
-    raise Finding(
-        f"{name}[{where}] = {got[at].item():.6g}, {against} {want[at].item():.6g}:"
-        f" off by {error[at].item():.2e}, allowed {limit[at].item():.2e} ({why})",
-        measured={"error": error[at].item(), "allowed": limit[at].item()},
-    )
-
-
-_AXES = {"out": "bhqc", "lse": "bhq", "dq": "bhqc", "dk": "bhkc", "dv": "bhkc", "dbias": "bhqk"}

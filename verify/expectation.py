@@ -22,7 +22,7 @@ from torch import Tensor
 from verify.bounds import FALSE_ALARM, ORDER, RESOLUTION
 from verify.exact import Exact
 
-DIRECTIONS = {"alpha": "a factor on the output", "bias": "a constant offset", "tilt": "another softmax scale"}
+DIRECTIONS = {"alpha": "off by a factor", "bias": "off by a constant", "tilt": "as with another softmax scale"}
 """What a signed error is compared with: the exact tensor, ones, and the derivative by the logarithm of the scale (out only)."""
 
 
@@ -63,6 +63,11 @@ class Expectation:
         mine, its = got.to(torch.float64) - exact, honest - exact
         judged = mine.isfinite() & its.isfinite()
         return _columns(torch.where(judged, mine, 0.0)), _columns(torch.where(judged, its, 0.0))
+
+    def rmse(self, name: str, got: Tensor) -> tuple[float, float]:
+        """(the kernel's, the emulation's)"""
+        mine, honest = (x.square().mean().sqrt().item() if x.numel() else 0.0 for x in self.errors(name, got))
+        return mine, honest
 
     def surprise(self, name: str, got: Tensor) -> Surprise | None:
         """Why no honest kernel gives this, or None. First with the emulation's resolution as the only slack, then FP32's."""
