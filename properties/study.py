@@ -55,9 +55,7 @@ def soundness(
     kernel: Annotated[list[str] | None, typer.Option(help="only this kernel; may be repeated")] = None,
     out: Annotated[Path, typer.Option(help="folder for the journal")] = Path("soundness"),
     device: Annotated[str | None, typer.Option()] = None,
-    judge_on_cpu: Annotated[
-        bool, typer.Option(help="kernels on the GPU, everything else on the CPU: more cases a second")
-    ] = False,
+    judge_on: Annotated[str | None, typer.Option(help="cpu: only the kernels use the GPU; more cases a second")] = None,
 ) -> None:
     """Judge drawn cases of every kernel, out, LSE and gradients; whatever alarms is printed and counted, and the run goes on."""
     device = environment.prepare(device)
