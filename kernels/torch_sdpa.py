@@ -50,8 +50,20 @@ EMPTY_ROW = Known("a row without a visible key gives a mean of V, not 0 (cuDNN 9
 NO_KEYS = Known(
     "no key at all and a large q give NaN, not 0: the zero is formed from a sum that overflows (torch 2.13)",
     lambda p, device: p.len_k == 0 and p.dtype == "fp16",
+    recipes=("constant",),
 )
-KNOWN = {"math": (NO_KEYS,), "flash": (NO_POSITIVE_SCALE,), "cudnn": (NO_POSITIVE_SCALE, EMPTY_ROW)}
+LOW_LSE = Known(
+    "dq is NaN where the LSE is below -88.7, with a mask and len_k % 128 = 64 (pytorch issue 196678; cuDNN 9.19)",
+    lambda p, device: p.grads and p.len_k % 128 == 64 and p.mask.names != {"full"},
+    recipes=("shift",),
+)
+SPLIT_KEYS = Known(
+    "out is several times too large where scores exceed 2^24: the keys are split, FP32's LSE of a part no longer holds the logarithm of"
+    " its row sum, and the parts' weights add up to their number (torch 2.11)",
+    lambda p, device: device == "cuda" and p.len_k > 128,
+    recipes=("constant",),
+)
+KNOWN = {"math": (NO_KEYS,), "flash": (NO_POSITIVE_SCALE, SPLIT_KEYS), "cudnn": (NO_POSITIVE_SCALE, EMPTY_ROW, LOW_LSE)}
 _HEADERS = {"flash": "flash", "efficient": "memory efficient", "cudnn": "cudnn"}
 
 

@@ -44,8 +44,8 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 console = Console(width=170, highlight=False)
 LAWS = ("oracle", "gradients")
 CHUNK = 100
-VALUES = {"sdpa-cudnn": 10}
-"""Values tried for each problem: a new problem costs cuDNN more than a second of building its graph."""
+VALUES = {"sdpa-cudnn": 25, "triton-fa2": 5}
+"""Values tried for each problem: a new problem costs cuDNN more than a second of building its graph, Triton may compile."""
 
 
 @app.command()

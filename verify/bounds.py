@@ -97,7 +97,7 @@ class Units:
         self.floor = {name: FLOOR[f] for name, f in self.format.items()}
         self.u["ds_product"], self.floor["ds_product"] = UNIT[problem.dtype], FLOOR[problem.dtype]
         self.work = UNIT["fp64" if problem.dtype == "fp64" else "fp32"]
-        self.tiles = problem.len_k // SHORTEST_TILE + 2 * (arithmetic.splits - 1)  # rescalings, and merges of splits
+        self.tiles = problem.len_k // SHORTEST_TILE + arithmetic.splits  # rescalings, and sums over splits
         self.exp = 2 * arithmetic.exp_ulp * self.work  # one ulp is two roundoffs
         self.exp_floor = FLOOR["fp64" if problem.dtype == "fp64" else "fp32"]
         self.stores_scores = self.u["stored_scores"] > self.work

@@ -114,7 +114,7 @@ def judge(kernel: Kernel, law: Property, case: Case, device: str) -> Record:
     reason = kernel.unsupported(case.problem, device)
     if reason:
         return _record(kernel, law, case, "unsupported", reason)
-    known = kernel.known_defect(case.problem, device)
+    known = kernel.known_defect(case, device)
     try:
         verdict = law.check(kernel, case, device)
     except Finding as finding:

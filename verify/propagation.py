@@ -71,8 +71,7 @@ class Rows:
     def __init__(self, problem: Problem, b: Block, units: Units, arithmetic: Arithmetic, operands: Operands | None) -> None:
         self.problem, self.block, self.units, self.arithmetic, self.operands = problem, b, units, arithmetic, operands
         self.score, size, self.overflow = _score_error(problem, b, units, arithmetic, operands)
-        merged = finite(b.lse).abs() if arithmetic.splits > 1 else 0.0
-        rescaled = STEPS * units.work * (b.row_max.abs() + merged) + (1 + units.tiles) * (units.exp + units.work)
+        rescaled = STEPS * units.work * b.row_max.abs() + (1 + units.tiles) * (units.exp + units.work)
         self.exponent = self.score.add(size, alpha=STEPS * units.work) if size is not None else self.score
         self.exponent = self.exponent + rescaled if problem.softcap else self.exponent.add_(rescaled)
         if arithmetic.exp == "fused" and problem.len_k:  # the argument may be positive
@@ -110,10 +109,18 @@ class Rows:
         terms[f"P in {units.format['probs']}"] = u_p * mass + flushed
         gamma = units.gamma("accumulate", self.problem.len_k + units.tiles)
         terms["sum over keys"] = gamma * (mass * (1 + u_p) + flushed)
+        if self.arithmetic.splits > 1:
+            terms["merge of splits"] = self._merge() * (mass + total(terms))
         terms["row sum"] = self.eta * (o_size + total(terms))
         terms = {name: part * held_grow for name, part in terms.items()}
         units.store(terms, "output", b.out)
         return terms
+
+    def _merge(self) -> Tensor:
+        """What the weights exp(lse_i - lse) of splits may be off by: they are not normalised again, so out may leave V's hull."""
+        lse = finite(self.block.lse).abs()
+        argument = STEPS * self.units.work * (lse + self.block.row_max.abs() + 1) + self.units.exp
+        return torch.expm1(argument.clamp(max=CLAMP)) + unbounded(argument > CLAMP)
 
     def _short(self) -> bool:
         """Whether P's format has a short exponent: then it matters which keys are visible, since only those can be flushed."""

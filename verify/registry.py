@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from verify.arithmetic import FLASH, Arithmetic
+from verify.case import Case
 from verify.errors import VerifyError
 from verify.problem import DTYPES, Problem
 
@@ -36,12 +37,14 @@ Supports = Callable[[Problem, str], str | None]
 
 @dataclass(frozen=True)
 class Known:
-    """A known defect of a kernel: what it is, with its source, and which problems can show it. They are judged all the same;
-    what they break there is counted as known, and a defect that no longer shows is reported.
+    """A known defect of a kernel: what it is, with its source, which problems can show it, and on which families of inputs (any, if
+    none is named). They are judged all the same; what they break there is counted as known, and a defect that no longer shows is
+    reported.
     """
 
     what: str
     where: Callable[[Problem, str], bool]
+    recipes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,9 +65,10 @@ class Kernel:
         """The arithmetic declared for this problem on this device."""
         return self.arithmetic if isinstance(self.arithmetic, Arithmetic) else self.arithmetic(problem, device)
 
-    def known_defect(self, problem: Problem, device: str) -> str:
-        """What is known to be wrong with this kernel on such a problem; empty where nothing is."""
-        return next((known.what for known in self.known if known.where(problem, device)), "")
+    def known_defect(self, case: Case, device: str) -> str:
+        """What is known to be wrong with this kernel on such a case; empty where nothing is."""
+        possible = (k for k in self.known if not k.recipes or case.recipe.name in k.recipes)
+        return next((k.what for k in possible if k.where(case.problem, device)), "")
 
     def unsupported(self, problem: Problem, device: str) -> str | None:
         """Why this kernel can't do this problem on this device ("cpu", "cuda"); None where it can."""
