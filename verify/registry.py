@@ -22,12 +22,14 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from verify.arithmetic import FLASH, Arithmetic
-from verify.case import Case
 from verify.errors import VerifyError
 from verify.problem import DTYPES, Problem
+
+if TYPE_CHECKING:
+    from verify.case import Case  # a decorated file must load without torch
 
 KEYWORDS = ("scale", "mask", "bias", "slopes", "softcap", "problem")
 BUNDLED = ("naive", "torch_sdpa", "triton_fa2")
@@ -37,9 +39,9 @@ Supports = Callable[[Problem, str], str | None]
 
 @dataclass(frozen=True)
 class Known:
-    """A known defect of a kernel: what it is, with its source, which problems can show it, and on which families of inputs (any, if
-    none is named). They are judged all the same; what they break there is counted as known, and a defect that no longer shows is
-    reported.
+    """A known defect of a kernel: what it is, with its source, which problems can show it, and on which families of inputs (any,
+    if none is named). They are judged all the same; what they break there is counted as known, and a defect that no longer shows
+    is reported.
     """
 
     what: str
