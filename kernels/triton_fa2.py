@@ -183,13 +183,14 @@ def _geometry(q: torch.Tensor, dim_v: int) -> dict[str, int]:
 
 
 def _aligned(*tensors: torch.Tensor) -> bool:
-    """Whether loads may be wide (see _tile): rows are dense, start at multiples of 8 elements, and are multiples of 16 long.
+    """Whether loads may be wide (see _tile): rows are dense, start at multiples of 8 elements, are all as long, a multiple of 16.
 
-    The last, for Triton 3.6 on sm_90 gives wrong keys from the second tile on, D 40 and Dv 24 say, where the hints of _tile meet
-    masks of unknown alignment; such loads are narrow anyway.
+    The last, for Triton 3.6 on sm_90 gives wrong keys from the second tile on where the hints of _tile meet masks of unknown
+    alignment (D 40 and Dv 24), and also for D 192 and Dv 16; there the loads are not hinted.
     """
     dense = all(t.stride(3) == 1 and all(stride % 8 == 0 for stride in t.stride()[:3]) for t in tensors)
-    return dense and all(t.shape[3] % 16 == 0 for t in tensors)
+    lengths = {t.shape[3] for t in tensors}
+    return dense and len(lengths) == 1 and lengths.pop() % 16 == 0
 
 
 def _spread(tensor: torch.Tensor | None, shape: tuple[int, ...]) -> tuple[Any, ...]:

@@ -28,8 +28,10 @@ KEPT = 8
 """Blocks are kept for reuse up to this fraction of the oracle's own block size."""
 NARROWED = ("stored_scores", "probs", "output", "dscores", "ds_probs", "group_sum")
 """Fields that an arithmetic without narrow roundings has in FP32."""
-SAMPLE, DISTINCT = 4096, 0.9
-"""So many scores are looked at, and so many of them must differ, for roundings to be taken as independent."""
+SAMPLE, DISTINCT, LEVELS = 4096, 0.9, 16
+"""So many scores are looked at, such a part of them must differ, and they must spread over so many unit roundoffs of P, for
+roundings to be taken as independent.
+"""
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,11 @@ class Truth:
         return allowance(self.problem, self.inputs, self.exact, self.blocks(), arithmetic, self.uncertainty)
 
     def expectation(self, arithmetic: Arithmetic) -> Expectation | None:
-        """What honest kernels of this arithmetic are off by here; None where roundings repeat, so that no statistics apply."""
-        if self.problem.dtype == "fp64" or not self.generic:
+        """What honest kernels of this arithmetic are off by here; None where roundings repeat, so that no statistics apply: equal
+        scores, or P so flat that all of it is rounded the same way.
+        """
+        flat = self.spread <= LEVELS * UNIT[arithmetic.format("probs", self.problem.dtype)]
+        if self.problem.dtype == "fp64" or not self.generic or flat:
             return None
         tests = 4 * (6 if self.problem.grads else 2) * (1 + self.problem.batch * self.problem.heads_q)
         return Expectation(
@@ -92,6 +97,13 @@ class Truth:
             sample = seen[:: max(1, seen.numel() // SAMPLE)]
             return sample.unique().numel() > DISTINCT * sample.numel()
         return False
+
+    @cached_property
+    def spread(self) -> float:
+        """How far scores are below their row's largest, on average over the weights and the first rows."""
+        for b in self.blocks():
+            return (b.row_max - (b.p * b.s).sum(-1, keepdim=True)).mean().item()
+        return 0.0
 
     @cached_property
     def tilt(self) -> Tensor:
