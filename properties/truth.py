@@ -11,7 +11,7 @@ from torch import Tensor
 
 from verify.allowance import allowance
 from verify.arithmetic import Arithmetic
-from verify.bounds import UNIT, Allowance
+from verify.bounds import DISTINCT, LEVELS, UNIT, Allowance
 from verify.case import Case, Inputs
 from verify.exact import Block, Exact, from_keys, ungrouped
 from verify.expectation import Expectation
@@ -28,10 +28,8 @@ KEPT = 8
 """Blocks are kept for reuse up to this fraction of the oracle's own block size."""
 NARROWED = ("stored_scores", "probs", "output", "dscores", "ds_probs", "group_sum")
 """Fields that an arithmetic without narrow roundings has in FP32."""
-SAMPLE, DISTINCT, LEVELS = 4096, 0.9, 16
-"""So many scores are looked at, such a part of them must differ, and they must spread over so many unit roundoffs of P, for
-roundings to be taken as independent.
-"""
+SAMPLE = 4096
+"""So many scores are looked at to see whether they repeat."""
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,9 @@ FALSE_ALARM = 1e-9
 """Probability that the decision rule on expected errors accuses an honest kernel, for each case (verify/expectation.py)."""
 RESOLUTION = 0.03
 """The emulation's own accuracy: order of tiles and FP32 sums move a real kernel's RMSE by up to 2 % (BOUNDS.md, Sharpness)."""
+DISTINCT, LEVELS = 0.9, 16
+"""For roundings to be taken as independent, such a part of a sample of scores must differ, and they must spread over so many unit
+roundoffs of P (else all of P is rounded the same way)."""
 ORDER = 2
 """FP32 in another order than the emulation's, or fused, may err by this many times a random roundoff at every step."""
 ALIKE = 2
