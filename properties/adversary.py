@@ -56,7 +56,7 @@ class Adversary:
             a.unsqueeze(-2 if form is by_key else -1),
             b.unsqueeze(-2) if form not in (by_key, from_keys) else b[:, :, None, None],
         )
-        along = {by_key: (5,), from_keys: (4,)}.get(form, (2, 3))  # of [B,Hk,G,n,K,D]
+        along = [5] if form is by_key else [4] if form is from_keys else [2, 3]  # of [B,Hk,G,n,K,D]
         terms = a * b
         size = terms.numel() // max(1, terms.sum(along).numel())
         return self._moved(terms, _gamma(size, u) * terms.abs()).sum(along)

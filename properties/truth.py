@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,7 +81,8 @@ class Truth:
         if kind == "nearest":
             arithmetic = replace(arithmetic, summation="nearest")
         else:
-            arithmetic = replace(arithmetic, **dict.fromkeys(NARROWED, "fp32"), quantised=None, scaled_query=False, spill=None)
+            wide: dict[str, Any] = dict.fromkeys(NARROWED, "fp32") | {"quantised": None, "scaled_query": False, "spill": None}
+            arithmetic = replace(arithmetic, **wide)
         if kind == "jittered fp32":
             arithmetic = replace(arithmetic, summation="nearest")
         rounding = formats.Jittered() if kind == "jittered fp32" else rounded.NEAREST

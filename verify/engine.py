@@ -125,8 +125,9 @@ def judge(kernel: Kernel, law: Property, case: Case, device: str) -> Record:
         return _record(kernel, law, case, "unsupported", verdict.unsupported)
     blind = len(verdict.blind_to) == 3  # zeros, mean(V) and a wrong scale would all have passed
     name = "uninformative" if blind else "held"
-    seen = {"blind_to": verdict.blind_to, "bitwise": verdict.bitwise, "measured": verdict.measured}
-    return _record(kernel, law, case, name, known=known, **seen)
+    return _record(
+        kernel, law, case, name, known=known, blind_to=verdict.blind_to, bitwise=verdict.bitwise, measured=verdict.measured
+    )
 
 
 def replay_command(target: str, law: Property, case: Case) -> str:

@@ -40,14 +40,18 @@ class Question:
     candidates: dict[str, tuple[Any, ...]]
 
 
-FORWARD = {
+FORWARD: dict[str, tuple[Any, ...]] = {
     "probs": ("input", "fp32", "fp16", "bf16"),
     "normalized_probs": (False, True),
     "rowsum": ("unrounded", "rounded"),
     "stored_scores": ("fp32", "input"),
     "scaled_query": (False, True),
 }
-BACKWARD = {"dscores": ("input", "fp32"), "ds_probs": ("fp32", "input"), "delta": ("out", "probs", "product")}
+BACKWARD: dict[str, tuple[Any, ...]] = {
+    "dscores": ("input", "fp32"),
+    "ds_probs": ("fp32", "input"),
+    "delta": ("out", "probs", "product"),
+}
 BACKWARD |= {"scaled_dscores": (False, True)}
 SPILLS = (None, (32, 512), (64, 512), (128, 512), (256, 512))
 TILES = (0, 16, 32, 48, 64, 80, 96, 112, 128, 160, 176, 192, 256)
@@ -111,7 +115,8 @@ def identify(kernel: Kernel, device: str) -> Identity:
     taken = options(kernel, device).taken["dtype"]
     narrow = next((d for d in ("bf16", "fp16") if d in taken), "fp32")  # roundings stand out from what FP32 does
     fine = next((d for d in ("fp16", "bf16") if d in taken), "fp32")  # what FP32 does shows
-    found, answers, unasked = Arithmetic(), [], {}
+    found, answers = Arithmetic(), list[Answer]()
+    unasked: dict[str, str] = {}
     for question in QUESTIONS:
         case = Case.parse(question.case.format(narrow=narrow, fine=fine))
         reason = kernel.unsupported(case.problem, device)
