@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from verify.arithmetic import Arithmetic
 from verify.errors import VerifyError
 from verify.masks import Mask
 from verify.problem import Problem
@@ -287,7 +288,7 @@ def supports(problem: Problem, device: str) -> str | None:
     return next((sentence for wrong, sentence in checks if wrong), None)
 
 
-@kernel(name="triton-fa2", supports=supports)
+@kernel(name="triton-fa2", arithmetic=Arithmetic(deterministic=True), supports=supports)
 def triton_fa2(q, k, v, *, problem, mask, bias, slopes, scale, softcap):
     """Masks as rules where the problem leaves the choice and all of them are rules for Triton; `dense` comes as a tensor."""
     rules = problem.mask_as == "rule" and "dense" not in problem.mask.names

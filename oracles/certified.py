@@ -26,6 +26,8 @@ def exact(problem: Problem, inputs: Inputs) -> tuple[Exact, dict[str, Tensor]] |
     device = inputs.q.device
     if interval.available() and size <= AFFORDABLE["flint"]:
         answer, off = interval.exact(problem, inputs)
+        if not all(bool(t.isfinite().all()) for t in off.values()):  # scores beyond 2^256
+            return None
         moved = {name: getattr(answer, name).to(device) for name in off}
         return Exact(**moved, provenance=answer.provenance), {name: t.to(device) for name, t in off.items()}
     if size > AFFORDABLE["mpmath"]:

@@ -154,3 +154,20 @@ def test_a_known_defect_is_counted_and_a_mended_one_is_reported() -> None:
     lines = known_defects(records)
     assert any("scale off on long keys; shown by" in line and "NOT SEEN" not in line for line in lines)
     assert any("scale off at batch 3; shown by 0 of" in line and "NOT SEEN" in line for line in lines)
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_a_kernel_that_declares_that_it_repeats_its_bits_must(declared: bool) -> None:  # noqa: FBT001 (parametrised)
+    calls: list[int] = []
+
+    def last_bit_wavers(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None, problem: Problem) -> Tensor:
+        calls.append(0)
+        out = right(q, k, v, scale=scale, mask=mask, problem=problem)
+        return torch.nextafter(out, out.new_full((), torch.inf)) if len(calls) % 2 else out
+
+    takes = frozenset({"scale", "mask", "problem"})
+    subject = Kernel("wavers", last_bit_wavers, takes, Arithmetic(deterministic=declared), _plain, dtypes=("fp32",))
+    records: list[Record] = []
+    result = hunt(subject, PROPERTIES["repeat"], "cpu", budget=Budget(judged=20), seed=1, record=records.append)
+    assert (result.finding is not None) == declared
+    assert declared or not any(r.bitwise for r in records)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections import Counter
 from collections.abc import Callable, Iterable
+from statistics import median
 
 from rich.console import Console
 from rich.table import Table
@@ -19,7 +20,7 @@ def show_run(records: Iterable[Record], *, write: Callable[[str], None], width: 
         return
     for line in lines(matrix(records), width=width):
         write(line)
-    for line in (sight(records), *known_defects(records)):
+    for line in (sight(records), *ratios(records), *known_defects(records)):
         write(line)
     if any(r.verdict == "unsupported" for r in records):
         for line in lines(unsupported(records), width=width):
@@ -63,6 +64,19 @@ def known_defects(records: list[Record]) -> list[str]:
     return [
         f"known defect of {kernel}: {what}; shown by {shown[kernel, what]} of {n} cases{'' if shown[kernel, what] else expired}"
         for (kernel, what), n in sorted(possible.items())
+    ]
+
+
+def ratios(records: list[Record]) -> list[str]:
+    """For each kernel the median of RMSE / expected, tensor by tensor: 1 where errors are those of the declared arithmetic."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for record in records:
+        for name, value in record.measured.items():
+            if name.endswith("/expected") and record.verdict in ("held", "uninformative"):
+                found.setdefault(record.kernel, {}).setdefault(name.removesuffix("/expected"), []).append(value)
+    return [
+        f"{kernel}: RMSE / expected, median: " + ", ".join(f"{tensor} {median(values):.3f}" for tensor, values in tensors.items())
+        for kernel, tensors in sorted(found.items())
     ]
 
 
