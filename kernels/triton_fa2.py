@@ -1,12 +1,14 @@
-"""FlashAttention-2's forward in Triton: Algorithm 1 of Dao 2023 (arXiv 2307.08691), for GPUs and for Triton's interpreter.
+"""FlashAttention-2 in Triton: Algorithm 1 of Dao 2023 (arXiv 2307.08691); the backward is triton_fa2_backward.py's.
 
 One program per block of queries and (batch, query head). It walks over the keys in blocks with a running maximum, a running row
 sum and an accumulator that is divided by the sum once, at the end; LSE = maximum + ln sum. The exponential is the natural one, of
 scores that are nowhere multiplied by log2(e), so that a score of 1e4 keeps its error of a few u(float32) |s|.
 """
 
+import contextlib
 import functools
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,12 +17,12 @@ import triton.language as tl
 
 from verify.arithmetic import Arithmetic
 from verify.errors import VerifyError
+from verify.kernels.triton_fa2_backward import gradients
+from verify.kernels.triton_tiles import INTERPRET, dot, obeys, rounded, tanh, tile, wide
 from verify.masks import Mask
 from verify.problem import Problem
 from verify.registry import kernel
 
-INTERPRET = bool(triton.knobs.runtime.interpret)
-"""Whether Triton's interpreter (numpy, CPU) runs the kernels: TRITON_INTERPRET=1 was set before triton was imported."""
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 TILES = ((128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2), (32, 16, 4, 1), (16, 16, 4, 1))
 """(BLOCK_M, BLOCK_N, num_warps, STAGES), the best first."""
@@ -30,69 +32,6 @@ FAR = 2**30
 _RUNTIME = [f"{tensor}_{axis}" for tensor in ("q", "k", "v", "mask", "bias") for axis in "bhrc"]
 _RUNTIME += ["batch", "heads", "group", "row_blocks", "len_q", "len_k"]
 """Integers on whose values Triton must not specialise, for each value would compile the kernel anew."""
-
-
-@triton.jit
-def _tile(base, b, stride_b, h, stride_h, rows, stride_r, columns, stride_c, ALIGNED: tl.constexpr):
-    """Pointers [rows, columns] into head h of batch entry b; offsets in int64. ALIGNED: stride_c is 1, the others are 8 n."""
-    head = b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h
-    down, across = rows.to(tl.int64) * stride_r, columns.to(tl.int64)
-    if ALIGNED:
-        head, down = tl.multiple_of(head, 8), tl.multiple_of(down, 8)
-    else:
-        across = across * stride_c
-    return base + head + down[:, None] + across[None, :]
-
-
-@triton.jit
-def _wide(x, INTERPRET: tl.constexpr):
-    """x in float32. The interpreter of Triton 3.6 to 3.9 gets subnormal bfloat16 wrong: shift the bits there."""
-    if INTERPRET and x.dtype == tl.bfloat16:
-        return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    return x.to(tl.float32)
-
-
-@triton.jit
-def _rounded(x, dtype: tl.constexpr, INTERPRET: tl.constexpr):
-    """float32 to dtype, to nearest even. The interpreter of Triton 3.6 to 3.9 truncates to bfloat16: round the bits there."""
-    if INTERPRET and dtype == tl.bfloat16:
-        bits = x.to(tl.int32, bitcast=True)
-        nan = (bits & 0x7FFFFFFF) > 0x7F800000
-        bits = tl.where(nan, 0x7FC00000, bits + 0x7FFF + ((bits >> 16) & 1))
-        return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    return x.to(dtype)
-
-
-@triton.jit
-def _dot(x, y, acc, INTERPRET: tl.constexpr):
-    """acc + x y in float32. The interpreter of Triton 3.6 to 3.9 multiplies bfloat16's bit patterns as integers: widen there."""
-    if INTERPRET:
-        x, y = _wide(x, INTERPRET), _wide(y, INTERPRET)
-    return tl.dot(x, y, acc, input_precision="ieee")
-
-
-@triton.jit
-def _tanh(x):
-    """Lambert's continued fraction near 0 (no cancellation), else (1 - t) / (1 + t) with t = exp(-2|x|) (no overflow)."""
-    size = tl.abs(x)
-    z = tl.minimum(size, 1.0) * tl.minimum(size, 1.0)
-    near = x * (945 + z * (105 + z)) / (945 + z * (420 + 15 * z))
-    t = tl.exp(-2 * size)
-    far = (1 - t) / (1 + t)
-    return tl.where(size < 0.6, near, tl.where(x < 0, -far, far))
-
-
-@triton.jit
-def _obeys(seen, rows, keys, len_q, len_k, integers, b, batch, rules, counts):
-    """seen [rows, keys] and all rules; rule i has counts[i] terms, each with its two integers per batch entry."""
-    first = 0
-    for i in tl.static_range(len(rules)):
-        for term in range(counts[i]):  # Triton takes a count of 1 as a constant: no loop then
-            pair = integers + ((first + term) * batch + b) * 2
-            visible = rules[i](rows[:, None], keys[None, :], len_q, len_k, tl.load(pair), tl.load(pair + 1))
-            seen = seen & (visible != 0)  # != 0: the interpreter of Triton 3.6 to 3.9 can hand back int32 for booleans
-        first += counts[i]
-    return seen
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -109,9 +48,9 @@ def _forward(
     rows = (tl.program_id(0) % row_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     block, columns, values = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     in_q, in_d, in_v = (rows < len_q)[:, None], (columns < dim_qk)[None, :], (values < dim_v)[None, :]
-    k_at = _tile(k, b, k_b, h // group, k_h, block, k_r, columns, k_c, ALIGNED)  # [BLOCK_N, BLOCK_D], the first keys
-    v_at = _tile(v, b, v_b, h // group, v_h, block, v_r, values, v_c, ALIGNED)  # [BLOCK_N, BLOCK_V]
-    q_block = tl.load(_tile(q, b, q_b, h, q_h, rows, q_r, columns, q_c, ALIGNED), mask=in_q & in_d, other=0.0)
+    k_at = tile(k, b, k_b, h // group, k_h, block, k_r, columns, k_c, ALIGNED)  # [BLOCK_N, BLOCK_D], the first keys
+    v_at = tile(v, b, v_b, h // group, v_h, block, v_r, values, v_c, ALIGNED)  # [BLOCK_N, BLOCK_V]
+    q_block = tl.load(tile(q, b, q_b, h, q_h, rows, q_r, columns, q_c, ALIGNED), mask=in_q & in_d, other=0.0)
     k_step, v_step = k_r.to(tl.int64), v_r.to(tl.int64)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -120,16 +59,16 @@ def _forward(
         keys = start + block
         in_k = keys < len_k
         k_block = tl.load(k_at + start * k_step, mask=in_k[:, None] & in_d, other=0.0)
-        s = _dot(q_block, tl.trans(k_block), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), INTERPRET) * scale
+        s = dot(q_block, tl.trans(k_block), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), INTERPRET) * scale
         if SOFTCAP:
-            s = softcap * _tanh(s / softcap)
-        seen = _obeys(in_q & in_k[None, :], rows, keys, len_q, len_k, integers, b, batch, rules, counts)
+            s = softcap * tanh(s / softcap)
+        seen = obeys(in_q & in_k[None, :], rows, keys, len_q, len_k, integers, b, batch, rules, counts)
         if mask is not None:
-            mask_at = _tile(mask, b, mask_b, h, mask_h, rows, mask_r, keys, mask_c, False)
+            mask_at = tile(mask, b, mask_b, h, mask_h, rows, mask_r, keys, mask_c, False)
             seen = seen & (tl.load(mask_at, mask=seen, other=0) != 0)
         if bias is not None:
-            bias_at = _tile(bias, b, bias_b, h, bias_h, rows, bias_r, keys, bias_c, False)
-            added = _wide(tl.load(bias_at, mask=seen, other=0.0), INTERPRET)
+            bias_at = tile(bias, b, bias_b, h, bias_h, rows, bias_r, keys, bias_c, False)
+            added = wide(tl.load(bias_at, mask=seen, other=0.0), INTERPRET)
             seen = seen & (added != float("-inf"))
             s += added
         if slopes is not None:
@@ -141,11 +80,11 @@ def _forward(
         decay = tl.exp(old - base)
         total = total * decay + tl.sum(p, 1)
         v_block = tl.load(v_at + start * v_step, mask=in_k[:, None] & in_v, other=0.0)
-        acc = _dot(_rounded(p, v_block.dtype, INTERPRET), v_block, acc * decay[:, None], INTERPRET)
+        acc = dot(rounded(p, v_block.dtype, INTERPRET), v_block, acc * decay[:, None], INTERPRET)
     empty = total == 0
     total = tl.where(empty, 1.0, total)
     at = bh.to(tl.int64) * len_q + rows  # [BLOCK_M]
-    result = _rounded(tl.div_rn(acc, total[:, None]), out.dtype.element_ty, INTERPRET)
+    result = rounded(tl.div_rn(acc, total[:, None]), out.dtype.element_ty, INTERPRET)
     tl.store(out + (at * dim_v)[:, None] + values[None, :], result, mask=in_q & in_v)
     tl.store(lse + at, tl.where(empty, float("-inf"), top + tl.log(total)), mask=rows < len_q)
 
@@ -184,9 +123,9 @@ def _geometry(q: torch.Tensor, dim_v: int) -> dict[str, int]:
 
 
 def _aligned(*tensors: torch.Tensor) -> bool:
-    """Whether loads may be wide (see _tile): rows are dense, start at multiples of 8 elements, are all as long, a multiple of 16.
+    """Whether loads may be wide (see tile): rows are dense, start at multiples of 8 elements, are all as long, a multiple of 16.
 
-    The last, for Triton 3.6 on sm_90 gives wrong keys from the second tile on where the hints of _tile meet masks of unknown
+    The last, for Triton 3.6 on sm_90 gives wrong keys from the second tile on where the hints of tile meet masks of unknown
     alignment (D 40 and Dv 24), and also for D 192 and Dv 16; there the loads are not hinted.
     """
     dense = all(t.stride(3) == 1 and all(stride % 8 == 0 for stride in t.stride()[:3]) for t in tensors)
@@ -245,35 +184,66 @@ def attention(
         raise VerifyError(f"triton-fa2: mask={mask}, batch={q.shape[0]}: padding takes one length per batch entry")
     boolean = mask if isinstance(mask, torch.Tensor) else None
     _check(q, k, v, mask=boolean, bias=bias, slopes=slopes)
-    (batch, heads, len_q, dim_qk), (_, heads_kv, len_k, dim_v) = q.shape, v.shape
-    out = q.new_zeros((batch, heads, len_q, dim_v))
-    lse = q.new_full((batch, heads, len_q), float("-inf"), dtype=torch.float32)
-    if not out.numel() or not len_k:
+    rules, counts, integers = _bound(mask, q.shape[0], q.device) if isinstance(mask, Mask) else ((), (), None)
+    seen, scores = boolean.view(torch.uint8) if boolean is not None else None, (*q.shape[:3], k.shape[2])
+    slopes = None if slopes is None else slopes.contiguous()
+    arguments = (*_spread(seen, scores), *_spread(bias, scores), slopes, integers, rules, counts)
+    return _Attention.apply(q, k, v, bias, arguments, float(scale), float(softcap))
+
+
+class _Attention(torch.autograd.Function):
+    """out and LSE, differentiable in q, k, v, bias."""
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, *rest: Any) -> Any:
+        arguments, scale, softcap = rest
+        out = q.new_zeros((*q.shape[:3], v.shape[3]))
+        lse = q.new_full(q.shape[:3], float("-inf"), dtype=torch.float32)
+        if out.numel() and k.shape[2]:
+            with _quiet(q):
+                _launch(q, k, v, arguments, scale, softcap, out, lse)
+        ctx.save_for_backward(q, k, v, out, lse, bias)
+        ctx.arguments, ctx.options = arguments, (scale, softcap)
         return out, lse
-    rules, counts, integers = _bound(mask, batch, q.device) if isinstance(mask, Mask) else ((), (), None)
-    geometry, scores = _geometry(q, dim_v), (batch, heads, len_q, len_k)
-    row_blocks = triton.cdiv(len_q, geometry["BLOCK_M"])
-    seen = boolean.view(torch.uint8) if boolean is not None else None
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: torch.Tensor) -> Any:
+        *saved, bias = ctx.saved_tensors
+        wanted = bias if ctx.needs_input_grad[3] else None
+        with _quiet(saved[0]):
+            found = gradients(cotangents[0], cotangents[1], tuple(saved), ctx.arguments, (*ctx.options, wanted))
+        return (*found, None, None, None)
+
+
+@contextlib.contextmanager
+def _quiet(q: torch.Tensor) -> Iterator[None]:
+    """On the tensor's GPU; numpy warns where a GPU gives Inf or NaN in silence."""
     with torch.cuda.device_of(q), warnings.catch_warnings():
-        if INTERPRET:  # numpy warns where a GPU gives Inf or NaN in silence
+        if INTERPRET:
             warnings.simplefilter("ignore", RuntimeWarning)
-        _forward[(row_blocks * batch * heads,)](
-            *(q, *q.stride(), k, *k.stride(), v, *v.stride(), *_spread(seen, scores), *_spread(bias, scores)),
-            *(None if slopes is None else slopes.contiguous(), integers, rules, counts, out, lse),
-            *(batch, heads, heads // heads_kv, row_blocks, len_q, len_k, dim_qk, dim_v, float(scale), float(softcap)),
-            SOFTCAP=softcap != 0,
-            ALIGNED=_aligned(q, k, v),
-            INTERPRET=INTERPRET,
-            enable_fp_fusion=True,  # said aloud: Triton 3.9 warns that its default will change
-            **geometry,
-        )
-    return out, lse
+        yield
+
+
+def _launch(q, k, v, arguments, scale, softcap, out, lse):
+    """Write out and lse, contiguous."""
+    (batch, heads, len_q, dim_qk), (_, heads_kv, len_k, dim_v) = q.shape, v.shape
+    geometry = _geometry(q, dim_v)
+    row_blocks = triton.cdiv(len_q, geometry["BLOCK_M"])
+    _forward[(row_blocks * batch * heads,)](
+        *(q, *q.stride(), k, *k.stride(), v, *v.stride(), *arguments, out, lse),
+        *(batch, heads, heads // heads_kv, row_blocks, len_q, len_k, dim_qk, dim_v, scale, softcap),
+        SOFTCAP=softcap != 0,
+        ALIGNED=_aligned(q, k, v),
+        INTERPRET=INTERPRET,
+        enable_fp_fusion=True,  # said aloud: Triton 3.9 warns that its default will change
+        **geometry,
+    )
 
 
 def supports(problem: Problem, device: str) -> str | None:
     """None, or in one sentence why not."""
     checks = [
-        (problem.grads, "forward only, no gradients yet"),
+        (problem.grads and device == "cuda", "its gradients are not yet verified on a GPU"),
         (problem.dtype not in DTYPES, f"dtype={problem.dtype}: takes {', '.join(DTYPES)}"),
         (
             max(problem.dim_qk, problem.dim_v) > LARGEST_DIM,

@@ -112,3 +112,36 @@ def test_the_interpreters_bf16_dot_is_still_wrong() -> None:
     ones, out = torch.ones(16, 16, dtype=torch.bfloat16), torch.zeros(16, 16)
     product[(1,)](ones, ones, out, 16)
     assert not bool((out == 16).all())
+
+
+def expanded(t: Tensor) -> Tensor:
+    """Stride 0 along the rows."""
+    return t[:, :, :1].expand_as(t)
+
+
+@pytest.mark.skipif(not fa2.INTERPRET, reason="its gradients are not yet verified on a GPU")
+@pytest.mark.parametrize("layout", [transposed, sliced, expanded])
+def test_strides_of_the_cotangent_change_no_bit(layout: Callable[[Tensor], Tensor]) -> None:
+    case = Case.parse("b2.h4:2.q33.k70.d40:24.fp16.causal_lower_right.bias=hqk.grads/normal#1")
+    x = case.inputs(DEVICE)
+    do = layout(x.do)
+
+    def run(cotangent: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, bias = (t.clone().requires_grad_() for t in (x.q, x.k, x.v, x.bias))
+        out, _ = fa2.attention(q, k, v, bias=bias, mask=case.problem.mask, scale=case.problem.softmax_scale)
+        return torch.autograd.grad(out, (q, k, v, bias), cotangent)
+
+    assert all(torch.equal(one, two) for one, two in zip(run(do), run(do.contiguous()), strict=True))
+
+
+@pytest.mark.skipif(not fa2.INTERPRET, reason="its gradients are not yet verified on a GPU")
+def test_the_lse_has_a_gradient() -> None:
+    """d lse_i / d bias_ij = p_ij = exp(s_ij - lse_i), here of scores 0; linear in the cotangent (powers of two are exact)."""
+    q, k = torch.zeros(1, 2, 10, 16), torch.ones(1, 1, 32, 16)
+    bias = torch.zeros(1, 2, 10, 32, requires_grad=True)
+    _, lse = fa2.attention(q, k, k, bias=bias, scale=1.0)
+    weights = (2.0 ** torch.arange(20)).view(1, 2, 10)
+    (found,) = torch.autograd.grad(lse, bias, weights)
+    p = found[0, 0, 0, 0]
+    assert torch.equal(found, p * weights[..., None].expand_as(found))
+    assert p == torch.exp(torch.tensor(0.0) - lse[0, 0, 0])
