@@ -127,7 +127,9 @@ def test_strides_of_the_cotangent_change_no_bit(layout: Callable[[Tensor], Tenso
     do = layout(x.do)
 
     def run(cotangent: Tensor) -> tuple[Tensor, ...]:
-        q, k, v, bias = (t.clone().requires_grad_() for t in (x.q, x.k, x.v, x.bias))
+        leaves = x.map(lambda t: t.clone().requires_grad_())
+        q, k, v, bias = leaves.q, leaves.k, leaves.v, leaves.bias
+        assert bias is not None
         out, _ = fa2.attention(q, k, v, bias=bias, mask=case.problem.mask, scale=case.problem.softmax_scale)
         return torch.autograd.grad(out, (q, k, v, bias), cotangent)
 
