@@ -18,7 +18,7 @@ import triton.language as tl
 from verify.arithmetic import Arithmetic
 from verify.errors import VerifyError
 from verify.kernels.triton_fa2_backward import gradients
-from verify.kernels.triton_tiles import INTERPRET, dot, obeys, rounded, tanh, tile, wide
+from verify.kernels.triton_tiles import INTERPRET, RUNTIME, dot, padded, rounded, seen_scores, tanh, tile
 from verify.masks import Mask
 from verify.problem import Problem
 from verify.registry import kernel
@@ -29,23 +29,20 @@ TILES = ((128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2), (32, 1
 LARGEST_DIM = 256
 FAR = 2**30
 """An integer of a mask beyond it says no more than it does, and its sum with a position stays within int32."""
-_RUNTIME = [f"{tensor}_{axis}" for tensor in ("q", "k", "v", "mask", "bias") for axis in "bhrc"]
-_RUNTIME += ["batch", "heads", "group", "row_blocks", "len_q", "len_k"]
-"""Integers on whose values Triton must not specialise, for each value would compile the kernel anew."""
 
 
-@triton.jit(do_not_specialize=_RUNTIME)
+@triton.jit(do_not_specialize=RUNTIME)
 def _forward(
     q, q_b, q_h, q_r, q_c, k, k_b, k_h, k_r, k_c, v, v_b, v_h, v_r, v_c, mask, mask_b, mask_h, mask_r, mask_c,
     bias, bias_b, bias_h, bias_r, bias_c, slopes, integers, rules, counts, out, lse,
-    batch, heads, group, row_blocks, len_q, len_k, dim_qk, dim_v, scale, softcap,
+    batch, heads, group, blocks, len_q, len_k, dim_qk, dim_v, scale, softcap,
     SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr, INTERPRET: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """q [B,H,Q,D], k [B,Hk,K,D], v [B,Hk,K,Dv], mask and bias [B,H,Q,K] or None -> out [B,H,Q,Dv], lse [B,H,Q], contiguous."""
-    bh = tl.program_id(0) // row_blocks
+    bh = tl.program_id(0) // blocks
     b, h = bh // heads, bh % heads
-    rows = (tl.program_id(0) % row_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = (tl.program_id(0) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     block, columns, values = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     in_q, in_d, in_v = (rows < len_q)[:, None], (columns < dim_qk)[None, :], (values < dim_v)[None, :]
     k_at = tile(k, b, k_b, h // group, k_h, block, k_r, columns, k_c, ALIGNED)  # [BLOCK_N, BLOCK_D], the first keys
@@ -62,17 +59,10 @@ def _forward(
         s = dot(q_block, tl.trans(k_block), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), INTERPRET) * scale
         if SOFTCAP:
             s = softcap * tanh(s / softcap)
-        seen = obeys(in_q & in_k[None, :], rows, keys, len_q, len_k, integers, b, batch, rules, counts)
-        if mask is not None:
-            mask_at = tile(mask, b, mask_b, h, mask_h, rows, mask_r, keys, mask_c, False)
-            seen = seen & (tl.load(mask_at, mask=seen, other=0) != 0)
-        if bias is not None:
-            bias_at = tile(bias, b, bias_b, h, bias_h, rows, bias_r, keys, bias_c, False)
-            added = wide(tl.load(bias_at, mask=seen, other=0.0), INTERPRET)
-            seen = seen & (added != float("-inf"))
-            s += added
-        if slopes is not None:
-            s -= tl.load(slopes + h) * tl.abs(rows[:, None] + (len_k - len_q) - keys[None, :]).to(tl.float32)
+        s, seen = seen_scores(
+            s, rows, keys, b, h, mask, mask_b, mask_h, mask_r, mask_c, bias, bias_b, bias_h, bias_r, bias_c, slopes,
+            integers, rules, counts, batch, len_q, len_k, INTERPRET,
+        )  # fmt: skip
         s = tl.where(seen, s, float("-inf"))
         old, top = top, tl.maximum(top, tl.max(s, 1))
         base = tl.where(top == float("-inf"), 0.0, top)  # nothing visible yet: no -inf - -inf
@@ -110,7 +100,7 @@ def _geometry(q: torch.Tensor, dim_v: int) -> dict[str, int]:
 
     float32 products become single FMAs, all unrolled: small tiles. The interpreter has large ones, but several along the keys.
     """
-    block_d, block_v = (max(16, triton.next_power_of_2(dim)) for dim in (q.shape[3], dim_v))
+    block_d, block_v = map(padded, (q.shape[3], dim_v))
     shared = 0 if INTERPRET else triton.runtime.driver.active.utils.get_device_properties(q.device.index)["max_shared_mem"]
 
     def fits(rows: int, keys: int, _warps: int, stages: int) -> bool:
@@ -228,10 +218,10 @@ def _launch(q, k, v, arguments, scale, softcap, out, lse):
     """Write out and lse, contiguous."""
     (batch, heads, len_q, dim_qk), (_, heads_kv, len_k, dim_v) = q.shape, v.shape
     geometry = _geometry(q, dim_v)
-    row_blocks = triton.cdiv(len_q, geometry["BLOCK_M"])
-    _forward[(row_blocks * batch * heads,)](
+    blocks = triton.cdiv(len_q, geometry["BLOCK_M"])
+    _forward[(blocks * batch * heads,)](
         *(q, *q.stride(), k, *k.stride(), v, *v.stride(), *arguments, out, lse),
-        *(batch, heads, heads // heads_kv, row_blocks, len_q, len_k, dim_qk, dim_v, scale, softcap),
+        *(batch, heads, heads // heads_kv, blocks, len_q, len_k, dim_qk, dim_v, scale, softcap),
         SOFTCAP=softcap != 0,
         ALIGNED=_aligned(q, k, v),
         INTERPRET=INTERPRET,

@@ -10,12 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-from verify.kernels.triton_tiles import INTERPRET, dot, obeys, rounded, tanh, tile, wide
+from verify.kernels.triton_tiles import INTERPRET, RUNTIME, dot, padded, rounded, seen_scores, tanh, tile
 
 BLOCK_M, BLOCK_N = 64, 32
-_RUNTIME = [f"{tensor}_{axis}" for tensor in ("q", "k", "v", "do", "mask", "bias") for axis in "bhrc"]
-_RUNTIME += ["batch", "heads", "group", "blocks", "len_q", "len_k"]
-"""Integers on whose values Triton must not specialise, for each value would compile the kernel anew."""
 
 
 @triton.jit
@@ -31,17 +28,10 @@ def _weights(
     if SOFTCAP:
         bend = tanh(s / softcap)
         s, slope = softcap * bend, 1.0 - bend * bend
-    seen = obeys(in_q[:, None] & (keys < len_k)[None, :], rows, keys, len_q, len_k, integers, b, batch, rules, counts)
-    if mask is not None:
-        mask_at = tile(mask, b, mask_b, h, mask_h, rows, mask_r, keys, mask_c, False)
-        seen = seen & (tl.load(mask_at, mask=seen, other=0) != 0)
-    if bias is not None:
-        bias_at = tile(bias, b, bias_b, h, bias_h, rows, bias_r, keys, bias_c, False)
-        added = wide(tl.load(bias_at, mask=seen, other=0.0), INTERPRET)
-        seen = seen & (added != float("-inf"))
-        s += added
-    if slopes is not None:
-        s -= tl.load(slopes + h) * tl.abs(rows[:, None] + (len_k - len_q) - keys[None, :]).to(tl.float32)
+    s, seen = seen_scores(
+        s, rows, keys, b, h, mask, mask_b, mask_h, mask_r, mask_c, bias, bias_b, bias_h, bias_r, bias_c, slopes,
+        integers, rules, counts, batch, len_q, len_k, INTERPRET,
+    )  # fmt: skip
     at = (b * heads + h).to(tl.int64) * len_q + rows
     row_lse, row_delta = tl.load(lse + at, mask=in_q, other=0.0), tl.load(delta + at, mask=in_q, other=0.0)
     row_lse = tl.where(row_lse == float("-inf"), 0.0, row_lse)  # nothing visible: P is 0 below
@@ -50,7 +40,7 @@ def _weights(
     return p, ds, ds * slope
 
 
-@triton.jit(do_not_specialize=_RUNTIME)
+@triton.jit(do_not_specialize=RUNTIME)
 def _by_keys(
     q, q_b, q_h, q_r, q_c, k, k_b, k_h, k_r, k_c, v, v_b, v_h, v_r, v_c, do, do_b, do_h, do_r, do_c,
     mask, mask_b, mask_h, mask_r, mask_c, bias, bias_b, bias_h, bias_r, bias_c, slopes, integers, rules, counts,
@@ -86,7 +76,7 @@ def _by_keys(
     tl.store(dv + at * dim_v + values[None, :], rounded(dv_sum, dv.dtype.element_ty, INTERPRET), mask=in_k & in_v)
 
 
-@triton.jit(do_not_specialize=_RUNTIME)
+@triton.jit(do_not_specialize=RUNTIME)
 def _by_rows(
     q, q_b, q_h, q_r, q_c, k, k_b, k_h, k_r, k_c, v, v_b, v_h, v_r, v_c, do, do_b, do_h, do_r, do_c,
     mask, mask_b, mask_h, mask_r, mask_c, bias, bias_b, bias_h, bias_r, bias_c, slopes, integers, rules, counts,
@@ -140,7 +130,7 @@ def gradients(
         delta = (delta if dlse is None else delta - dlse).contiguous()
         tensors = (q, *q.stride(), k, *k.stride(), v, *v.stride(), do, *do.stride(), *arguments, lse, delta)
         sizes = (len_q, len_k, dim_qk, dim_v, scale, softcap)
-        dims = {"BLOCK_D": max(16, triton.next_power_of_2(dim_qk)), "BLOCK_V": max(16, triton.next_power_of_2(dim_v))}
+        dims = {"BLOCK_D": padded(dim_qk), "BLOCK_V": padded(dim_v)}
         flags = {"SOFTCAP": softcap != 0, "INTERPRET": INTERPRET, "BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N} | dims
         by_keys, by_rows = triton.cdiv(len_k, BLOCK_N), triton.cdiv(len_q, BLOCK_M)
         group = heads // heads_kv

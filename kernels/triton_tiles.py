@@ -5,6 +5,14 @@ import triton.language as tl
 
 INTERPRET = bool(triton.knobs.runtime.interpret)
 """Whether Triton's interpreter (numpy, CPU) runs the kernels: TRITON_INTERPRET=1 was set before triton was imported."""
+RUNTIME = [f"{tensor}_{axis}" for tensor in ("q", "k", "v", "do", "mask", "bias") for axis in "bhrc"]
+RUNTIME += ["batch", "heads", "group", "blocks", "len_q", "len_k"]
+"""Integers on whose values Triton must not specialise, for each value would compile the kernel anew."""
+
+
+def padded(dim: int) -> int:
+    """The length of a tile's row that holds a head dim."""
+    return max(16, triton.next_power_of_2(dim))
 
 
 @triton.jit
@@ -68,3 +76,24 @@ def obeys(seen, rows, keys, len_q, len_k, integers, b, batch, rules, counts):
             seen = seen & (visible != 0)  # != 0: the interpreter of Triton 3.6 to 3.9 can hand back int32 for booleans
         first += counts[i]
     return seen
+
+
+@triton.jit
+def seen_scores(
+    s, rows, keys, b, h, mask, mask_b, mask_h, mask_r, mask_c, bias, bias_b, bias_h, bias_r, bias_c, slopes,
+    integers, rules, counts, batch, len_q, len_k, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """(s [rows, keys] with bias and ALiBi added, which of them are visible)"""
+    inside = (rows < len_q)[:, None] & (keys < len_k)[None, :]
+    seen = obeys(inside, rows, keys, len_q, len_k, integers, b, batch, rules, counts)
+    if mask is not None:
+        mask_at = tile(mask, b, mask_b, h, mask_h, rows, mask_r, keys, mask_c, False)
+        seen = seen & (tl.load(mask_at, mask=seen, other=0) != 0)
+    if bias is not None:
+        bias_at = tile(bias, b, bias_b, h, bias_h, rows, bias_r, keys, bias_c, False)
+        added = wide(tl.load(bias_at, mask=seen, other=0.0), INTERPRET)
+        seen = seen & (added != float("-inf"))
+        s += added
+    if slopes is not None:
+        s -= tl.load(slopes + h) * tl.abs(rows[:, None] + (len_k - len_q) - keys[None, :]).to(tl.float32)
+    return s, seen

@@ -50,19 +50,18 @@ def rounded(x: Tensor, fmt: str) -> Tensor:
 
 
 class Nearest:
-    """Every rounding to nearest. With work=False whatever happens in FP32 is exact: only the narrow roundings are left."""
+    """Every rounding to nearest."""
 
-    def __init__(self, *, work: bool = True) -> None:
-        self.work = work
+    def __init__(self) -> None:
         self.generators: dict[torch.device, torch.Generator] = {}
 
     def store(self, x: Tensor, fmt: str) -> Tensor:
         """x as this format holds it."""
-        return x if fmt == "fp64" or (fmt == "fp32" and not self.work) else rounded(x, fmt)
+        return x if fmt == "fp64" else rounded(x, fmt)
 
     def function(self, name: str, x: Tensor, fmt: str, ulp: float) -> Tensor:
         """The result x of `name` (exp, log, tanh) in this format; off at random where it is declared to be off by many ulp."""
-        if ulp > USUAL_ULP and self.work and fmt == "fp32":
+        if ulp > USUAL_ULP and fmt == "fp32":
             x = self._random(x, 2 * ulp * x.abs())
         return self.store(x, fmt)
 
@@ -75,11 +74,11 @@ class Nearest:
 
     def total(self, x: Tensor, fmt: str) -> Tensor:
         """The sum along the last dimension, kept."""
-        return x.sum(-1, keepdim=True) if fmt == "fp64" or not self.work else x.float().sum(-1, keepdim=True).double()
+        return x.sum(-1, keepdim=True) if fmt == "fp64" else x.float().sum(-1, keepdim=True).double()
 
     def product(self, form: Form, a: Tensor, b: Tensor, fmt: str, *, cut: bool) -> Tensor:
         """`form` (by_key, from_keys, to_keys) of a and b, accumulated in this format; cut: by truncation, as tensor cores do."""
-        if fmt == "fp64" or (fmt in ("fp32", "tf32") and not self.work):
+        if fmt == "fp64":
             return form(a, b)
         if cut or fmt == "fp22":
             return _by_instructions(form, a, b, "fp22" if fmt == "fp22" else "fp32")
@@ -88,9 +87,6 @@ class Nearest:
 
 class Jittered(Nearest):
     """Narrow formats to nearest; a random error of up to one unit roundoff wherever FP32 rounds: honest kernels differ by it."""
-
-    def __init__(self) -> None:
-        super().__init__(work=False)
 
     def function(self, name: str, x: Tensor, fmt: str, ulp: float) -> Tensor:
         """The function's result, off by up to its error."""
@@ -106,8 +102,9 @@ class Jittered(Nearest):
 
     def product(self, form: Form, a: Tensor, b: Tensor, fmt: str, *, cut: bool) -> Tensor:
         """The product, off by up to a roundoff of the sum of sizes."""
-        exact = super().product(form, a, b, fmt, cut=cut)
-        return exact if fmt in ("fp64", "fp22") else self._random(exact, form(a.abs(), b.abs()))
+        if fmt in ("fp64", "fp22"):
+            return super().product(form, a, b, fmt, cut=cut)
+        return self._random(form(a, b), form(a.abs(), b.abs()))
 
 
 def _by_instructions(form: Form, a: Tensor, b: Tensor, fmt: str) -> Tensor:

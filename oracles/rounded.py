@@ -21,8 +21,6 @@ from verify.oracles import dense
 from verify.oracles.formats import Form, Nearest, quantised
 from verify.problem import Problem
 
-NEAREST = Nearest()
-
 
 class Rounding(Protocol):
     """How a value is stored, a function evaluated, a sum and a product accumulated, in a named format."""
@@ -58,9 +56,6 @@ class _Emulator:
         cut = self.arithmetic.truncates(field, self.problem.dtype, self.device)
         return self.rounding.product(form, a, b, self.arithmetic.format(field, self.problem.dtype), cut=cut)
 
-    def constant(self, x: float, like: Tensor, fmt: str) -> Tensor:
-        return self.rounding.store(like.new_tensor(x), fmt)
-
     def scores(self, b: Block) -> tuple[Tensor, float, Tensor]:
         """(S [B,Hk,G,n,K] in units of the exponential, -inf where hidden; what a unit is in nats; the slope of the softcap)"""
         scale, q, arithmetic = self.problem.softmax_scale, b.q, self.arithmetic
@@ -83,7 +78,7 @@ class _Emulator:
 
     def in_base_two(self, s: Tensor, factor: float) -> Tensor:
         """s * factor, the factor rounded; the product too, unless it is fused with the subtraction of the maximum."""
-        product = s * self.constant(factor, s, self.work)
+        product = s * self.working(s.new_tensor(factor))
         return product if self.arithmetic.exp == "fused" else self.working(product)
 
     def exp(self, x: Tensor, unit: float) -> Tensor:
@@ -186,16 +181,16 @@ def emulate(
     problem: Problem,
     inputs: Inputs,
     arithmetic: Arithmetic,
-    rounding: Rounding = NEAREST,
+    rounding: Rounding | None = None,
     blocks: Iterable[Block] | None = None,
 ) -> Exact:
     """out, lse and, where problem.grads, the gradients that an honest kernel of this arithmetic gives.
 
-    `blocks`: the exact softmax of these inputs, where it is at hand and the kernel does not quantise.
+    `rounding`: to nearest by default. `blocks`: the exact softmax of these inputs, if at hand and the kernel does not quantise.
     """
     if arithmetic.quantised:
         inputs = quantised(problem, inputs, arithmetic.quantised)
-    emulator, shapes = _Emulator(problem, arithmetic, rounding, inputs.q.device.type), problem.shapes
+    emulator, shapes = _Emulator(problem, arithmetic, rounding or Nearest(), inputs.q.device.type), problem.shapes
     result = {name: torch.zeros(shapes[name], dtype=torch.float64, device=inputs.q.device) for name in ("out", "lse")}
     if problem.grads:
         result |= {

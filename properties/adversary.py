@@ -24,7 +24,8 @@ class Adversary:
     """A Rounding that errs by sigma times the most that the model allows; the sigmas are 0 and recorded, or those given."""
 
     def __init__(self, signs: list[Tensor] | None = None) -> None:
-        self.signs, self.sigmas = signs, []  # type: ignore[var-annotated]
+        self.signs = signs
+        self.sigmas: list[Tensor] = []
 
     def _sigma(self, like: Tensor) -> Tensor:
         if self.signs is not None:

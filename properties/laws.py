@@ -13,6 +13,7 @@ from verify.case import Case, Inputs
 from verify.finding import Finding
 from verify.guard import Output, call
 from verify.masks import Mask
+from verify.measure import same
 from verify.problem import Problem
 from verify.properties.truth import Truth, truth
 from verify.properties.verdict import compare, judge
@@ -80,14 +81,14 @@ def repeat(kernel: Kernel, case: Case, device: str) -> Verdict:
     """f(x) = f(x): where the kernel declares that it is deterministic, a second call gives the same bits, gradients included."""
     known = truth(case, device)
     first, second = (call(kernel, case.problem, known.inputs) for _ in range(2))
-    same = True
+    repeats = True
     for name in ("out", "lse", "dq", "dk", "dv", "dbias"):
         one, two = getattr(first, name), getattr(second, name)
-        if one is not None and not bool(((one == two) | (one.isnan() & two.isnan())).all()):
-            same = False
+        if one is not None and not bool(same(one, two).all()):
+            repeats = False
             if kernel.numerics(case.problem, device).deterministic:
-                raise Finding(f"{name} differs between two calls in {int((one != two).sum())} of {one.numel()} elements")
-    return Verdict(bitwise=same)
+                raise Finding(f"{name} differs between two calls in {int((~same(one, two)).sum())} of {one.numel()} elements")
+    return Verdict(bitwise=repeats)
 
 
 @holds(full_mask=True)

@@ -32,6 +32,7 @@ from verify.bounds import ELSEWHERE
 from verify.case import Case
 from verify.engine import judge
 from verify.finding import Finding
+from verify.measure import distance, measure
 from verify.oracles import dense
 from verify.oracles.rounded import emulate
 from verify.properties.laws import PROPERTIES, Property
@@ -94,8 +95,8 @@ def drawn(kernel: registry.Kernel, law: Property, device: str, *, seed: int) -> 
     collect()
     values = VALUES.get(kernel.name, 1)
     rng = np.random.default_rng(seed)
-    others = [replace(c, recipe=Recipe.parse(str(rng.choice(RECIPES))), seed=n) for c in found for n in range(1, values)]
-    return [*found[: CHUNK // values], *(c for c in others if c.problem in {f.problem for f in found[: CHUNK // values]})]
+    kept = found[: CHUNK // values]
+    return kept + [replace(c, recipe=Recipe.parse(str(rng.choice(RECIPES))), seed=n) for c in kept for n in range(1, values)]
 
 
 def judged(kernel: registry.Kernel, law: Property, case: Case, device: str) -> Record:
@@ -182,11 +183,10 @@ def narrow(
                 case = Case.parse(f"b1.h8.q{length}.k{length}.d128.{dtype}.full/{recipe}#{seed}")
                 known = truth.__wrapped__(case, device)
                 out = kernel(known.inputs.q, known.inputs.k, known.inputs.v, known.problem.softmax_scale).double()
-                error = out - known.exact.out
-                honest = emulate(known.problem, known.inputs, arithmetic).out - known.exact.out
-                errors.append(error.square().mean().sqrt().item())
-                ratios.append(errors[-1] / honest.square().mean().sqrt().item())
-                proved.append((error.abs() / known.allowances(arithmetic)["out"].limit).max().item())
+                honest = emulate(known.problem, known.inputs, arithmetic).out
+                errors.append(measure(out, known.exact.out).rmse)
+                ratios.append(errors[-1] / measure(honest, known.exact.out).rmse)
+                proved.append((distance(out, known.exact.out) / known.allowances(arithmetic)["out"].limit).max().item())
             low, middle, high = (f"{x:.3f}" for x in (min(ratios), float(np.median(ratios)), max(ratios)))
             table.add_row(name, recipe, f"{np.mean(errors):.2e}", low, middle, high, f"{max(proved):.3f}")
     console.print(table)

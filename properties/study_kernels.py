@@ -11,7 +11,7 @@ import torch
 from verify.arithmetic import FLASH, Arithmetic, Quantisation
 from verify.bounds import ELSEWHERE
 from verify.case import Case
-from verify.measure import distance
+from verify.measure import distance, measure
 from verify.problem import Problem
 from verify.properties.truth import truth
 from verify.registry import Kernel
@@ -46,7 +46,7 @@ class Draw:
 
     def rmse(self, defect: dict[str, float]) -> float:
         """Against the exact answer."""
-        return (self.out(defect).double() - self.known.exact.out).square().mean().sqrt().item()
+        return measure(self.out(defect), self.known.exact.out).rmse
 
     def rejects(self, rule: str, defect: dict[str, float]) -> bool:
         """Whether the rule says no."""

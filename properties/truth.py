@@ -85,7 +85,7 @@ class Truth:
             arithmetic = replace(arithmetic, **wide)
         if kind == "jittered fp32":
             arithmetic = replace(arithmetic, summation="nearest")
-        rounding = formats.Jittered() if kind == "jittered fp32" else rounded.NEAREST
+        rounding = formats.Jittered() if kind == "jittered fp32" else formats.Nearest()
         blocks = self.blocks() if arithmetic.quantised is None else None
         return rounded.emulate(self.problem, self.inputs, arithmetic, rounding, blocks)
 

@@ -71,23 +71,24 @@ class Expectation:
 
     def surprise(self, name: str, got: Tensor) -> Surprise | None:
         """Why no honest kernel gives this, or None. First with the emulation's resolution as the only slack, then FP32's."""
-        for slack in (False, True):
-            found = self._worst(name, got, with_order=slack)
-            if found.score <= found.level:
-                return None
-        return found
-
-    def _worst(self, name: str, got: Tensor, *, with_order: bool) -> Surprise:
         mine, honest = self.errors(name, got)
-        level, order = math.sqrt(2 * math.log(self.tests / FALSE_ALARM)), 0.0 * honest
-        margin = ((1 + RESOLUTION) ** 2 - 1) * honest * honest
-        if with_order:
-            for other in self.fp32:
-                off = _columns(getattr(other, name) - getattr(self.exact, name))
-                order = torch.hypot(order, ORDER * off.nan_to_num(0.0, 0.0, 0.0))
-            exact = _columns(getattr(self.exact, name))
-            order = torch.hypot(order, ORDER * self.exp_error * exact.abs().nan_to_num(0.0, 0.0, 0.0))
-            margin = margin + order * order
+        found = self._worst(name, mine, honest, torch.zeros_like(honest))
+        if found.score > found.level:
+            found = self._worst(name, mine, honest, self._order(name))
+        return found if found.score > found.level else None
+
+    def _order(self, name: str) -> Tensor:
+        """How far FP32 in another order may move each element: [B,H,n,C]."""
+        exact = _columns(getattr(self.exact, name))
+        order = ORDER * self.exp_error * exact.abs().nan_to_num(0.0, 0.0, 0.0)
+        for other in self.fp32:
+            off = _columns(getattr(other, name)) - exact
+            order = torch.hypot(order, ORDER * off.nan_to_num(0.0, 0.0, 0.0))
+        return order
+
+    def _worst(self, name: str, mine: Tensor, honest: Tensor, order: Tensor) -> Surprise:
+        level = math.sqrt(2 * math.log(self.tests / FALSE_ALARM))
+        margin = ((1 + RESOLUTION) ** 2 - 1) * honest * honest + order * order
         whole, heads = scores(mine * mine - honest * honest, margin)
         if name == "dk":  # an error of delta is shared by all keys: what is left without their mean must be too large as well
             mine_c, honest_c = (x - x.mean(2, keepdim=True) for x in (mine, honest))

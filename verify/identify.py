@@ -21,6 +21,7 @@ from torch import Tensor
 from verify.arithmetic import Arithmetic
 from verify.bounds import ALIKE, CERTAIN
 from verify.case import Case
+from verify.exact import Exact
 from verify.finding import Finding
 from verify.guard import Output, call
 from verify.oracles.formats import Jittered
@@ -51,8 +52,8 @@ BACKWARD: dict[str, tuple[Any, ...]] = {
     "dscores": ("input", "fp32"),
     "ds_probs": ("fp32", "input"),
     "delta": ("out", "probs", "product"),
+    "scaled_dscores": (False, True),
 }
-BACKWARD |= {"scaled_dscores": (False, True)}
 SPILLS = (None, (32, 512), (64, 512), (128, 512), (256, 512))
 TILES = (0, 16, 32, 48, 64, 80, 96, 112, 128, 160, 176, 192, 256)
 QUESTIONS = (
@@ -122,14 +123,14 @@ def identify(kernel: Kernel, device: str) -> Identity:
         reason = kernel.unsupported(case.problem, device)
         if "tile" in question.candidates and (found.normalized_probs or found.format("probs", narrow) == "fp32"):
             reason = "P is not rounded tile by tile"
-        known, output = truth(case, device), None
-        if reason is None:
+        known = truth(case, device) if reason is None else None
+        if known is not None:
             try:
                 output = call(kernel, case.problem, known.inputs)
                 reason = None if output.dq is not None or not case.problem.grads else "its output carries no autograd graph"
             except Finding as finding:
                 reason = finding.sentence
-        if reason is not None or output is None:
+        if known is None or reason is not None:
             unasked |= dict.fromkeys(question.candidates, reason or "")
             continue
         new = [_exponential(question, known, output, found)] if "exp_ulp" in question.candidates else []
@@ -143,7 +144,8 @@ def _answers(question: Question, known: Truth, output: Output, base: Arithmetic)
     """The best candidate's value of each field, against the best candidate that differs there."""
     names = list(question.candidates)
     candidates = _distinct(known.problem, known.device, base, question.candidates)
-    residuals, agreements = zip(*(_residual(known, output, c, question.tensors) for c in candidates), strict=True)
+    emulated = (emulate(known.problem, known.inputs, c) for c in candidates)
+    residuals, agreements = zip(*(_residual(known, output, output, e, question.tensors) for e in emulated), strict=True)
     best = min(range(len(candidates)), key=lambda n: residuals[n].sum().item())
     for name in names:
         mine = getattr(candidates[best], name)
@@ -157,11 +159,12 @@ def _answers(question: Question, known: Truth, output: Output, base: Arithmetic)
 def _exponential(question: Question, known: Truth, output: Output, base: Arithmetic) -> Answer:
     """An exponential's error has no pattern to match: the smallest whose random emulations are as far apart as the kernel is."""
     sizes = question.candidates["exp_ulp"]
-    mine, agree = _residual(known, output, base, question.tensors)
+    honest = emulate(known.problem, known.inputs, base)
+    mine, agree = _residual(known, output, output, honest, question.tensors)
     excess = []
     for ulp in sizes:
         blurred = emulate(known.problem, known.inputs, replace(base, exp_ulp=ulp), Jittered())
-        spread, _ = _residual(known, output, base, question.tensors, Output(blurred.out))
+        spread, _ = _residual(known, output, blurred, honest, question.tensors)
         excess.append(mine - ALIKE * spread)
     found = next((n for n, e in enumerate(excess) if e.sum() <= 0), len(sizes) - 1)
     return Answer(
@@ -192,22 +195,20 @@ def _distinct(problem: Problem, device: str, base: Arithmetic, asked: dict[str, 
     return list(result.values())
 
 
-def _residual(
-    known: Truth, output: Output, candidate: Arithmetic, tensors: tuple[str, ...], instead: Output | None = None
-) -> tuple[Tensor, float]:
-    """(squared distance of the kernel, or of `instead`, from the emulation in each row of [B,H,n], of all tensors, each in units
-    of the kernel's error; part of the elements that are equal)
+def _residual(known: Truth, output: Output, one: Output | Exact, other: Exact, tensors: tuple[str, ...]) -> tuple[Tensor, float]:
+    """(squared distance of one from the other in each row of [B,H,n], of all tensors, each in units of the kernel's error; part
+    of the elements that are equal)
     """
-    emulated, rows, equal, count = emulate(known.problem, known.inputs, candidate), [], 0, 0
+    rows, equal, count = [], 0, 0
     for name in tensors:
-        got, exact, want = getattr(output, name), getattr(known.exact, name), getattr(emulated, name)
-        if got is None:
+        measured = getattr(output, name)
+        if measured is None:
             continue
-        unit = (got.double() - exact).square().mean()
-        got = got.double() if instead is None else getattr(instead, name)
-        distance = (got - want).square() / (unit if unit else 1.0)
+        unit = (measured.double() - getattr(known.exact, name)).square().mean()
+        left, right = getattr(one, name).double(), getattr(other, name)
+        distance = (left - right).square() / (unit if unit else 1.0)
         rows.append((distance.sum(-1) if distance.dim() > 3 else distance).flatten())
-        equal, count = equal + int((got == want).sum()), count + got.numel()
+        equal, count = equal + int((left == right).sum()), count + left.numel()
     return torch.cat(rows), equal / max(1, count)
 
 

@@ -26,12 +26,16 @@ class Measurement:
     count: int
 
 
+def same(a: Tensor, b: Tensor) -> Tensor:
+    """Where two tensors are equal, infinities and NaN included."""
+    return (a == b) | (a.isnan() & b.isnan())
+
+
 def distance(x: Tensor, ref: Tensor) -> Tensor:
     """|x - ref| in float64: 0 where they are equal (infinities and NaN included), infinite where only one is finite."""
     a, b = x.to(torch.float64), ref.to(torch.float64)
-    same = (a == b) | (a.isnan() & b.isnan())
     comparable = a.isfinite() & b.isfinite()
-    return torch.where(same, 0.0, torch.where(comparable, (a - b).abs(), torch.inf))
+    return torch.where(same(a, b), 0.0, torch.where(comparable, (a - b).abs(), torch.inf))
 
 
 def measure(x: Tensor, ref: Tensor) -> Measurement:
