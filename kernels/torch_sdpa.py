@@ -10,6 +10,7 @@ import functools
 import re
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,11 @@ EFFICIENT = Arithmetic(group_sum="input", ds_probs="input", scaled_dscores=True,
 IN_FLOAT32 = Arithmetic(probs="fp32", dscores="fp32", normalized_probs=True, delta="probs", summation="nearest")
 
 
+def math_arithmetic(problem: Problem, device: str) -> Arithmetic:
+    """All in FP32, but where lengths differ the mask handed over is one bias per batch entry, and so is its stored gradient."""
+    return replace(IN_FLOAT32, batch_sum="input") if problem.mask.batch_sizes() else IN_FLOAT32
+
+
 def flash_arithmetic(problem: Problem, device: str) -> Arithmetic:
     """On the CPU the backward adds into dk, dv, dq in the input's dtype, tile by tile, and the exponential of 16-bit problems is
     Malossi's (pytorch pull 151441), off by up to 1e-4; else by up to 20 ulp (torch 2.13, FlashAttentionKernel.cpp).
@@ -37,7 +43,7 @@ def flash_arithmetic(problem: Problem, device: str) -> Arithmetic:
 
 
 BACKENDS: dict[str, tuple[SDPBackend, Arithmetic | Callable[[Problem, str], Arithmetic]]] = {
-    "math": (SDPBackend.MATH, IN_FLOAT32),
+    "math": (SDPBackend.MATH, math_arithmetic),
     "flash": (SDPBackend.FLASH_ATTENTION, flash_arithmetic),
     "efficient": (SDPBackend.EFFICIENT_ATTENTION, EFFICIENT),
     "cudnn": (SDPBackend.CUDNN_ATTENTION, CUDNN),

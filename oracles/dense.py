@@ -73,7 +73,7 @@ def _add_gradients(problem: Problem, b: Block, grads: dict[str, torch.Tensor]) -
     dp = by_key(b.do, b.v)
     ds = b.p * (dp - (b.p * dp).sum(-1, keepdim=True))
     if "dbias" in grads:
-        add_bias_gradient(problem, grads["dbias"], b.rows, ds)
+        _add_bias_gradient(problem, grads["dbias"], b.rows, ds)
     if problem.softcap:
         ds = ds * (1 - (b.capped / problem.softcap) ** 2)
     grads["dq"][:, :, b.rows] = ungrouped(problem.softmax_scale * from_keys(ds, b.k))
@@ -94,7 +94,7 @@ def additive(problem: Problem, x: Inputs, rows: slice) -> torch.Tensor | None:
     return grouped(part, problem) if part.shape[1] == problem.heads_q else part.unsqueeze(2)
 
 
-def add_bias_gradient(problem: Problem, total: torch.Tensor, rows: slice, ds: torch.Tensor) -> None:
+def _add_bias_gradient(problem: Problem, total: torch.Tensor, rows: slice, ds: torch.Tensor) -> None:
     """Add dS [B,Hk,G,n,K], summed over the dimensions that the bias is broadcast in, to its rows of `total`."""
     per_head = ungrouped(ds)
     summed = [n for n in (0, 1) if total.shape[n] == 1 and per_head.shape[n] != 1]

@@ -7,7 +7,7 @@ answer. How each rounding goes is handed in (formats.Nearest by default), so tha
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -159,6 +159,14 @@ class _Emulator:
             total = self.store(total + self.product(from_keys, weights[..., part], keys[:, :, part], "accumulate"), "output")
         return total
 
+    def bias_gradient(self, ds: Tensor, shape: Sequence[int]) -> Tensor:
+        """DS [B,Hk,G,n,K] -> rows of dbias [B|1,H|1,n,K]: summed over what the bias is broadcast in, stored."""
+        parts = ungrouped(self.store(ds, "dscores"))
+        parts = parts if shape[1] > 1 else parts.sum(1, keepdim=True)
+        if shape[0] == 1 and parts.shape[0] > 1:
+            parts = self.store(parts, "batch_sum").sum(0, keepdim=True)
+        return self.store(parts, "output")
+
     def group_sum(self, x: Tensor) -> Tensor:
         """[B,Hk,G,K,D] -> [B,Hk,K,D], stored"""
         return self.store((self.store(x, "group_sum") if x.shape[2] > 1 else x).sum(2), "output")
@@ -205,12 +213,11 @@ def emulate(
         if problem.grads:
             ds = emulator.ds(block, out, p)
             if "dbias" in result:
-                dense.add_bias_gradient(problem, result["dbias"], block.rows, emulator.store(ds, "dscores"))
+                result["dbias"][:, :, block.rows] = emulator.bias_gradient(ds, result["dbias"].shape)
             ds = emulator.scaled(ds, slope)
             result["dq"][:, :, block.rows] = ungrouped(emulator.add_keys(ds, block.k))
             dk = emulator.add_rows(dk, ds, block.q)
             dv = emulator.add_rows(dv, p if arithmetic.normalized_probs else emulator.store(p, "probs"), block.do)
     if problem.grads and problem.len_q:
         result |= {"dk": emulator.group_sum(dk), "dv": emulator.group_sum(dv)}
-        result |= {"dbias": emulator.store(result["dbias"], "output")} if "dbias" in result else {}
     return Exact(**result, provenance="emulation")

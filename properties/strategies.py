@@ -228,5 +228,6 @@ def arithmetics(draw: Callable[..., Any]) -> Arithmetic:
         ds_probs=one_of("fp32", "input"),
         delta=one_of("out", "probs", "product"),
         group_sum=one_of("fp32", "input"),
+        batch_sum=one_of("fp32", "input"),
         spill=one_of(None, None, (16, 32)),
     )

@@ -83,6 +83,8 @@ class Arithmetic:
     R = P * dP stored in the input's dtype, and then dS = R - P delta (torch's softmax backward on CUDA)."""
     group_sum: str = "fp32"
     """dk, dv of a group of query heads as they are added up (GQA)."""
+    batch_sum: str = "fp32"
+    """dbias of each batch entry as it is stored before the entries are added up (a bias that is broadcast over the batch)."""
     spill: tuple[int, int] | None = None
     """(query rows, keys) after which the running sums dk, dv and dq are stored in the output format and read back; or None."""
     deterministic: bool = False
@@ -141,6 +143,7 @@ ROUNDED = (
     "dscores",
     "ds_probs",
     "group_sum",
+    "batch_sum",
 )
 """The fields that name a format."""
 FLASH = Arithmetic()

@@ -22,8 +22,10 @@ def gradients(problem: Problem, b: Block, units: Units, arithmetic: Arithmetic, 
     e_p, e_ds, ds = _ds_error(problem, b, units, arithmetic, rows)
     result: dict[str, Terms] = {"dv": _dv(problem, b, units, arithmetic, e_p)}
     if problem.bias not in ("none", "alibi"):
-        parts = units.u["dscores"] + units.u["output"] if problem.bias != "bhqk" else units.u["dscores"]  # stored before summed
-        result["dbias"] = {"dS": e_ds, "dS stored": parts * (ds + e_ds) + units.floor["dscores"] + units.floor["output"]}
+        summed = ("output", "batch_sum") if problem.bias != "bhqk" else ()  # parts are stored before they are added up
+        parts = units.u["dscores"] + max((units.u[name] for name in summed), default=0.0)
+        floor = units.floor["dscores"] + max(units.floor["output"], units.floor["batch_sum"])
+        result["dbias"] = {"dS": e_ds, "dS stored": parts * (ds + e_ds) + floor}
     if problem.softcap:
         slope = 1 - (b.capped / problem.softcap) ** 2
         e_slope = 2 * (rows.score / problem.softcap + TANH * units.work + units.u["stored_scores"]).clamp(max=1)
