@@ -1,30 +1,49 @@
-"""What the Triton kernels share: tiles in memory, conversions and products that are right in the interpreter too, mask rules."""
+"""What the Triton kernels share: tiles in memory, conversions and products that are right in the interpreter too, mask rules.
+
+One compiled kernel serves every problem of a dtype and a size of head: strides, lengths, the mask's rules and integers, softcap,
+bias and slopes are values at run time.
+"""
 
 import triton
 import triton.language as tl
 
 INTERPRET = bool(triton.knobs.runtime.interpret)
 """Whether Triton's interpreter (numpy, CPU) runs the kernels: TRITON_INTERPRET=1 was set before triton was imported."""
-RUNTIME = [f"{tensor}_{axis}" for tensor in ("q", "k", "v", "do", "mask", "bias") for axis in "bhrc"]
-RUNTIME += ["batch", "heads", "group", "blocks", "len_q", "len_k"]
-"""Integers on whose values Triton must not specialise, for each value would compile the kernel anew."""
-
-
-def padded(dim: int) -> int:
-    """The length of a tile's row that holds a head dim."""
-    return max(16, triton.next_power_of_2(dim))
+SOFTCAP, MASK, BIAS, SLOPES = (tl.constexpr(bit) for bit in (1, 2, 4, 8))
+"""Bits of `flags`: what changes a score beyond the mask's rules."""
+GENERAL, RULES, WHOLE = (tl.constexpr(kind) for kind in (0, 1, 2))
+"""What a compiled kernel (`KIND`) can do: all, through pointers; through TMA, what only rules change; that with nothing hidden."""
+LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def tile(base, b, stride_b, h, stride_h, rows, stride_r, columns, stride_c, ALIGNED: tl.constexpr):
-    """Pointers [rows, columns] into head h of batch entry b; offsets in int64. ALIGNED: stride_c is 1, the others are 8 n."""
-    head = b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h
-    down, across = rows.to(tl.int64) * stride_r, columns.to(tl.int64)
-    if ALIGNED:
-        head, down = tl.multiple_of(head, 8), tl.multiple_of(down, 8)
+def pointers(x, strides, b, h, rows, columns):
+    """Pointers to x[b, h, rows, columns]; rows and columns broadcast; offsets in int64."""
+    head = b.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1]
+    return x + head + rows.to(tl.int64) * strides[2] + columns.to(tl.int64) * strides[3]
+
+
+@triton.jit
+def load(x, strides, b, h, start, length, dim, ROWS: tl.constexpr, COLUMNS: tl.constexpr, KIND: tl.constexpr):
+    """x[b, h, start : start + ROWS] as [ROWS, COLUMNS], 0 outside. x is a pointer for GENERAL, else a tensor descriptor (TMA)."""
+    if KIND != GENERAL:
+        values = x.load([b, h, start, 0]).reshape(ROWS, COLUMNS)
     else:
-        across = across * stride_c
-    return base + head + down[:, None] + across[None, :]
+        rows, columns = (start + tl.arange(0, ROWS))[:, None], tl.arange(0, COLUMNS)[None, :]
+        at = pointers(x, strides, b, h, rows, columns)
+        values = tl.load(at, mask=(rows < length) & (columns < dim), other=0.0)
+    return values
+
+
+@triton.jit
+def store(x, b, h, heads, start, length, dim, values, KIND: tl.constexpr, INTERPRET: tl.constexpr):
+    """Write values [ROWS, COLUMNS], rounded, to x[b, h, start : start + ROWS] of a contiguous x [batch, heads, length, dim]."""
+    if KIND != GENERAL:
+        x.store([b, h, start, 0], rounded(values, x.dtype, INTERPRET).reshape(1, 1, values.shape[0], values.shape[1]))
+    else:
+        rows, columns = start + tl.arange(0, values.shape[0])[:, None], tl.arange(0, values.shape[1])[None, :]
+        at = x + ((b * heads + h).to(tl.int64) * length + rows) * dim + columns
+        tl.store(at, rounded(values, x.dtype.element_ty, INTERPRET), mask=(rows < length) & (columns < dim))
 
 
 @triton.jit
@@ -55,6 +74,12 @@ def dot(x, y, acc, INTERPRET: tl.constexpr):
 
 
 @triton.jit
+def power(s, factor, base):
+    """2^(s factor - base), base broadcast; product and difference are one step, but not in the interpreter."""
+    return tl.exp2(tl.fma(s, tl.full(s.shape, factor, tl.float32), tl.broadcast_to(-base, s.shape)))
+
+
+@triton.jit
 def tanh(x):
     """Lambert's continued fraction near 0 (no cancellation), else (1 - t) / (1 + t) with t = exp(-2|x|) (no overflow)."""
     size = tl.abs(x)
@@ -66,34 +91,70 @@ def tanh(x):
 
 
 @triton.jit
-def obeys(seen, rows, keys, len_q, len_k, integers, b, batch, rules, counts):
-    """seen [rows, keys] and all rules; rule i has counts[i] terms, each with its two integers per batch entry."""
-    first = 0
-    for i in tl.static_range(len(rules)):
-        for term in range(counts[i]):  # Triton takes a count of 1 as a constant: no loop then
-            pair = integers + ((first + term) * batch + b) * 2
-            visible = rules[i](rows[:, None], keys[None, :], len_q, len_k, tl.load(pair), tl.load(pair + 1))
-            seen = seen & (visible != 0)  # != 0: the interpreter of Triton 3.6 to 3.9 can hand back int32 for booleans
-        first += counts[i]
-    return seen
+def on(flags, bit: tl.constexpr):
+    """Whether the bit is set, as a boolean in the interpreter too."""
+    return tl.full([], 1, tl.int1) & ((flags & bit) != 0)
 
 
 @triton.jit
-def seen_scores(
-    s, rows, keys, b, h, mask, mask_b, mask_h, mask_r, mask_c, bias, bias_b, bias_h, bias_r, bias_c, slopes,
-    integers, rules, counts, batch, len_q, len_k, INTERPRET: tl.constexpr,
-):  # fmt: skip
-    """(s [rows, keys] with bias and ALiBi added, which of them are visible)"""
-    inside = (rows < len_q)[:, None] & (keys < len_k)[None, :]
-    seen = obeys(inside, rows, keys, len_q, len_k, integers, b, batch, rules, counts)
-    if mask is not None:
-        mask_at = tile(mask, b, mask_b, h, mask_h, rows, mask_r, keys, mask_c, False)
-        seen = seen & (tl.load(mask_at, mask=seen, other=0) != 0)
-    if bias is not None:
-        bias_at = tile(bias, b, bias_b, h, bias_h, rows, bias_r, keys, bias_c, False)
-        added = wide(tl.load(bias_at, mask=seen, other=0.0), INTERPRET)
-        seen = seen & (added != float("-inf"))
-        s += added
-    if slopes is not None:
-        s -= tl.load(slopes + h) * tl.abs(rows[:, None] + (len_k - len_q) - keys[None, :]).to(tl.float32)
-    return s, seen
+def hide(s, rows, keys, b, extras, rules):
+    """s, -inf where (row, key) is outside or breaks a rule.
+
+    integers: how many terms each rule has, then (x, y) of every term and batch entry.
+    """
+    batch, len_q, len_k, integers = extras[0], extras[1], extras[2], extras[3]
+    s = tl.where((rows < len_q) & (keys < len_k), s, float("-inf"))
+    pair = integers + len(rules) + 2 * b
+    for i in tl.static_range(len(rules)):
+        for _ in range(tl.load(integers + i)):
+            obeyed = rules[i](rows, keys, len_q, len_k, tl.load(pair), tl.load(pair + 1))
+            s = tl.where(obeyed != 0, s, float("-inf"))  # != 0: the interpreter of Triton 3.6 to 3.9 can hand back int32
+            pair += 2 * batch
+    return s
+
+
+@triton.jit
+def scores(s, rows, keys, b, h, number, way, extras, rules, KIND: tl.constexpr, INTERPRET: tl.constexpr):
+    """(s with all that changes a score, -inf where hidden; the slope of the softcap). rows and keys broadcast to s.
+
+    number: which counterpart this is on the block's way. extras: batch, len_q, len_k, integers, flags, before (what s is
+    multiplied by), softcap, slopes, mask and its strides, bias and its strides.
+    """
+    slope = tl.full(s.shape, 1.0, tl.float32)
+    if KIND == GENERAL:
+        len_q, len_k, flags, softcap = extras[1], extras[2], extras[4], extras[6]
+        s *= extras[5]
+        if flags & SOFTCAP:
+            bend = tanh(s / softcap)
+            s, slope = softcap * bend, 1.0 - bend * bend
+        # Masked loads and no `if`: Triton 3.6 cannot compile that many branches for sm_90. What is not given changes nothing.
+        inside = (rows < len_q) & (keys < len_k)
+        added = tl.load(pointers(extras[10], extras[11], b, h, rows, keys), mask=(inside & on(flags, BIAS)) != 0, other=0.0)
+        added = wide(added, INTERPRET)
+        s = tl.where(added == float("-inf"), float("-inf"), s + added)
+        distance = tl.abs(rows + (len_k - len_q) - keys).to(tl.float32)
+        s -= tl.load(extras[7] + h, mask=on(flags, SLOPES), other=0.0) * distance
+        taken = tl.load(pointers(extras[8], extras[9], b, h, rows, keys), mask=(inside & on(flags, MASK)) != 0, other=1)
+        s = tl.where(taken != 0, s, float("-inf"))
+    if KIND != WHOLE:
+        if (number < way[2]) | (number >= way[3]):
+            s = hide(s, rows, keys, b, extras, rules)
+    return s, slope
+
+
+@triton.jit
+def walk(plan, plan_b, b, block):
+    """This block's way through its counterparts: how many, the first, first and last + 1 of the wholly visible, where it enters.
+
+    It enters at another place for each block, so that programs that start together do not all read the same tile.
+    """
+    at = plan + b.to(tl.int64) * plan_b + block * 4
+    low, full_low, full_high, high = tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
+    return high - low, low, full_low, full_high, block % tl.maximum(high - low, 1)
+
+
+@triton.jit
+def nth(j, way):
+    """The number of the j-th counterpart."""
+    turned = j + way[4]
+    return way[1] + tl.where(turned >= way[0], turned - way[0], turned)

@@ -24,7 +24,7 @@ ORDER = (
     " bounds propagation backpropagation allowance expectation guard environment"
 ).split()
 """The vocabulary of verify/, each module importing only those before it."""
-TOP = "conventions engine pytest_plugin fuzzing identify recording reporting cli __main__ __init__".split()
+TOP = "conventions engine pytest_plugin fuzzing identify recording reporting benching cli __main__ __init__".split()
 """Where everything meets."""
 MAY_IMPORT = {
     "verify.kernels": {*ORDER[: ORDER.index("registry") + 1], "kernels"},

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 
 from verify.kernels import triton_fa2 as fa2
+from verify.kernels import triton_launch
 
 DEVICE = "cpu" if fa2.INTERPRET else "cuda"
 
@@ -37,18 +38,64 @@ def sliced(t: Tensor) -> Tensor:
     return wide[..., 1::2]
 
 
-@pytest.mark.parametrize("layout", [transposed, sliced])
-@pytest.mark.parametrize("name", ["q", "k", "v", "bias"])
-def test_strides_change_no_bit(layout: Callable[[Tensor], Tensor], name: str) -> None:
-    case = Case.parse("b2.h4:2.q33.k70.d40:24.fp16.causal_lower_right.bias=hqk/normal#1")
+def expanded(t: Tensor) -> Tensor:
+    """Stride 0 along the rows."""
+    return t[:, :, :1].expand_as(t)
+
+
+def attend(case: Case, x: Inputs) -> tuple[Tensor, ...]:
+    """Out, LSE and the gradients of q, k, v and the bias."""
+    leaves = x.map(lambda t: t.detach().requires_grad_())
+    mask, scale = case.problem.mask, case.problem.softmax_scale
+    out, lse = fa2.attention(leaves.q, leaves.k, leaves.v, bias=leaves.bias, mask=mask, scale=scale)
+    wanted = [t for t in (leaves.q, leaves.k, leaves.v, leaves.bias) if t is not None]
+    return out, lse, *torch.autograd.grad(out, wanted, x.do)
+
+
+@pytest.mark.parametrize("bias", ["", ".bias=hqk"])  # without one, dense layouts go through TMA and others through pointers
+@pytest.mark.parametrize("layout", [transposed, sliced, expanded])
+@pytest.mark.parametrize("name", ["q", "k", "v", "do", "bias"])
+def test_strides_change_no_bit(layout: Callable[[Tensor], Tensor], name: str, bias: str) -> None:
+    case = Case.parse(f"b1.h2:1.q20.k140.d16:8.bf16.causal_lower_right{bias}.grads/normal#1")
     x = case.inputs(DEVICE)
-    moved = replace(x, **{name: layout(getattr(x, name))})
+    if getattr(x, name) is None:
+        pytest.skip("this case has no bias")
+    one = replace(x, **{name: layout(getattr(x, name))})
+    two = replace(x, **{name: getattr(one, name).contiguous()})
+    assert all(torch.equal(a, b) for a, b in zip(attend(case, one), attend(case, two), strict=True))
 
-    def run(inputs: Inputs) -> Tensor:
-        mask, scale = case.problem.mask, case.problem.softmax_scale
-        return fa2.attention(inputs.q, inputs.k, inputs.v, bias=inputs.bias, mask=mask, scale=scale)[0]
 
-    assert torch.equal(run(moved), run(x))
+@pytest.mark.parametrize(
+    "mask", ["causal_lower_right", "window(9,4)", "blocks(20,3,40)&padding(70,0)", "prefix_lm(50)", "dense(97,1)"]
+)
+@pytest.mark.parametrize("by_keys", [False, True])
+def test_no_block_is_skipped_that_is_seen(mask: str, *, by_keys: bool) -> None:
+    """A walk leaves out only what is hidden, and only what is visible to all its rows passes as wholly visible."""
+    len_q, len_k, tile = 75, 110, (16, 32)
+    table = triton_launch.plan(Mask.parse(mask), 2, len_q, len_k, tile, torch.device("cpu"), by_keys=by_keys)
+    for entry, rows in enumerate(table.tolist()):
+        for block, (low, full_low, full_high, high) in enumerate(rows):
+            assert low <= full_low <= full_high <= high
+            for other in range(-(-(len_q if by_keys else len_k) // tile[not by_keys])):
+                first, second = (other, block) if by_keys else (block, other)
+                seen = [
+                    Mask.parse(mask).sees(q, k, len_q, len_k, batch=2, entry=entry) if k < len_k else False
+                    for q in range(first * tile[0], min(first * tile[0] + tile[0], len_q))
+                    for k in range(second * tile[1], second * tile[1] + tile[1])
+                ]
+                assert low <= other < high or not any(seen)
+                assert not full_low <= other < full_high or all(seen)
+
+
+@pytest.mark.skipif(fa2.INTERPRET, reason="needs a GPU: the interpreter would copy 4 GiB")
+def test_offsets_beyond_int32() -> None:
+    """Batch entries more than 2^31 elements apart."""
+    far = 2**31 + 64
+    memory = torch.zeros(far + 4 * 64 * 64, dtype=torch.float16, device="cuda")
+    wide = memory.as_strided((2, 1, 64, 64), (far, 64 * 64, 64, 1))
+    wide.copy_(torch.randn(2, 1, 64, 64, device="cuda"))
+    results = [fa2.attention(t, t, t, scale=0.125)[0] for t in (wide, wide.contiguous())]
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize(
@@ -114,35 +161,12 @@ def test_the_interpreters_bf16_dot_is_still_wrong() -> None:
     assert not bool((out == 16).all())
 
 
-def expanded(t: Tensor) -> Tensor:
-    """Stride 0 along the rows."""
-    return t[:, :, :1].expand_as(t)
-
-
-@pytest.mark.skipif(not fa2.INTERPRET, reason="its gradients are not yet verified on a GPU")
-@pytest.mark.parametrize("layout", [transposed, sliced, expanded])
-def test_strides_of_the_cotangent_change_no_bit(layout: Callable[[Tensor], Tensor]) -> None:
-    case = Case.parse("b2.h4:2.q33.k70.d40:24.fp16.causal_lower_right.bias=hqk.grads/normal#1")
-    x = case.inputs(DEVICE)
-    do = layout(x.do)
-
-    def run(cotangent: Tensor) -> tuple[Tensor, ...]:
-        leaves = x.map(lambda t: t.clone().requires_grad_())
-        q, k, v, bias = leaves.q, leaves.k, leaves.v, leaves.bias
-        assert bias is not None
-        out, _ = fa2.attention(q, k, v, bias=bias, mask=case.problem.mask, scale=case.problem.softmax_scale)
-        return torch.autograd.grad(out, (q, k, v, bias), cotangent)
-
-    assert all(torch.equal(one, two) for one, two in zip(run(do), run(do.contiguous()), strict=True))
-
-
-@pytest.mark.skipif(not fa2.INTERPRET, reason="its gradients are not yet verified on a GPU")
 def test_the_lse_has_a_gradient() -> None:
     """d lse_i / d bias_ij = p_ij = exp(s_ij - lse_i), here of scores 0; linear in the cotangent (powers of two are exact)."""
-    q, k = torch.zeros(1, 2, 10, 16), torch.ones(1, 1, 32, 16)
-    bias = torch.zeros(1, 2, 10, 32, requires_grad=True)
+    q, k = torch.zeros(1, 2, 10, 16, device=DEVICE), torch.ones(1, 1, 32, 16, device=DEVICE)
+    bias = torch.zeros(1, 2, 10, 32, requires_grad=True, device=DEVICE)
     _, lse = fa2.attention(q, k, k, bias=bias, scale=1.0)
-    weights = (2.0 ** torch.arange(20)).view(1, 2, 10)
+    weights = (2.0 ** torch.arange(20, device=DEVICE)).view(1, 2, 10)
     (found,) = torch.autograd.grad(lse, bias, weights)
     p = found[0, 0, 0, 0]
     assert torch.equal(found, p * weights[..., None].expand_as(found))

@@ -171,6 +171,35 @@ def report(
 
 
 @app.command()
+def bench(
+    *,
+    kernel: Annotated[list[str] | None, typer.Option(help="only this kernel (name or file); may be repeated")] = None,
+    dim: Annotated[list[int] | None, typer.Option(help="head dim; default 64, 128, 256; may be repeated")] = None,
+    length: Annotated[list[int] | None, typer.Option(help="default 512, 1024, ... 16384; may be repeated")] = None,
+    mask: Annotated[list[str] | None, typer.Option(help="default full and causal_lower_right; may be repeated")] = None,
+    dtype: Annotated[str, typer.Option(help="fp16 or bf16")] = "bf16",
+    forward_only: Annotated[bool, typer.Option("--forward-only", help="leave out the backward")] = False,
+    out: Annotated[Path, typer.Option(help="folder for speed.md, speed.csv, speed.json, speed.png")] = Path("verify-bench"),
+    device: Device = None,
+) -> None:
+    """Measure TFLOP/s, forward and backward, at FlashAttention-3's shapes, beside the error of the same call. Needs a GPU."""
+    from verify.benching import run_bench
+
+    device = environment.prepare(device)
+    run_bench(
+        device,
+        targets=kernel or [],
+        dims=dim or [],
+        lengths=length or [],
+        masks=mask or [],
+        dtype=dtype,
+        forward_only=forward_only,
+        out=out,
+        console=console,
+    )
+
+
+@app.command()
 def record(
     *,
     kernel: Annotated[list[str] | None, typer.Option(help="only this kernel (name or file); may be repeated")] = None,

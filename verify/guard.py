@@ -43,11 +43,11 @@ def call(kernel: Kernel, problem: Problem, inputs: Inputs) -> Output:
             tensor = getattr(leaves, name)
             if tensor is not None:
                 tensor.requires_grad_()
-    keywords = _keywords(kernel, problem, leaves)
+    others = keywords(kernel, problem, leaves)
     try:
         with warnings.catch_warnings():  # what a kernel warns of is no finding, even where pytest turns warnings into errors
             warnings.simplefilter("ignore")
-            returned = kernel.fn(leaves.q, leaves.k, leaves.v, **keywords)
+            returned = kernel.fn(leaves.q, leaves.k, leaves.v, **others)
             out, lse = returned if isinstance(returned, tuple) else (returned, None)
             _check_form(problem, out, lse, inputs)
             gradients = _backward(out, leaves) if problem.grads and out.requires_grad else {}
@@ -62,7 +62,8 @@ def call(kernel: Kernel, problem: Problem, inputs: Inputs) -> Output:
     return Output(out.detach(), None if lse is None else lse.detach(), **gradients)
 
 
-def _keywords(kernel: Kernel, problem: Problem, x: Inputs) -> dict[str, Any]:
+def keywords(kernel: Kernel, problem: Problem, x: Inputs) -> dict[str, Any]:
+    """What a kernel is handed beside q, k, v: of all that the problem offers, the keywords that it takes."""
     visible = None if problem.mask.names == {"full"} else visibility(problem, x.q.device)
     as_bias = visible is not None and problem.mask_as == "float"
     added = torch.zeros((), dtype=TORCH_DTYPES[problem.dtype], device=x.q.device) if x.bias is None else x.bias

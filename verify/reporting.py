@@ -57,7 +57,7 @@ def run_report(
     problems = [shape.but(dtype=name) for name in wanted]
     registry.load_bundled()
     kernels = [k for t in targets for k in registry.find(t)] or list(registry.REGISTRY.values())
-    path = _writable(out) / "table.json"
+    path = writable(out / "table.json")
     report: dict[str, Any] = {
         "schema": 1,
         "problem": str(shape),
@@ -144,10 +144,11 @@ def _figures(out: torch.Tensor, unrounded: torch.Tensor, exact: torch.Tensor, em
     }
 
 
-def _writable(folder: Path) -> Path:
+def writable(path: Path) -> Path:
+    """The path of a file that exists and can be written. Raises VerifyError, naming its folder, where it can't."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "table.json").touch()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
     except OSError as error:
-        raise VerifyError(f"out={folder}: {error.strerror}; name a folder that can be written") from error
-    return folder
+        raise VerifyError(f"out={path.parent}: {error.strerror}; name a folder that can be written") from error
+    return path

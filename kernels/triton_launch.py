@@ -1,0 +1,261 @@
+"""What the host does before a Triton kernel is launched: mask rules and their integers, who sees whom, tile sizes, TMA."""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from verify.kernels.triton_tiles import BIAS, GENERAL, INTERPRET, LOG2E, MASK, RULES, SLOPES, SOFTCAP, WHOLE
+from verify.masks import KINDS, Mask
+
+RUNTIME = ["q", "k", "v", "do", "q_at", "k_at", "v_at", "do_at", "mask", "mask_at", "bias", "bias_at", "slopes", "integers"]
+RUNTIME += [
+    "plan",
+    "plan_b",
+    "lse",
+    "lse2",
+    "dlse",
+    "delta",
+    "out",
+    "out_at",
+    "dq",
+    "dk",
+    "dv",
+    "dbias",
+    "batch",
+    "heads",
+    "group",
+]
+RUNTIME += ["blocks", "len_q", "len_k", "dim_qk", "dim_v", "flags"]
+"""Arguments on whose values (1, a multiple of 16) Triton must not specialise, for each kind would compile the kernel anew."""
+_RULES = tuple(kind.rule for name, kind in KINDS.items() if name not in ("full", "dense"))
+FAR = 2**30
+"""An integer of a mask beyond it says no more than it does, and its sum with a position stays within int32."""
+
+
+class Tiles(NamedTuple):
+    """BLOCK_M query rows by BLOCK_N keys, and how Triton runs them."""
+
+    rows: int
+    keys: int
+    warps: int = 4
+    stages: int = 2
+    registers: int | None = None
+    """At most so many of each thread: 168 lets three programs of 4 warps share a multiprocessor."""
+
+
+HOPPER = {
+    "forward": {64: Tiles(64, 64, 4, 3, 168), 128: Tiles(64, 64, 4, 3), 256: Tiles(128, 64, 8, 2)},
+    "keys": {64: Tiles(128, 64, 4, 2), 128: Tiles(64, 64, 4, 2)},
+    "dk": {256: Tiles(64, 128, 8, 1)},
+    "dv": {256: Tiles(64, 128, 8, 2)},
+    "rows": {64: Tiles(64, 64, 4, 2), 128: Tiles(128, 64, 8, 3), 256: Tiles(128, 64, 8, 1)},
+}
+"""16-bit formats with 227 KiB of shared memory, by the padded head dim; chosen on an H200. dK and dV share a pass
+(`keys`) where the registers hold both sums."""
+SMALLER = {
+    "forward": {64: Tiles(128, 64), 128: Tiles(64, 64), 256: Tiles(64, 32)},
+    "keys": {64: Tiles(64, 64), 128: Tiles(32, 64)},
+    "dk": {256: Tiles(16, 32)},
+    "dv": {256: Tiles(16, 32)},
+    "rows": {64: Tiles(64, 64), 128: Tiles(64, 32), 256: Tiles(32, 16)},
+}
+"""16-bit formats with less (99 KiB on a consumer card); not measured."""
+SINGLE = {64: Tiles(64, 32), 128: Tiles(32, 32), 256: Tiles(32, 16)}
+"""FP32: products become single FMAs, all unrolled, so small tiles."""
+INTERPRETED = Tiles(128, 64)
+"""Large, for numpy, but several along the keys."""
+
+
+def padded(*dims: int) -> int:
+    """The length of a tile's row that holds these head dims: one of three, so that few kernels are compiled."""
+    return next((size for size in (64, 128, 256) if max(dims) <= size), 0)
+
+
+@functools.cache
+def tiles(kind: str, dtype: torch.dtype, dim: int, device: torch.device) -> Tiles | None:
+    """Tile sizes depend on dtype, dim and GPU only, so that no row depends on its batch, its layout or its mask."""
+    if INTERPRET:
+        return INTERPRETED
+    if dtype == torch.float32:
+        return SINGLE[dim]
+    shared = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]
+    return (HOPPER if shared >= 227 * 1024 else SMALLER)[kind].get(dim)
+
+
+@functools.cache
+def _rules() -> tuple[Any, ...]:
+    """_RULES for Triton. The interpreter calls them as they are: its jit wants `tl` among the globals of every function."""
+    return _RULES if INTERPRET else tuple(triton.jit(rule) for rule in _RULES)
+
+
+@functools.lru_cache(maxsize=256)
+def _integers(mask: Mask, batch: int, device: torch.device) -> torch.Tensor:
+    """How many terms each of _RULES has, then the two integers of each term and batch entry: int32."""
+    terms = {rule: [term.integers for term in mask.terms(batch) if term.rule is rule] for rule in _RULES}
+    values = [min(n, FAR) for rule in _RULES for term in terms[rule] for pair in term for n in pair]
+    return torch.tensor([len(terms[rule]) for rule in _RULES] + values, dtype=torch.int32, device=device)
+
+
+@functools.lru_cache(maxsize=256)
+def plan(
+    mask: Mask, batch: int, len_q: int, len_k: int, tile: tuple[int, int], device: torch.device, *, by_keys: bool
+) -> torch.Tensor:
+    """Which blocks of keys each block of rows walks over (or of rows, each block of keys): int32 [batch or 1, blocks, 4].
+
+    The four: the first block with anything visible, the longest run of wholly visible blocks (first, last + 1), the last + 1 with
+    anything visible. From the mask's own rule at every position, the way of FlexAttention's create_block_mask.
+    """
+    entries = batch if mask.batch_sizes() else 1
+    across, down = triton.cdiv(len_k, tile[1]), triton.cdiv(len_q, tile[0])
+    k = torch.arange(across * tile[1], device=device, dtype=torch.int32)
+    some, every = [], []
+    step = max(1, 2**24 // (entries * tile[0] * k.numel()))
+    for first in range(0, down, step):
+        q = torch.arange(first * tile[0], min(first + step, down) * tile[0], device=device, dtype=torch.int32)[:, None]
+        lift = lambda integers: torch.tensor(integers, device=device).clamp(max=FAR).view(-1, 1, 1)  # noqa: E731
+        seen = mask.visible(q, k, len_q, len_k, batch=entries, lift=lift) & (k < len_k)
+        seen = seen.expand(entries, *seen.shape[-2:]).view(entries, -1, tile[0], across, tile[1])
+        beyond = (q >= len_q).view(-1, tile[0], 1, 1)
+        some.append((seen & ~beyond).any(4).any(2))
+        every.append((seen | beyond).all(4).all(2))
+    found, whole = torch.cat(some, 1), torch.cat(every, 1)
+    if by_keys:
+        found, whole = found.mT, whole.mT
+    at = torch.arange(found.shape[2], device=device).expand(found.shape)
+    high = torch.where(found, at + 1, 0).amax(2)
+    low = torch.where(found, at, high[..., None]).amin(2)
+    run = at - torch.where(whole, -1, at).cummax(2).values
+    length, last = run.max(2)
+    full_low = torch.where(length > 0, last - length + 1, low)
+    return torch.stack([low, full_low, full_low + length, high], 2).int().contiguous()
+
+
+@functools.cache
+def _no_slopes(device: torch.device) -> torch.Tensor:
+    return torch.zeros(1, device=device)
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def _descriptor(t: torch.Tensor, rows: int, dim: int) -> TensorDescriptor:
+    strides = [16 if n == 1 else stride for n, stride in zip(t.shape[:3], t.stride()[:3], strict=True)]
+    return TensorDescriptor(t, list(t.shape), [*strides, 1], [1, 1, rows, dim])
+
+
+def _describable(t: torch.Tensor) -> bool:
+    """Whether TMA can load it: rows of contiguous elements, every address a multiple of 16 bytes, nothing repeated."""
+    strides = [stride * t.itemsize for n, stride in zip(t.shape[:3], t.stride()[:3], strict=True) if n > 1]
+    dense = t.stride(3) == 1 or t.shape[3] == 1
+    return dense and t.data_ptr() % 16 == 0 and all(stride > 0 and stride % 16 == 0 and stride < 2**40 for stride in strides)
+
+
+@dataclass
+class Launch:
+    """One call of attention: all that its kernels are told beside q, k, v and dO."""
+
+    q: torch.Tensor
+    shape: tuple[int, int, int, int, int, int, int]
+    """batch, heads, group, len_q, len_k, dim_qk, dim_v"""
+    rules: Mask
+    seen: torch.Tensor | None
+    """Boolean mask [B|1,H|1,Q|1,K|1], True = take part."""
+    bias: torch.Tensor | None
+    slopes: torch.Tensor | None
+    scale: float
+    softcap: float
+
+    @property
+    def flags(self) -> int:
+        """SOFTCAP | MASK | BIAS | SLOPES"""
+        given = ((SOFTCAP, self.softcap or None), (MASK, self.seen), (BIAS, self.bias), (SLOPES, self.slopes))
+        return sum(bit.value for bit, value in given if value is not None)
+
+    @property
+    def dim(self) -> int:
+        """The padded head dim."""
+        return padded(*self.shape[5:])
+
+    def kind(self, tile: Tiles, *tensors: torch.Tensor) -> int:
+        """GENERAL, RULES where TMA can load the tensors and nothing but rules and a positive scale changes a score, or WHOLE."""
+        plain = self.flags == 0 and self.scale > 0 and self.q.dtype != torch.float32 and all(n % 8 == 0 for n in self.shape[5:])
+        ready = INTERPRET or _capability(self.q.device) >= (9, 0)
+        if not (plain and ready and all(map(_describable, tensors))):
+            return GENERAL.value
+        nothing_hidden = self.rules.names == {"full"} and self.shape[4] % tile.keys == 0
+        return (WHOLE if nothing_hidden else RULES).value
+
+    def passes(self) -> list[tuple[str, dict[str, bool]]]:
+        """The kinds of pass over the keys that give dK and dV, and which of the two each gives."""
+        if tiles("keys", self.q.dtype, self.dim, self.q.device):
+            return [("keys", {"DK": True, "DV": True})]
+        return [("dk", {"DK": True, "DV": False}), ("dv", {"DK": False, "DV": True})]
+
+    def run(
+        self,
+        function: Any,
+        kind: str,
+        loads: dict[str, torch.Tensor],
+        stores: dict[str, torch.Tensor],
+        others: dict[str, torch.Tensor | float],
+        **constants: bool,
+    ) -> None:
+        """Launch `kind`, a program per block of rows or of keys. loads: [b, heads, rows, dim]; stores: the same, contiguous."""
+        (batch, heads, group, len_q, len_k, dim_qk, dim_v), device, by_keys = (
+            self.shape,
+            self.q.device,
+            kind in ("keys", "dk", "dv"),
+        )
+        tile = tiles(kind, self.q.dtype, self.dim, device)
+        compiled = self.kind(tile, *loads.values())
+        table = plan(self.rules, batch, len_q, len_k, tile[:2], device, by_keys=by_keys)
+        rows = {name: tile.keys if name in ("k", "v", "dk", "dv") else tile.rows for name in loads | stores}
+        mask, bias = (None if t is None else t.expand(batch, heads, len_q, len_k) for t in (self.seen, self.bias))
+        linear = self.flags & ~MASK.value != 0 or self.scale == 0
+        function[(table.shape[1] * batch * (heads // group if by_keys else heads),)](
+            **{
+                name: _descriptor(t, rows[name], self.dim) if compiled != GENERAL.value else t
+                for name, t in (loads | stores).items()
+            },
+            **{name + "_at": t.stride() for name, t in loads.items()},
+            **others,
+            mask=(table if mask is None else mask).view(torch.uint8),
+            mask_at=(0,) * 4 if mask is None else mask.stride(),
+            bias=self.q if bias is None else bias,
+            bias_at=(0,) * 4 if bias is None else bias.stride(),
+            slopes=_no_slopes(device) if self.slopes is None else self.slopes,
+            integers=_integers(self.rules, batch, device),
+            rules=_rules(),
+            plan=table,
+            plan_b=table.stride(0) if table.shape[0] > 1 else 0,
+            batch=batch,
+            heads=heads,
+            group=group,
+            blocks=table.shape[1],
+            len_q=len_q,
+            len_k=len_k,
+            dim_qk=dim_qk,
+            dim_v=dim_v,
+            flags=self.flags,
+            before=self.scale if linear else math.copysign(1.0, self.scale),
+            factor=LOG2E.value if linear else abs(self.scale) * LOG2E.value,
+            softcap=self.softcap,
+            KIND=compiled,
+            INTERPRET=INTERPRET,
+            BLOCK_M=tile.rows,
+            BLOCK_N=tile.keys,
+            BLOCK_D=self.dim,
+            STAGES=tile.stages,
+            **constants,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            maxnreg=tile.registers,
+            enable_fp_fusion=True,  # said aloud: Triton 3.9 warns that its default will change
+        )
