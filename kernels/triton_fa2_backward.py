@@ -12,10 +12,25 @@ import triton
 import triton.language as tl
 
 from verify.kernels.triton_launch import RUNTIME, Launch
-from verify.kernels.triton_tiles import GENERAL, INTERPRET, LOG2E, dot, load, nth, power, rounded, scores, store, walk, wide
+from verify.kernels.triton_tiles import (
+    DBIAS,
+    GENERAL,
+    INTERPRET,
+    LOG2E,
+    dot,
+    load,
+    nth,
+    pointers,
+    power,
+    rounded,
+    scores,
+    store,
+    walk,
+    wide,
+)
 
-BLOCK_ROWS = 32
-"""Rows of one program of `_rows`."""
+BLOCK_ROWS = (32, 64)
+"""Rows of one program of `_rows`, and columns at a time."""
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -24,14 +39,18 @@ def _rows(
     INTERPRET: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dO and out [B,H,Q,Dv], lse and dlse [B,H,Q] -> delta = rowsum(dO * out) - dlse, lse2 = lse log2(e), +inf in empty rows."""
-    bh, start = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK_M
+    bh = tl.program_id(0) // blocks
     b, h = bh // heads, bh % heads
-    rows = start + tl.arange(0, BLOCK_M)
+    rows = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     at, inside = bh.to(tl.int64) * len_q + rows, rows < len_q
-    do_block = load(do, do_at, b, h, start, len_q, dim_v, BLOCK_M, BLOCK_D, GENERAL)
-    out_block = load(out, out_at, b, h, start, len_q, dim_v, BLOCK_M, BLOCK_D, GENERAL)
-    product = tl.sum(wide(do_block, INTERPRET) * wide(out_block, INTERPRET), 1)
-    tl.store(delta + at, product - tl.load(dlse + at, mask=inside, other=0.0), mask=inside)
+    product = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for start in range(0, dim_v, BLOCK_D):
+        columns = start + tl.arange(0, BLOCK_D)[None, :]
+        known = inside[:, None] & (columns < dim_v)
+        do_block = tl.load(pointers(do, do_at, b, h, rows[:, None], columns), mask=known, other=0.0)
+        out_block = tl.load(pointers(out, out_at, b, h, rows[:, None], columns), mask=known, other=0.0)
+        product += wide(do_block, INTERPRET) * wide(out_block, INTERPRET)
+    tl.store(delta + at, tl.sum(product, 1) - tl.load(dlse + at, mask=inside, other=0.0), mask=inside)
     row_lse = tl.load(lse + at, mask=inside, other=0.0)
     tl.store(lse2 + at, tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2E), mask=inside)
 
@@ -95,7 +114,7 @@ def _by_keys(
 def _to_rows(
     number, way, q_block, do_block, k, k_at, v, v_at, rows, b, h, bh, group, row_lse2, row_delta, dq_sum, dbias,
     dim_qk, dim_v, factor, extras, rules,
-    KIND: tl.constexpr, INTERPRET: tl.constexpr, DBIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    KIND: tl.constexpr, INTERPRET: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One block of keys more: the new dq_sum."""
     len_k, start, zero = extras[2], number * BLOCK_N, tl.zeros([q_block.shape[0], BLOCK_N], tl.float32)
@@ -104,7 +123,7 @@ def _to_rows(
     s = dot(q_block, tl.trans(k_block), zero, INTERPRET)
     s, slope = scores(s, rows, (start + tl.arange(0, BLOCK_N))[None, :], b, h, number, way, extras, rules, KIND, INTERPRET)
     ds = power(s, factor, row_lse2) * (dot(do_block, tl.trans(v_block), zero, INTERPRET) - row_delta)
-    if DBIAS:
+    if KIND == GENERAL and extras[4] & DBIAS:
         keys = start + tl.arange(0, BLOCK_N)[None, :]
         at = dbias + (bh.to(tl.int64) * extras[1] + rows) * len_k + keys
         tl.store(at, rounded(ds, dbias.dtype.element_ty, INTERPRET), mask=(rows < extras[1]) & (keys < len_k))
@@ -117,7 +136,7 @@ def _to_rows(
 def _by_rows(
     q, q_at, do, do_at, k, k_at, v, v_at, mask, mask_at, bias, bias_at, slopes, integers, rules, plan, plan_b, lse2, delta,
     dq, dbias, batch, heads, group, blocks, len_q, len_k, dim_qk, dim_v, flags, before, factor, softcap, scale,
-    KIND: tl.constexpr, INTERPRET: tl.constexpr, DBIAS: tl.constexpr,
+    KIND: tl.constexpr, INTERPRET: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dq [B,H,Q,D] and dbias [B,H,Q,K] (zeros before), contiguous: a block of rows of one query head, the keys it sees."""
@@ -135,7 +154,7 @@ def _by_rows(
     for j in tl.range(0, way[0], num_stages=STAGES):
         dq_sum = _to_rows(
             nth(j, way), way, q_block, do_block, k, k_at, v, v_at, rows[:, None], b, h, bh, group,
-            row_lse2, row_delta, dq_sum, dbias, dim_qk, dim_v, factor, extras, rules, KIND, INTERPRET, DBIAS, BLOCK_N, BLOCK_D,
+            row_lse2, row_delta, dq_sum, dbias, dim_qk, dim_v, factor, extras, rules, KIND, INTERPRET, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     store(dq, b, h, heads, block * BLOCK_M, len_q, dim_qk, dq_sum * scale, KIND, INTERPRET)
 
@@ -153,10 +172,10 @@ def gradients(
     full = q.new_zeros((batch, heads, len_q, len_k) if wanted[3] else (0, 0, 0, 0))
     if q.numel() and v.numel():
         delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
-        blocks = triton.cdiv(len_q, BLOCK_ROWS)
+        blocks = triton.cdiv(len_q, BLOCK_ROWS[0])
         _rows[(blocks * batch * heads,)](
             *(do, do.stride(), out, out.stride(), lse, dlse.contiguous(), delta, lse2, heads, blocks, len_q, dim_v),
-            *(INTERPRET, BLOCK_ROWS, launch.dim),
+            *(INTERPRET, *BLOCK_ROWS),
         )
         loads = {"q": q, "do": do, "k": k, "v": v}
         others = {"lse2": lse2, "delta": delta, "scale": launch.scale}
@@ -165,7 +184,7 @@ def gradients(
             for kind, chosen in launch.passes():
                 launch.run(_by_keys, kind, loads, stores, others, **chosen)
         if wanted[0] or wanted[3]:
-            launch.run(_by_rows, "rows", loads, {"dq": made[0]}, others | {"dbias": full}, DBIAS=wanted[3])
+            launch.run(_by_rows, "rows", loads, {"dq": made[0]}, others | {"dbias": full}, flags=DBIAS.value if wanted[3] else 0)
     over = [n for n in range(4) if bias is not None and bias.shape[n] == 1 and full.shape[n] != 1]
     dbias = full.sum(over, keepdim=True) if over else full
     return tuple(t if want else None for t, want in zip((*made, dbias), wanted, strict=True))

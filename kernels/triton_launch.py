@@ -53,7 +53,7 @@ HOPPER = {
     "keys": {64: Tiles(128, 64, 4, 2), 128: Tiles(64, 64, 4, 2)},
     "dk": {256: Tiles(64, 128, 8, 1)},
     "dv": {256: Tiles(64, 128, 8, 2)},
-    "rows": {64: Tiles(64, 64, 4, 2), 128: Tiles(128, 64, 8, 3), 256: Tiles(128, 64, 8, 1)},
+    "rows": {64: Tiles(64, 64, 4, 2, 168), 128: Tiles(128, 64, 8, 3), 256: Tiles(128, 64, 8, 1)},
 }
 """16-bit formats with 227 KiB of shared memory, by the padded head dim; chosen on an H200. dK and dV share a pass
 (`keys`) where the registers hold both sums."""
@@ -205,25 +205,20 @@ class Launch:
         loads: dict[str, torch.Tensor],
         stores: dict[str, torch.Tensor],
         others: dict[str, torch.Tensor | float],
+        flags: int = 0,
         **constants: bool,
     ) -> None:
         """Launch `kind`, a program per block of rows or of keys. loads: [b, heads, rows, dim]; stores: the same, contiguous."""
-        (batch, heads, group, len_q, len_k, dim_qk, dim_v), device, by_keys = (
-            self.shape,
-            self.q.device,
-            kind in ("keys", "dk", "dv"),
-        )
+        batch, heads, group, len_q, len_k, dim_qk, dim_v = self.shape
+        device, by_keys = self.q.device, kind in ("keys", "dk", "dv")
         tile = tiles(kind, self.q.dtype, self.dim, device)
-        compiled = self.kind(tile, *loads.values())
+        compiled = self.kind(tile, *loads.values())  # GENERAL is 0
         table = plan(self.rules, batch, len_q, len_k, tile[:2], device, by_keys=by_keys)
         rows = {name: tile.keys if name in ("k", "v", "dk", "dv") else tile.rows for name in loads | stores}
         mask, bias = (None if t is None else t.expand(batch, heads, len_q, len_k) for t in (self.seen, self.bias))
         linear = self.flags & ~MASK.value != 0 or self.scale == 0
         function[(table.shape[1] * batch * (heads // group if by_keys else heads),)](
-            **{
-                name: _descriptor(t, rows[name], self.dim) if compiled != GENERAL.value else t
-                for name, t in (loads | stores).items()
-            },
+            **{n: _descriptor(t, rows[n], self.dim) if compiled else t for n, t in (loads | stores).items()},
             **{name + "_at": t.stride() for name, t in loads.items()},
             **others,
             mask=(table if mask is None else mask).view(torch.uint8),
@@ -243,7 +238,7 @@ class Launch:
             len_k=len_k,
             dim_qk=dim_qk,
             dim_v=dim_v,
-            flags=self.flags,
+            flags=self.flags | flags,
             before=self.scale if linear else math.copysign(1.0, self.scale),
             factor=LOG2E.value if linear else abs(self.scale) * LOG2E.value,
             softcap=self.softcap,

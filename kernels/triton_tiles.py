@@ -9,10 +9,10 @@ import triton.language as tl
 
 INTERPRET = bool(triton.knobs.runtime.interpret)
 """Whether Triton's interpreter (numpy, CPU) runs the kernels: TRITON_INTERPRET=1 was set before triton was imported."""
-SOFTCAP, MASK, BIAS, SLOPES = (tl.constexpr(bit) for bit in (1, 2, 4, 8))
-"""Bits of `flags`: what changes a score beyond the mask's rules."""
+SOFTCAP, MASK, BIAS, SLOPES, DBIAS = (tl.constexpr(bit) for bit in (1, 2, 4, 8, 16))
+"""Bits of `flags`: what changes a score beyond the mask's rules; DBIAS: the bias's gradient is wanted."""
 GENERAL, RULES, WHOLE = (tl.constexpr(kind) for kind in (0, 1, 2))
-"""What a compiled kernel (`KIND`) can do: all, through pointers; through TMA, what only rules change; that with nothing hidden."""
+"""What a compiled kernel (`KIND`) can do: all, through pointers; what only rules change, through TMA; that, nothing hidden."""
 LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 
 

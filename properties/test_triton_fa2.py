@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 
 from verify.kernels import triton_fa2 as fa2
+from verify.kernels import triton_fa2_backward as backward
 from verify.kernels import triton_launch
 
 DEVICE = "cpu" if fa2.INTERPRET else "cuda"
@@ -85,6 +86,33 @@ def test_no_block_is_skipped_that_is_seen(mask: str, *, by_keys: bool) -> None:
                 ]
                 assert low <= other < high or not any(seen)
                 assert not full_low <= other < full_high or all(seen)
+
+
+def test_a_rule_that_hides_nothing_changes_no_bit() -> None:
+    """Where nothing is hidden another kernel is compiled."""
+    rule, none = (Case.parse(f"b1.h2:1.q40.k128.d64.fp16.{mask}.grads/normal#2") for mask in ("window(-1,-1)", "full"))
+    x = none.inputs(DEVICE)
+    assert all(torch.equal(a, b) for a, b in zip(attend(rule, x), attend(none, x), strict=True))
+
+
+@pytest.mark.skipif(fa2.INTERPRET, reason="needs a GPU: nothing is compiled for the interpreter")
+def test_one_kernel_serves_all_problems_of_a_size() -> None:
+    """Masks, options, lengths, dims, strides and pointers compile nothing anew: three kinds of three passes, and dO * out."""
+    functions = (fa2._forward, backward._rows, backward._by_keys, backward._by_rows)
+
+    def compiled() -> int:
+        return sum(len(cache[0]) for function in functions for cache in function.device_caches.values())
+
+    before = compiled()
+    for n, mask in enumerate(
+        ("full", "causal_upper_left", "window(3,5)&padding(9,64)", "blocks(1,2,30)", "prefix_lm(7)", "dense(50,1)")
+    ):
+        for option in ("", ".bias=hqk", ".bias=alibi", ".softcap=20.0", ".scale=-1.0"):
+            case = Case.parse(
+                f"b2.h4:{2 ** (n % 3)}.q{n + 16 * n}.k{64 + n}.d{1 + 13 * (n % 4)}:64.fp16.{mask}{option}.grads/normal#{n}"
+            )
+            call(REGISTRY["triton-fa2"], case.problem, case.inputs(DEVICE))
+    assert compiled() - before <= 10
 
 
 @pytest.mark.skipif(fa2.INTERPRET, reason="needs a GPU: the interpreter would copy 4 GiB")

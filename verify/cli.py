@@ -185,18 +185,8 @@ def bench(
     """Measure TFLOP/s, forward and backward, at FlashAttention-3's shapes, beside the error of the same call. Needs a GPU."""
     from verify.benching import run_bench
 
-    device = environment.prepare(device)
-    run_bench(
-        device,
-        targets=kernel or [],
-        dims=dim or [],
-        lengths=length or [],
-        masks=mask or [],
-        dtype=dtype,
-        forward_only=forward_only,
-        out=out,
-        console=console,
-    )
+    shapes = {"dims": dim or [], "lengths": length or [], "masks": mask or [], "dtype": dtype, "forward_only": forward_only}
+    run_bench(environment.prepare(device), targets=kernel or [], out=out, console=console, **shapes)
 
 
 @app.command()
