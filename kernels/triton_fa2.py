@@ -133,11 +133,14 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, launch: Launch) -> Any:
-        out = q.new_zeros((*q.shape[:3], v.shape[3]))
-        lse = q.new_full(q.shape[:3], float("-inf"), dtype=torch.float32)
+        out, lse = launch.room((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=torch.float32)
         if out.numel() and k.shape[2]:
             with _quiet(q):
-                launch.run(_forward, "forward", {"q": q, "k": k, "v": v}, {"out": out}, {"lse": lse})
+                loads = {"q": launch.operand(q), "k": launch.operand(k), "v": launch.operand(v)}
+                launch.run(_forward, "forward", loads, {"out": out}, {"lse": lse})
+        else:
+            out, lse = out.zero_(), lse.fill_(float("-inf"))
+        out = out.contiguous()
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.launch = launch
         return out, lse

@@ -168,7 +168,7 @@ def gradients(
     """
     q, k, v, out, lse = saved
     (batch, heads, _, len_q, len_k, _, dim_v), bias = launch.shape, launch.bias
-    made = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)]
+    made = [launch.room(t.shape) for t in (q, k, v)]
     full = q.new_zeros((batch, heads, len_q, len_k) if wanted[3] else (0, 0, 0, 0))
     if q.numel() and v.numel():
         delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
@@ -177,14 +177,16 @@ def gradients(
             *(do, do.stride(), out, out.stride(), lse, dlse.contiguous(), delta, lse2, heads, blocks, len_q, dim_v),
             *(INTERPRET, *BLOCK_ROWS),
         )
-        loads = {"q": q, "do": do, "k": k, "v": v}
-        others = {"lse2": lse2, "delta": delta, "scale": launch.scale}
+        loads = {name: launch.operand(t) for name, t in (("q", q), ("do", do), ("k", k), ("v", v))}
+        others: dict[str, torch.Tensor | float] = {"lse2": lse2, "delta": delta, "scale": launch.scale}
         if wanted[1] or wanted[2]:
             stores = {"dk": made[1], "dv": made[2]}
             for kind, chosen in launch.passes():
                 launch.run(_by_keys, kind, loads, stores, others, **chosen)
         if wanted[0] or wanted[3]:
             launch.run(_by_rows, "rows", loads, {"dq": made[0]}, others | {"dbias": full}, flags=DBIAS.value if wanted[3] else 0)
+    else:
+        made = [t.zero_() for t in made]
     over = [n for n in range(4) if bias is not None and bias.shape[n] == 1 and full.shape[n] != 1]
     dbias = full.sum(over, keepdim=True) if over else full
-    return tuple(t if want else None for t, want in zip((*made, dbias), wanted, strict=True))
+    return tuple(t.contiguous() if want else None for t, want in zip((*made, dbias), wanted, strict=True))

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,25 +13,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from verify.kernels.triton_tiles import BIAS, GENERAL, INTERPRET, LOG2E, MASK, RULES, SLOPES, SOFTCAP, WHOLE
 from verify.masks import KINDS, Mask
 
-RUNTIME = ["q", "k", "v", "do", "q_at", "k_at", "v_at", "do_at", "mask", "mask_at", "bias", "bias_at", "slopes", "integers"]
-RUNTIME += [
-    "plan",
-    "plan_b",
-    "lse",
-    "lse2",
-    "dlse",
-    "delta",
-    "out",
-    "out_at",
-    "dq",
-    "dk",
-    "dv",
-    "dbias",
-    "batch",
-    "heads",
-    "group",
-]
-RUNTIME += ["blocks", "len_q", "len_k", "dim_qk", "dim_v", "flags"]
+RUNTIME = (
+    "q k v do q_at k_at v_at do_at mask mask_at bias bias_at slopes integers plan plan_b lse lse2 dlse delta out out_at dq dk dv"
+    " dbias batch heads group blocks len_q len_k dim_qk dim_v flags"
+).split()
 """Arguments on whose values (1, a multiple of 16) Triton must not specialise, for each kind would compile the kernel anew."""
 _RULES = tuple(kind.rule for name, kind in KINDS.items() if name not in ("full", "dense"))
 FAR = 2**30
@@ -48,43 +34,39 @@ class Tiles(NamedTuple):
     """At most so many of each thread: 168 lets three programs of 4 warps share a multiprocessor."""
 
 
-HOPPER = {
+TMA = {
     "forward": {64: Tiles(64, 64, 4, 3, 168), 128: Tiles(64, 64, 4, 3), 256: Tiles(128, 64, 8, 2)},
     "keys": {64: Tiles(128, 64, 4, 2), 128: Tiles(64, 64, 4, 2)},
     "dk": {256: Tiles(64, 128, 8, 1)},
     "dv": {256: Tiles(64, 128, 8, 2)},
     "rows": {64: Tiles(64, 64, 4, 2, 168), 128: Tiles(128, 64, 8, 3), 256: Tiles(128, 64, 8, 1)},
 }
-"""16-bit formats with 227 KiB of shared memory, by the padded head dim; chosen on an H200. dK and dV share a pass
-(`keys`) where the registers hold both sums."""
-SMALLER = {
-    "forward": {64: Tiles(128, 64), 128: Tiles(64, 64), 256: Tiles(64, 32)},
-    "keys": {64: Tiles(64, 64), 128: Tiles(32, 64)},
-    "dk": {256: Tiles(16, 32)},
-    "dv": {256: Tiles(16, 32)},
-    "rows": {64: Tiles(64, 64), 128: Tiles(64, 32), 256: Tiles(32, 16)},
+"""16-bit formats through TMA, by the padded head dim; chosen on an H200. dK and dV share a pass (`keys`)
+where the registers hold both sums.
+"""
+POINTERS = {
+    "forward": {128: Tiles(128, 32, 8, 2), 256: Tiles(64, 16, 4, 2)},
+    "keys": {128: Tiles(32, 128, 8, 2), 256: Tiles(16, 64, 8, 2)},
+    "rows": {128: Tiles(128, 32, 8, 2), 256: Tiles(64, 16, 4, 2)},
 }
-"""16-bit formats with less (99 KiB on a consumer card); not measured."""
-SINGLE = {64: Tiles(64, 32), 128: Tiles(32, 32), 256: Tiles(32, 16)}
-"""FP32: products become single FMAs, all unrolled, so small tiles."""
+"""16-bit formats otherwise, within 99 KiB of shared memory; chosen for few spilled registers."""
+SINGLE = {
+    "forward": {64: Tiles(64, 32, 8, 1), 256: Tiles(32, 16, 8, 1)},
+    "keys": {64: Tiles(32, 32, 8, 1), 256: Tiles(16, 16, 8, 1)},
+    "rows": {64: Tiles(64, 32, 8, 1), 256: Tiles(32, 16, 8, 1)},
+}
+"""FP32: products become single FMAs, all unrolled, so small tiles; none spills."""
 INTERPRETED = Tiles(128, 64)
 """Large, for numpy, but several along the keys."""
 
 
-def padded(*dims: int) -> int:
-    """The length of a tile's row that holds these head dims: one of three, so that few kernels are compiled."""
-    return next((size for size in (64, 128, 256) if max(dims) <= size), 0)
-
-
 @functools.cache
-def tiles(kind: str, dtype: torch.dtype, dim: int, device: torch.device) -> Tiles | None:
-    """Tile sizes depend on dtype, dim and GPU only, so that no row depends on its batch, its layout or its mask."""
+def _has_tma(device: torch.device) -> bool:
+    """Whether this is a Hopper or a larger GPU: the sizes in TMA need its shared memory too. The interpreter has both."""
     if INTERPRET:
-        return INTERPRETED
-    if dtype == torch.float32:
-        return SINGLE[dim]
+        return True
     shared = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]
-    return (HOPPER if shared >= 227 * 1024 else SMALLER)[kind].get(dim)
+    return torch.cuda.get_device_capability(device) >= (9, 0) and shared >= 227 * 1024
 
 
 @functools.cache
@@ -140,11 +122,6 @@ def _no_slopes(device: torch.device) -> torch.Tensor:
     return torch.zeros(1, device=device)
 
 
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
-
-
 def _descriptor(t: torch.Tensor, rows: int, dim: int) -> TensorDescriptor:
     strides = [16 if n == 1 else stride for n, stride in zip(t.shape[:3], t.stride()[:3], strict=True)]
     return TensorDescriptor(t, list(t.shape), [*strides, 1], [1, 1, rows, dim])
@@ -179,22 +156,37 @@ class Launch:
         return sum(bit.value for bit, value in given if value is not None)
 
     @property
-    def dim(self) -> int:
-        """The padded head dim."""
-        return padded(*self.shape[5:])
+    def tiles(self) -> dict[str, dict[int, Tiles]]:
+        """Tile sizes by pass and head dim: they depend on neither batch nor lengths nor layouts nor rules."""
+        return TMA if self.plain else SINGLE if self.q.dtype == torch.float32 else POINTERS
 
-    def kind(self, tile: Tiles, *tensors: torch.Tensor) -> int:
-        """GENERAL, RULES where TMA can load the tensors and nothing but rules and a positive scale changes a score, or WHOLE."""
-        plain = self.flags == 0 and self.scale > 0 and self.q.dtype != torch.float32 and all(n % 8 == 0 for n in self.shape[5:])
-        ready = INTERPRET or _capability(self.q.device) >= (9, 0)
-        if not (plain and ready and all(map(_describable, tensors))):
-            return GENERAL.value
+    @property
+    def dim(self) -> int:
+        """The padded head dim: one of few, so that few kernels are compiled."""
+        return next(size for size in sorted(self.tiles["rows"]) if max(self.shape[5:]) <= size)
+
+    @property
+    def plain(self) -> bool:
+        """Whether nothing but rules and a positive scale changes a score, and TMA loads and stores the tensors."""
+        return _has_tma(self.q.device) and self.flags == 0 and self.scale > 0 and self.q.dtype != torch.float32
+
+    def operand(self, t: torch.Tensor) -> torch.Tensor:
+        """The tensor as the kernels load it: a copy where TMA is used and cannot load it."""
+        return self.room(t.shape).copy_(t) if self.plain and not _describable(t) else t
+
+    def room(self, shape: Sequence[int]) -> torch.Tensor:
+        """Where a kernel can store: contiguous, or with rows that TMA can address."""
+        columns = -(-shape[3] // 8) * 8 if self.plain else shape[3]
+        return self.q.new_empty((*shape[:3], columns))[..., : shape[3]]
+
+    def kind(self, tile: Tiles) -> int:
+        """GENERAL, or RULES or WHOLE where the problem is plain."""
         nothing_hidden = self.rules.names == {"full"} and self.shape[4] % tile.keys == 0
-        return (WHOLE if nothing_hidden else RULES).value
+        return (GENERAL if not self.plain else WHOLE if nothing_hidden else RULES).value
 
     def passes(self) -> list[tuple[str, dict[str, bool]]]:
-        """The kinds of pass over the keys that give dK and dV, and which of the two each gives."""
-        if tiles("keys", self.q.dtype, self.dim, self.q.device):
+        """The passes over the keys that give dK and dV, and which of the two each gives."""
+        if self.dim in self.tiles["keys"] or INTERPRET:
             return [("keys", {"DK": True, "DV": True})]
         return [("dk", {"DK": True, "DV": False}), ("dv", {"DK": False, "DV": True})]
 
@@ -208,11 +200,11 @@ class Launch:
         flags: int = 0,
         **constants: bool,
     ) -> None:
-        """Launch `kind`, a program per block of rows or of keys. loads: [b, heads, rows, dim]; stores: the same, contiguous."""
+        """Launch `kind`, a program per block of rows or of keys. loads: `operand`s; stores: `room`."""
         batch, heads, group, len_q, len_k, dim_qk, dim_v = self.shape
         device, by_keys = self.q.device, kind in ("keys", "dk", "dv")
-        tile = tiles(kind, self.q.dtype, self.dim, device)
-        compiled = self.kind(tile, *loads.values())  # GENERAL is 0
+        tile = INTERPRETED if INTERPRET else self.tiles[kind][self.dim]
+        compiled = self.kind(tile)  # GENERAL is 0
         table = plan(self.rules, batch, len_q, len_k, tile[:2], device, by_keys=by_keys)
         rows = {name: tile.keys if name in ("k", "v", "dk", "dv") else tile.rows for name in loads | stores}
         mask, bias = (None if t is None else t.expand(batch, heads, len_q, len_k) for t in (self.seen, self.bias))

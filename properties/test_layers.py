@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "verify.reports": {"records", "measure", "reports"},
     "verify.properties": {
         *ORDER,
-        *"engine pytest_plugin cli identify recording reporting oracles kernels properties reports".split(),
+        *"engine pytest_plugin cli benching identify recording reporting oracles kernels properties reports".split(),
     },
 }
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from verify.case import Case, Inputs
 from verify.errors import VerifyError
 from verify.guard import call
 from verify.masks import Mask
+from verify.properties.strategies import cases
 from verify.properties.truth import truth
 from verify.properties.verdict import judge
 from verify.registry import REGISTRY
@@ -53,7 +57,7 @@ def attend(case: Case, x: Inputs) -> tuple[Tensor, ...]:
     return out, lse, *torch.autograd.grad(out, wanted, x.do)
 
 
-@pytest.mark.parametrize("bias", ["", ".bias=hqk"])  # without one, dense layouts go through TMA and others through pointers
+@pytest.mark.parametrize("bias", ["", ".bias=hqk"])  # without one all goes through TMA, else through pointers
 @pytest.mark.parametrize("layout", [transposed, sliced, expanded])
 @pytest.mark.parametrize("name", ["q", "k", "v", "do", "bias"])
 def test_strides_change_no_bit(layout: Callable[[Tensor], Tensor], name: str, bias: str) -> None:
@@ -93,6 +97,33 @@ def test_a_rule_that_hides_nothing_changes_no_bit() -> None:
     rule, none = (Case.parse(f"b1.h2:1.q40.k128.d64.fp16.{mask}.grads/normal#2") for mask in ("window(-1,-1)", "full"))
     x = none.inputs(DEVICE)
     assert all(torch.equal(a, b) for a, b in zip(attend(rule, x), attend(none, x), strict=True))
+
+
+def test_five_hundred_problems_compile_fewer_than_forty_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted by what distinguishes compiled kernels, without a launch."""
+    kernel, problems, compiled = REGISTRY["triton-fa2"], list[Case](), set[tuple[object, ...]]()
+
+    def launched(self, function, kind, loads, stores, others, flags=0, **constants):
+        tile = self.tiles[kind][self.dim]
+        compiled.add((function, self.kind(tile), self.q.dtype, self.dim, *constants.items()))
+        compiled.update({("dO * out", self.q.dtype)} if kind == "rows" else ())
+
+    monkeypatch.setattr(triton_launch.Launch, "run", launched)
+    monkeypatch.setattr(triton_launch, "INTERPRET", False)
+    monkeypatch.setattr(triton_launch, "_has_tma", lambda device: True)
+    monkeypatch.setattr(backward, "_rows", collections.defaultdict(lambda: lambda *_: None))
+
+    @seed(1)
+    @settings(max_examples=500, deadline=None, database=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
+    @given(st.one_of(cases(kernel, DEVICE), cases(kernel, DEVICE, grads=True)))
+    def draw(case: Case) -> None:
+        if kernel.unsupported(case.problem, DEVICE) is None:
+            problems.append(case)
+            call(kernel, case.problem, case.inputs(DEVICE))
+
+    draw()
+    assert len(problems) > 400
+    assert len(compiled) < 40
 
 
 @pytest.mark.skipif(fa2.INTERPRET, reason="needs a GPU: nothing is compiled for the interpreter")

@@ -7,7 +7,7 @@ import random
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -174,8 +174,8 @@ def report(
 def bench(
     *,
     kernel: Annotated[list[str] | None, typer.Option(help="only this kernel (name or file); may be repeated")] = None,
-    dim: Annotated[list[int] | None, typer.Option(help="head dim; default 64, 128, 256; may be repeated")] = None,
-    length: Annotated[list[int] | None, typer.Option(help="default 512, 1024, ... 16384; may be repeated")] = None,
+    dim: Annotated[list[int] | None, typer.Option(min=1, help="head dim; default 64, 128, 256; may be repeated")] = None,
+    length: Annotated[list[int] | None, typer.Option(min=1, help="default 512, 1024, ... 16384; may be repeated")] = None,
     mask: Annotated[list[str] | None, typer.Option(help="default full and causal_lower_right; may be repeated")] = None,
     dtype: Annotated[str, typer.Option(help="fp16 or bf16")] = "bf16",
     forward_only: Annotated[bool, typer.Option("--forward-only", help="leave out the backward")] = False,
@@ -185,7 +185,7 @@ def bench(
     """Measure TFLOP/s, forward and backward, at FlashAttention-3's shapes, beside the error of the same call. Needs a GPU."""
     from verify.benching import run_bench
 
-    shapes = {"dims": dim or [], "lengths": length or [], "masks": mask or [], "dtype": dtype, "forward_only": forward_only}
+    shapes: dict[str, Any] = {"dims": dim, "lengths": length, "masks": mask, "dtype": dtype, "forward_only": forward_only}
     run_bench(environment.prepare(device), targets=kernel or [], out=out, console=console, **shapes)
 
 
