@@ -30,7 +30,8 @@ LARGEST_DIM = 256
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _forward(
-    q, q_at, k, k_at, v, v_at, mask, mask_at, bias, bias_at, slopes, integers, rules, plan, plan_b, out, lse,
+    q, q_b, q_h, q_r, q_c, k, k_b, k_h, k_r, k_c, v, v_b, v_h, v_r, v_c, mask, mask_b, mask_h, mask_r, mask_c,
+    bias, bias_b, bias_h, bias_r, bias_c, slopes, integers, terms, rules, plan, plan_b, out, lse,
     batch, heads, group, blocks, len_q, len_k, dim_qk, dim_v, flags, before, factor, softcap,
     KIND: tl.constexpr, INTERPRET: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
@@ -38,7 +39,9 @@ def _forward(
     """q [B,H,Q,D], k [B,Hk,K,D], v [B,Hk,K,Dv], mask and bias [B,H,Q,K] -> out [B,H,Q,Dv], lse [B,H,Q], contiguous."""
     bh, block = tl.program_id(0) // blocks, blocks - 1 - tl.program_id(0) % blocks  # causal: the longest first
     b, h = bh // heads, bh % heads
-    extras = (batch, len_q, len_k, integers, flags, before, softcap, slopes, mask, mask_at, bias, bias_at)
+    mask_at, bias_at = (mask_b, mask_h, mask_r, mask_c), (bias_b, bias_h, bias_r, bias_c)
+    extras = (batch, len_q, len_k, integers, terms, flags, before, softcap, slopes, mask, mask_at, bias, bias_at)
+    q_at, k_at, v_at = (q_b, q_h, q_r, q_c), (k_b, k_h, k_r, k_c), (v_b, v_h, v_r, v_c)
     way = walk(plan, plan_b, b, block)
     rows, keys = block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     q_block = load(q, q_at, b, h, block * BLOCK_M, len_q, dim_qk, BLOCK_M, BLOCK_D, KIND)

@@ -35,7 +35,7 @@ BLOCK_ROWS = (32, 64)
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _rows(
-    do, do_at, out, out_at, lse, dlse, delta, lse2, heads, blocks, len_q, dim_v,
+    do, do_b, do_h, do_r, do_c, out, out_b, out_h, out_r, out_c, lse, dlse, delta, lse2, heads, blocks, len_q, dim_v,
     INTERPRET: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dO and out [B,H,Q,Dv], lse and dlse [B,H,Q] -> delta = rowsum(dO * out) - dlse, lse2 = lse log2(e), +inf in empty rows."""
@@ -47,8 +47,8 @@ def _rows(
     for start in range(0, dim_v, BLOCK_D):
         columns = start + tl.arange(0, BLOCK_D)[None, :]
         known = inside[:, None] & (columns < dim_v)
-        do_block = tl.load(pointers(do, do_at, b, h, rows[:, None], columns), mask=known, other=0.0)
-        out_block = tl.load(pointers(out, out_at, b, h, rows[:, None], columns), mask=known, other=0.0)
+        do_block = tl.load(pointers(do, (do_b, do_h, do_r, do_c), b, h, rows[:, None], columns), mask=known, other=0.0)
+        out_block = tl.load(pointers(out, (out_b, out_h, out_r, out_c), b, h, rows[:, None], columns), mask=known, other=0.0)
         product += wide(do_block, INTERPRET) * wide(out_block, INTERPRET)
     tl.store(delta + at, tl.sum(product, 1) - tl.load(dlse + at, mask=inside, other=0.0), mask=inside)
     row_lse = tl.load(lse + at, mask=inside, other=0.0)
@@ -82,15 +82,19 @@ def _to_keys(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _by_keys(
-    q, q_at, do, do_at, k, k_at, v, v_at, mask, mask_at, bias, bias_at, slopes, integers, rules, plan, plan_b, lse2, delta,
-    dk, dv, batch, heads, group, blocks, len_q, len_k, dim_qk, dim_v, flags, before, factor, softcap, scale,
+    q, q_b, q_h, q_r, q_c, do, do_b, do_h, do_r, do_c, k, k_b, k_h, k_r, k_c, v, v_b, v_h, v_r, v_c,
+    mask, mask_b, mask_h, mask_r, mask_c, bias, bias_b, bias_h, bias_r, bias_c, slopes, integers, terms, rules,
+    plan, plan_b, lse2, delta, dk, dv, batch, heads, group, blocks, len_q, len_k, dim_qk, dim_v, flags, before, factor, softcap, scale,
     KIND: tl.constexpr, INTERPRET: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dk [B,Hk,K,D], dv [B,Hk,K,Dv], contiguous: a block of keys of one key head, the rows of its query heads."""
     bg, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     b, g = bg // (heads // group), bg % (heads // group)
-    extras = (batch, len_q, len_k, integers, flags, before, softcap, slopes, mask, mask_at, bias, bias_at)
+    mask_at, bias_at = (mask_b, mask_h, mask_r, mask_c), (bias_b, bias_h, bias_r, bias_c)
+    extras = (batch, len_q, len_k, integers, terms, flags, before, softcap, slopes, mask, mask_at, bias, bias_at)
+    q_at, do_at = (q_b, q_h, q_r, q_c), (do_b, do_h, do_r, do_c)
+    k_at, v_at = (k_b, k_h, k_r, k_c), (v_b, v_h, v_r, v_c)
     keys = (block * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
     k_block = load(k, k_at, b, g, block * BLOCK_N, len_k, dim_qk, BLOCK_N, BLOCK_D, KIND)
     v_block = load(v, v_at, b, g, block * BLOCK_N, len_k, dim_v, BLOCK_N, BLOCK_D, KIND) if DK else k_block
@@ -123,7 +127,7 @@ def _to_rows(
     s = dot(q_block, tl.trans(k_block), zero, INTERPRET)
     s, slope = scores(s, rows, (start + tl.arange(0, BLOCK_N))[None, :], b, h, number, way, extras, rules, KIND, INTERPRET)
     ds = power(s, factor, row_lse2) * (dot(do_block, tl.trans(v_block), zero, INTERPRET) - row_delta)
-    if KIND == GENERAL and extras[4] & DBIAS:
+    if KIND == GENERAL and extras[5] & DBIAS:
         keys = start + tl.arange(0, BLOCK_N)[None, :]
         at = dbias + (bh.to(tl.int64) * extras[1] + rows) * len_k + keys
         tl.store(at, rounded(ds, dbias.dtype.element_ty, INTERPRET), mask=(rows < extras[1]) & (keys < len_k))
@@ -134,15 +138,19 @@ def _to_rows(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _by_rows(
-    q, q_at, do, do_at, k, k_at, v, v_at, mask, mask_at, bias, bias_at, slopes, integers, rules, plan, plan_b, lse2, delta,
-    dq, dbias, batch, heads, group, blocks, len_q, len_k, dim_qk, dim_v, flags, before, factor, softcap, scale,
+    q, q_b, q_h, q_r, q_c, do, do_b, do_h, do_r, do_c, k, k_b, k_h, k_r, k_c, v, v_b, v_h, v_r, v_c,
+    mask, mask_b, mask_h, mask_r, mask_c, bias, bias_b, bias_h, bias_r, bias_c, slopes, integers, terms, rules,
+    plan, plan_b, lse2, delta, dq, dbias, batch, heads, group, blocks, len_q, len_k, dim_qk, dim_v, flags, before, factor, softcap, scale,
     KIND: tl.constexpr, INTERPRET: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dq [B,H,Q,D] and dbias [B,H,Q,K] (zeros before), contiguous: a block of rows of one query head, the keys it sees."""
     bh, block = tl.program_id(0) // blocks, blocks - 1 - tl.program_id(0) % blocks
     b, h = bh // heads, bh % heads
-    extras = (batch, len_q, len_k, integers, flags, before, softcap, slopes, mask, mask_at, bias, bias_at)
+    mask_at, bias_at = (mask_b, mask_h, mask_r, mask_c), (bias_b, bias_h, bias_r, bias_c)
+    extras = (batch, len_q, len_k, integers, terms, flags, before, softcap, slopes, mask, mask_at, bias, bias_at)
+    q_at, do_at = (q_b, q_h, q_r, q_c), (do_b, do_h, do_r, do_c)
+    k_at, v_at = (k_b, k_h, k_r, k_c), (v_b, v_h, v_r, v_c)
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     at = bh.to(tl.int64) * len_q + rows
     row_lse2 = tl.load(lse2 + at, mask=rows < len_q, other=float("inf"))[:, None]
@@ -174,7 +182,7 @@ def gradients(
         delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
         blocks = triton.cdiv(len_q, BLOCK_ROWS[0])
         _rows[(blocks * batch * heads,)](
-            *(do, do.stride(), out, out.stride(), lse, dlse.contiguous(), delta, lse2, heads, blocks, len_q, dim_v),
+            *(do, *do.stride(), out, *out.stride(), lse, dlse.contiguous(), delta, lse2, heads, blocks, len_q, dim_v),
             *(INTERPRET, *BLOCK_ROWS),
         )
         loads = {name: launch.operand(t) for name, t in (("q", q), ("do", do), ("k", k), ("v", v))}

@@ -13,10 +13,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from verify.kernels.triton_tiles import BIAS, GENERAL, INTERPRET, LOG2E, MASK, RULES, SLOPES, SOFTCAP, WHOLE
 from verify.masks import KINDS, Mask
 
-RUNTIME = (
-    "q k v do q_at k_at v_at do_at mask mask_at bias bias_at slopes integers plan plan_b lse lse2 dlse delta out out_at dq dk dv"
-    " dbias batch heads group blocks len_q len_k dim_qk dim_v flags"
-).split()
+RUNTIME = [f"{tensor}_{axis}" for tensor in ("q", "k", "v", "do", "out", "mask", "bias") for axis in "bhrc"]
+RUNTIME += "q k v do out dq dk dv dbias mask bias slopes integers terms plan plan_b lse lse2 dlse delta".split()
+RUNTIME += "batch heads group blocks len_q len_k dim_qk dim_v flags".split()
 """Arguments on whose values (1, a multiple of 16) Triton must not specialise, for each kind would compile the kernel anew."""
 _RULES = tuple(kind.rule for name, kind in KINDS.items() if name not in ("full", "dense"))
 FAR = 2**30
@@ -30,16 +29,14 @@ class Tiles(NamedTuple):
     keys: int
     warps: int = 4
     stages: int = 2
-    registers: int | None = None
-    """At most so many of each thread: 168 lets three programs of 4 warps share a multiprocessor."""
 
 
 TMA = {
-    "forward": {64: Tiles(64, 64, 4, 3, 168), 128: Tiles(64, 64, 4, 3), 256: Tiles(128, 64, 8, 2)},
+    "forward": {64: Tiles(64, 64, 4, 3), 128: Tiles(64, 64, 4, 3), 256: Tiles(128, 64, 8, 2)},
     "keys": {64: Tiles(128, 64, 4, 2), 128: Tiles(64, 64, 4, 2)},
     "dk": {256: Tiles(64, 128, 8, 1)},
     "dv": {256: Tiles(64, 128, 8, 2)},
-    "rows": {64: Tiles(64, 64, 4, 2, 168), 128: Tiles(128, 64, 8, 3), 256: Tiles(128, 64, 8, 1)},
+    "rows": {64: Tiles(64, 64, 4, 2), 128: Tiles(128, 64, 8, 3), 256: Tiles(128, 64, 8, 1)},
 }
 """16-bit formats through TMA, by the padded head dim; chosen on an H200. dK and dV share a pass (`keys`)
 where the registers hold both sums.
@@ -77,10 +74,9 @@ def _rules() -> tuple[Any, ...]:
 
 @functools.lru_cache(maxsize=256)
 def _integers(mask: Mask, batch: int, device: torch.device) -> torch.Tensor:
-    """How many terms each of _RULES has, then the two integers of each term and batch entry: int32."""
-    terms = {rule: [term.integers for term in mask.terms(batch) if term.rule is rule] for rule in _RULES}
-    values = [min(n, FAR) for rule in _RULES for term in terms[rule] for pair in term for n in pair]
-    return torch.tensor([len(terms[rule]) for rule in _RULES] + values, dtype=torch.int32, device=device)
+    """(which of _RULES, x, y) of each term and batch entry: int32 [terms, batch, 3]."""
+    terms = [[(_RULES.index(term.rule), *(min(n, FAR) for n in pair)) for pair in term.integers] for term in mask.terms(batch)]
+    return torch.tensor(terms, dtype=torch.int32, device=device).view(-1, batch, 3)
 
 
 @functools.lru_cache(maxsize=256)
@@ -125,6 +121,12 @@ def _no_slopes(device: torch.device) -> torch.Tensor:
 def _descriptor(t: torch.Tensor, rows: int, dim: int) -> TensorDescriptor:
     strides = [16 if n == 1 else stride for n, stride in zip(t.shape[:3], t.stride()[:3], strict=True)]
     return TensorDescriptor(t, list(t.shape), [*strides, 1], [1, 1, rows, dim])
+
+
+def _strides(tensors: dict[str, torch.Tensor | None]) -> dict[str, int]:
+    """One by one: Triton specialises on what is in a tuple."""
+    four = {name: (0, 0, 0, 0) if t is None else t.stride() for name, t in tensors.items()}
+    return {f"{name}_{axis}": stride for name, strides in four.items() for axis, stride in zip("bhrc", strides, strict=True)}
 
 
 def _describable(t: torch.Tensor) -> bool:
@@ -209,16 +211,16 @@ class Launch:
         rows = {name: tile.keys if name in ("k", "v", "dk", "dv") else tile.rows for name in loads | stores}
         mask, bias = (None if t is None else t.expand(batch, heads, len_q, len_k) for t in (self.seen, self.bias))
         linear = self.flags & ~MASK.value != 0 or self.scale == 0
+        integers = _integers(self.rules, batch, device)
         function[(table.shape[1] * batch * (heads // group if by_keys else heads),)](
             **{n: _descriptor(t, rows[n], self.dim) if compiled else t for n, t in (loads | stores).items()},
-            **{name + "_at": t.stride() for name, t in loads.items()},
+            **_strides({**loads, "mask": mask, "bias": bias}),
             **others,
             mask=(table if mask is None else mask).view(torch.uint8),
-            mask_at=(0,) * 4 if mask is None else mask.stride(),
             bias=self.q if bias is None else bias,
-            bias_at=(0,) * 4 if bias is None else bias.stride(),
             slopes=_no_slopes(device) if self.slopes is None else self.slopes,
-            integers=_integers(self.rules, batch, device),
+            integers=integers,
+            terms=integers.shape[0],
             rules=_rules(),
             plan=table,
             plan_b=table.stride(0) if table.shape[0] > 1 else 0,
@@ -243,6 +245,5 @@ class Launch:
             **constants,
             num_warps=tile.warps,
             num_stages=tile.stages,
-            maxnreg=tile.registers,
             enable_fp_fusion=True,  # said aloud: Triton 3.9 warns that its default will change
         )

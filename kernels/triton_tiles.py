@@ -98,18 +98,16 @@ def on(flags, bit: tl.constexpr):
 
 @triton.jit
 def hide(s, rows, keys, b, extras, rules):
-    """s, -inf where (row, key) is outside or breaks a rule.
-
-    integers: how many terms each rule has, then (x, y) of every term and batch entry.
-    """
-    batch, len_q, len_k, integers = extras[0], extras[1], extras[2], extras[3]
+    """s, -inf where (row, key) is outside or breaks a term of the mask: (rule, x, y) for every term and batch entry."""
+    batch, len_q, len_k, integers, terms = extras[0], extras[1], extras[2], extras[3], extras[4]
     s = tl.where((rows < len_q) & (keys < len_k), s, float("-inf"))
-    pair = integers + len(rules) + 2 * b
-    for i in tl.static_range(len(rules)):
-        for _ in range(tl.load(integers + i)):
-            obeyed = rules[i](rows, keys, len_q, len_k, tl.load(pair), tl.load(pair + 1))
-            s = tl.where(obeyed != 0, s, float("-inf"))  # != 0: the interpreter of Triton 3.6 to 3.9 can hand back int32
-            pair += 2 * batch
+    for term in range(terms):
+        at = integers + (term * batch + b) * 3
+        rule, x, y = tl.load(at), tl.load(at + 1), tl.load(at + 2)
+        for i in tl.static_range(len(rules)):
+            if rule == i:
+                obeyed = rules[i](rows, keys, len_q, len_k, x, y)
+                s = tl.where(obeyed != 0, s, float("-inf"))  # != 0: the interpreter of Triton 3.6 to 3.9 can hand back int32
     return s
 
 
@@ -117,24 +115,24 @@ def hide(s, rows, keys, b, extras, rules):
 def scores(s, rows, keys, b, h, number, way, extras, rules, KIND: tl.constexpr, INTERPRET: tl.constexpr):
     """(s with all that changes a score, -inf where hidden; the slope of the softcap). rows and keys broadcast to s.
 
-    number: which counterpart this is on the block's way. extras: batch, len_q, len_k, integers, flags, before (what s is
-    multiplied by), softcap, slopes, mask and its strides, bias and its strides.
+    number: which counterpart this is on the block's way. extras: batch, len_q, len_k, the mask's integers and number of
+    terms, flags, before (what s is multiplied by), softcap, slopes, mask and its strides, bias and its strides.
     """
     slope = tl.full(s.shape, 1.0, tl.float32)
     if KIND == GENERAL:
-        len_q, len_k, flags, softcap = extras[1], extras[2], extras[4], extras[6]
-        s *= extras[5]
+        len_q, len_k, flags, softcap = extras[1], extras[2], extras[5], extras[7]
+        s *= extras[6]
         if flags & SOFTCAP:
             bend = tanh(s / softcap)
             s, slope = softcap * bend, 1.0 - bend * bend
         # Masked loads and no `if`: Triton 3.6 cannot compile that many branches for sm_90. What is not given changes nothing.
         inside = (rows < len_q) & (keys < len_k)
-        added = tl.load(pointers(extras[10], extras[11], b, h, rows, keys), mask=(inside & on(flags, BIAS)) != 0, other=0.0)
+        added = tl.load(pointers(extras[11], extras[12], b, h, rows, keys), mask=(inside & on(flags, BIAS)) != 0, other=0.0)
         added = wide(added, INTERPRET)
         s = tl.where(added == float("-inf"), float("-inf"), s + added)
         distance = tl.abs(rows + (len_k - len_q) - keys).to(tl.float32)
-        s -= tl.load(extras[7] + h, mask=on(flags, SLOPES), other=0.0) * distance
-        taken = tl.load(pointers(extras[8], extras[9], b, h, rows, keys), mask=(inside & on(flags, MASK)) != 0, other=1)
+        s -= tl.load(extras[8] + h, mask=on(flags, SLOPES), other=0.0) * distance
+        taken = tl.load(pointers(extras[9], extras[10], b, h, rows, keys), mask=(inside & on(flags, MASK)) != 0, other=1)
         s = tl.where(taken != 0, s, float("-inf"))
     if KIND != WHOLE:
         if (number < way[2]) | (number >= way[3]):
