@@ -84,7 +84,8 @@ def _to_keys(
 def _by_keys(
     q, q_b, q_h, q_r, q_c, do, do_b, do_h, do_r, do_c, k, k_b, k_h, k_r, k_c, v, v_b, v_h, v_r, v_c,
     mask, mask_b, mask_h, mask_r, mask_c, bias, bias_b, bias_h, bias_r, bias_c, slopes, integers, terms, rules,
-    plan, plan_b, lse2, delta, dk, dv, batch, heads, group, blocks, len_q, len_k, dim_qk, dim_v, flags, before, factor, softcap, scale,
+    plan, plan_b, lse2, delta, dk, dv,
+    batch, heads, group, blocks, len_q, len_k, dim_qk, dim_v, flags, before, factor, softcap, scale,
     KIND: tl.constexpr, INTERPRET: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -140,7 +141,8 @@ def _to_rows(
 def _by_rows(
     q, q_b, q_h, q_r, q_c, do, do_b, do_h, do_r, do_c, k, k_b, k_h, k_r, k_c, v, v_b, v_h, v_r, v_c,
     mask, mask_b, mask_h, mask_r, mask_c, bias, bias_b, bias_h, bias_r, bias_c, slopes, integers, terms, rules,
-    plan, plan_b, lse2, delta, dq, dbias, batch, heads, group, blocks, len_q, len_k, dim_qk, dim_v, flags, before, factor, softcap, scale,
+    plan, plan_b, lse2, delta, dq, dbias,
+    batch, heads, group, blocks, len_q, len_k, dim_qk, dim_v, flags, before, factor, softcap, scale,
     KIND: tl.constexpr, INTERPRET: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
