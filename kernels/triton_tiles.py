@@ -68,7 +68,7 @@ def rounded(x, dtype: tl.constexpr, INTERPRET: tl.constexpr):
 @triton.jit
 def dot(x, y, acc, INTERPRET: tl.constexpr):
     """acc + x y in float32. The interpreter of Triton 3.6 to 3.9 multiplies bfloat16's bit patterns as integers: widen there."""
-    if INTERPRET:
+    if INTERPRET and x.dtype == tl.bfloat16:
         x, y = wide(x, INTERPRET), wide(y, INTERPRET)
     return tl.dot(x, y, acc, input_precision="ieee")
 
@@ -88,12 +88,6 @@ def tanh(x):
     t = tl.exp(-2 * size)
     far = (1 - t) / (1 + t)
     return tl.where(size < 0.6, near, tl.where(x < 0, -far, far))
-
-
-@triton.jit
-def on(flags, bit: tl.constexpr):
-    """Whether the bit is set, as a boolean in the interpreter too."""
-    return tl.full([], 1, tl.int1) & ((flags & bit) != 0)
 
 
 @triton.jit
@@ -125,14 +119,14 @@ def scores(s, rows, keys, b, h, number, way, extras, rules, KIND: tl.constexpr, 
         if flags & SOFTCAP:
             bend = tanh(s / softcap)
             s, slope = softcap * bend, 1.0 - bend * bend
-        # Masked loads and no `if`: Triton 3.6 cannot compile that many branches for sm_90. What is not given changes nothing.
+        # Masked loads and no branch: Triton 3.6 cannot compile another one for sm_90. What is not given changes nothing.
         inside = (rows < len_q) & (keys < len_k)
-        added = tl.load(pointers(extras[11], extras[12], b, h, rows, keys), mask=(inside & on(flags, BIAS)) != 0, other=0.0)
-        added = wide(added, INTERPRET)
+        biased, masked = (inside & ((flags & BIAS) != 0)) != 0, (inside & ((flags & MASK) != 0)) != 0
+        added = wide(tl.load(pointers(extras[11], extras[12], b, h, rows, keys), mask=biased, other=0.0), INTERPRET)
         s = tl.where(added == float("-inf"), float("-inf"), s + added)
         distance = tl.abs(rows + (len_k - len_q) - keys).to(tl.float32)
-        s -= tl.load(extras[8] + h, mask=on(flags, SLOPES), other=0.0) * distance
-        taken = tl.load(pointers(extras[9], extras[10], b, h, rows, keys), mask=(inside & on(flags, MASK)) != 0, other=1)
+        s -= tl.load(extras[8] + h, mask=(flags & SLOPES) != 0, other=0.0) * distance
+        taken = tl.load(pointers(extras[9], extras[10], b, h, rows, keys), mask=masked, other=1)
         s = tl.where(taken != 0, s, float("-inf"))
     if KIND != WHOLE:
         if (number < way[2]) | (number >= way[3]):
