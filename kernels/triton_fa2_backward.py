@@ -55,31 +55,6 @@ def _rows(
     tl.store(lse2 + at, tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2E), mask=inside)
 
 
-@triton.jit
-def _to_keys(
-    number, way, k_block, v_block, q, q_at, do, do_at, keys, b, h, dk_sum, dv_sum, lse2, delta,
-    heads, dim_qk, dim_v, factor, extras, rules,
-    KIND: tl.constexpr, INTERPRET: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """One block of rows more: the new (dk_sum, dv_sum). Everything is transposed, so that P and dS are left operands."""
-    len_q, start = extras[1], number * BLOCK_M
-    rows = start + tl.arange(0, BLOCK_M)
-    at, zero = (b * heads + h).to(tl.int64) * len_q + rows, tl.zeros([k_block.shape[0], BLOCK_M], tl.float32)
-    q_block = load(q, q_at, b, h, start, len_q, dim_qk, BLOCK_M, BLOCK_D, KIND)
-    s = dot(k_block, tl.trans(q_block), zero, INTERPRET)
-    s, slope = scores(s, rows[None, :], keys, b, h, number, way, extras, rules, KIND, INTERPRET)
-    p = power(s, factor, tl.load(lse2 + at, mask=rows < len_q, other=float("inf"))[None, :])
-    do_block = load(do, do_at, b, h, start, len_q, dim_v, BLOCK_M, BLOCK_D, KIND)
-    if DV:
-        dv_sum = dot(rounded(p, do_block.dtype, INTERPRET), do_block, dv_sum, INTERPRET)
-    if DK:
-        ds = p * (dot(v_block, tl.trans(do_block), zero, INTERPRET) - tl.load(delta + at, mask=rows < len_q, other=0.0)[None, :])
-        if KIND == GENERAL:
-            ds *= slope
-        dk_sum = dot(rounded(ds, q_block.dtype, INTERPRET), q_block, dk_sum, INTERPRET)
-    return dk_sum, dv_sum
-
-
 @triton.jit(do_not_specialize=RUNTIME)
 def _by_keys(
     q, q_b, q_h, q_r, q_c, do, do_b, do_h, do_r, do_c, k, k_b, k_h, k_r, k_c, v, v_b, v_h, v_r, v_c,
@@ -101,40 +76,31 @@ def _by_keys(
     v_block = load(v, v_at, b, g, block * BLOCK_N, len_k, dim_v, BLOCK_N, BLOCK_D, KIND) if DK else k_block
     dk_sum = tl.zeros([BLOCK_N, BLOCK_D], tl.float32) if DK else 0.0
     dv_sum = tl.zeros([BLOCK_N, BLOCK_D], tl.float32) if DV else 0.0
+    zero = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)  # all is transposed, so that P and dS are left operands
     way = walk(plan, plan_b, b, block)
     for member in range(group):
         h = g * group + member
         for j in tl.range(0, way[0], num_stages=STAGES):
-            dk_sum, dv_sum = _to_keys(
-                nth(j, way), way, k_block, v_block, q, q_at, do, do_at, keys, b, h, dk_sum, dv_sum, lse2, delta,
-                heads, dim_qk, dim_v, factor, extras, rules, KIND, INTERPRET, DK, DV, BLOCK_M, BLOCK_D,
-            )  # fmt: skip
+            number = nth(j, way)
+            rows = number * BLOCK_M + tl.arange(0, BLOCK_M)
+            inside, at = rows < len_q, (b * heads + h).to(tl.int64) * len_q + rows
+            q_block = load(q, q_at, b, h, number * BLOCK_M, len_q, dim_qk, BLOCK_M, BLOCK_D, KIND)
+            s = dot(k_block, tl.trans(q_block), zero, INTERPRET)
+            s, slope = scores(s, rows[None, :], keys, b, h, number, way, extras, rules, KIND, INTERPRET)
+            p = power(s, factor, tl.load(lse2 + at, mask=inside, other=float("inf"))[None, :])
+            do_block = load(do, do_at, b, h, number * BLOCK_M, len_q, dim_v, BLOCK_M, BLOCK_D, KIND)
+            if DV:
+                dv_sum = dot(rounded(p, do_block.dtype, INTERPRET), do_block, dv_sum, INTERPRET)
+            if DK:
+                dp = dot(v_block, tl.trans(do_block), zero, INTERPRET)
+                ds = p * (dp - tl.load(delta + at, mask=inside, other=0.0)[None, :])
+                if KIND == GENERAL:
+                    ds *= slope
+                dk_sum = dot(rounded(ds, q_block.dtype, INTERPRET), q_block, dk_sum, INTERPRET)
     if DK:
         store(dk, b, g, heads // group, block * BLOCK_N, len_k, dim_qk, dk_sum * scale, KIND, INTERPRET)
     if DV:
         store(dv, b, g, heads // group, block * BLOCK_N, len_k, dim_v, dv_sum, KIND, INTERPRET)
-
-
-@triton.jit
-def _to_rows(
-    number, way, q_block, do_block, k, k_at, v, v_at, rows, b, h, bh, group, row_lse2, row_delta, dq_sum, dbias,
-    dim_qk, dim_v, factor, extras, rules,
-    KIND: tl.constexpr, INTERPRET: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """One block of keys more: the new dq_sum."""
-    len_k, start, zero = extras[2], number * BLOCK_N, tl.zeros([q_block.shape[0], BLOCK_N], tl.float32)
-    k_block = load(k, k_at, b, h // group, start, len_k, dim_qk, BLOCK_N, BLOCK_D, KIND)
-    v_block = load(v, v_at, b, h // group, start, len_k, dim_v, BLOCK_N, BLOCK_D, KIND)
-    s = dot(q_block, tl.trans(k_block), zero, INTERPRET)
-    s, slope = scores(s, rows, (start + tl.arange(0, BLOCK_N))[None, :], b, h, number, way, extras, rules, KIND, INTERPRET)
-    ds = power(s, factor, row_lse2) * (dot(do_block, tl.trans(v_block), zero, INTERPRET) - row_delta)
-    if KIND == GENERAL and extras[5] & DBIAS:
-        keys = start + tl.arange(0, BLOCK_N)[None, :]
-        at = dbias + (bh.to(tl.int64) * extras[1] + rows) * len_k + keys
-        tl.store(at, rounded(ds, dbias.dtype.element_ty, INTERPRET), mask=(rows < extras[1]) & (keys < len_k))
-    if KIND == GENERAL:
-        ds *= slope
-    return dot(rounded(ds, k_block.dtype, INTERPRET), k_block, dq_sum, INTERPRET)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -153,19 +119,27 @@ def _by_rows(
     extras = (batch, len_q, len_k, integers, terms, flags, before, softcap, slopes, mask, mask_at, bias, bias_at)
     q_at, do_at = (q_b, q_h, q_r, q_c), (do_b, do_h, do_r, do_c)
     k_at, v_at = (k_b, k_h, k_r, k_c), (v_b, v_h, v_r, v_c)
-    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    at = bh.to(tl.int64) * len_q + rows
-    row_lse2 = tl.load(lse2 + at, mask=rows < len_q, other=float("inf"))[:, None]
-    row_delta = tl.load(delta + at, mask=rows < len_q, other=0.0)[:, None]
+    rows = (block * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    inside, at = rows < len_q, bh.to(tl.int64) * len_q + rows
+    row_lse2 = tl.load(lse2 + at, mask=inside, other=float("inf"))
+    row_delta = tl.load(delta + at, mask=inside, other=0.0)
     q_block = load(q, q_at, b, h, block * BLOCK_M, len_q, dim_qk, BLOCK_M, BLOCK_D, KIND)
     do_block = load(do, do_at, b, h, block * BLOCK_M, len_q, dim_v, BLOCK_M, BLOCK_D, KIND)
-    dq_sum = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    dq_sum, zero = tl.zeros([BLOCK_M, BLOCK_D], tl.float32), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     way = walk(plan, plan_b, b, block)
     for j in tl.range(0, way[0], num_stages=STAGES):
-        dq_sum = _to_rows(
-            nth(j, way), way, q_block, do_block, k, k_at, v, v_at, rows[:, None], b, h, bh, group,
-            row_lse2, row_delta, dq_sum, dbias, dim_qk, dim_v, factor, extras, rules, KIND, INTERPRET, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
+        number = nth(j, way)
+        keys = (number * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+        k_block = load(k, k_at, b, h // group, number * BLOCK_N, len_k, dim_qk, BLOCK_N, BLOCK_D, KIND)
+        v_block = load(v, v_at, b, h // group, number * BLOCK_N, len_k, dim_v, BLOCK_N, BLOCK_D, KIND)
+        s = dot(q_block, tl.trans(k_block), zero, INTERPRET)
+        s, slope = scores(s, rows, keys, b, h, number, way, extras, rules, KIND, INTERPRET)
+        ds = power(s, factor, row_lse2) * (dot(do_block, tl.trans(v_block), zero, INTERPRET) - row_delta)
+        if KIND == GENERAL and flags & DBIAS:
+            tl.store(dbias + at * len_k + keys, rounded(ds, dbias.dtype.element_ty, INTERPRET), mask=inside & (keys < len_k))
+        if KIND == GENERAL:
+            ds *= slope
+        dq_sum = dot(rounded(ds, k_block.dtype, INTERPRET), k_block, dq_sum, INTERPRET)
     store(dq, b, h, heads, block * BLOCK_M, len_q, dim_qk, dq_sum * scale, KIND, INTERPRET)
 
 
