@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import collections
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -124,6 +126,14 @@ def test_five_hundred_problems_compile_fewer_than_forty_kernels(monkeypatch: pyt
     draw()
     assert len(problems) > 400
     assert len(compiled) < 40
+
+
+def test_every_kernel_compiles_for_hopper() -> None:
+    """Without a GPU; and none has its products serialised by the assembler."""
+    said = subprocess.run([sys.executable, "-m", "verify.properties.compiled"], capture_output=True, text=True, check=True).stdout
+    lines = [line.split("│") for line in said.splitlines() if line.startswith("│")]
+    assert {line[4].strip() for line in lines} == {"forward", "keys", "dk", "dv", "rows"}
+    assert not [line for line in lines if line[8].strip()]
 
 
 @pytest.mark.skipif(fa2.INTERPRET, reason="needs a GPU: nothing is compiled for the interpreter")
