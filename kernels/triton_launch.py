@@ -110,7 +110,10 @@ def plan(
     run = at - torch.where(whole, -1, at).cummax(2).values
     length, last = run.max(2)
     full_low = torch.where(length > 0, last - length + 1, low)
-    return torch.stack([low, full_low, full_low + length, high], 2).int().contiguous()
+    table = torch.stack([low, full_low, full_low + length, high], 2).int().contiguous()
+    if table.is_cuda:
+        torch.cuda.current_stream(device).synchronize()  # the next call may come from another stream
+    return table
 
 
 @functools.cache
