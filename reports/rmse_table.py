@@ -6,14 +6,14 @@ A figure is the root mean square over the draws, with the lowest and highest dra
 from __future__ import annotations
 
 import csv
-import io
 import math
 from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
+
+from verify.reports.markdown import page
 
 WIDTH = 150
 """Columns that the widest table needs."""
@@ -89,11 +89,8 @@ def footnotes(report: dict[str, Any]) -> str:
 
 def write(report: dict[str, Any], folder: Path) -> None:
     """table.md and table.csv (one line for each kernel, dtype and draw) beside the stored table.json."""
-    buffer = io.StringIO()
-    Console(file=buffer, width=2 * WIDTH, color_system=None).print(table(report, style=box.MARKDOWN))
-    rows = "\n".join(line.rstrip() for line in buffer.getvalue().strip().splitlines())
-    notes = "\n".join(f"- {line}" for line in footnotes(report).splitlines())
-    (folder / "table.md").write_text(f"## {title(report)}\n\n{rows}\n\n{notes}\n", encoding="utf-8")
+    written = page(title(report), table(report, style=box.MARKDOWN), footnotes(report))
+    (folder / "table.md").write_text(written, encoding="utf-8")
     figures = sorted({name for row in report["rows"] for draw in row["draws"] for name in draw})
     with (folder / "table.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import csv
-import io
 import re
 from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
+from verify.reports.markdown import page
+
 BASELINE = "sdpa-flash"
-WIDTH = 170
 FIGURES = ("ms", "tflops", "rmse")
 
 
@@ -59,11 +58,8 @@ def footnotes(report: dict[str, Any]) -> str:
 
 def write(report: dict[str, Any], folder: Path) -> None:
     """speed.md and speed.csv beside the stored speed.json."""
-    buffer = io.StringIO()
-    Console(file=buffer, width=2 * WIDTH, color_system=None).print(table(report, style=box.MARKDOWN))
-    rows = "\n".join(line.rstrip() for line in buffer.getvalue().strip().splitlines())
-    notes = "\n".join(f"- {line}" for line in footnotes(report).splitlines())
-    (folder / "speed.md").write_text(f"## Speed\n\n{rows}\n\n{notes}\n", encoding="utf-8")
+    written = page("Speed", table(report, style=box.MARKDOWN), footnotes(report))
+    (folder / "speed.md").write_text(written, encoding="utf-8")
     with (folder / "speed.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["problem", "kernel", "direction", *FIGURES, "reason"])
@@ -98,6 +94,7 @@ def plot(report: dict[str, Any], folder: Path) -> str:
         axes.set(title=f"{which}, D {dim}, {mask}", xlabel="length", ylabel="TFLOP/s", ylim=(0, None))
         axes.set_xscale("log", base=2)
         axes.grid(alpha=0.3)
-    panels[0][0].legend(fontsize="small")
+    fullest = max(series, key=lambda panel: len(series[panel]))
+    panels[down.index(fullest[1:])][across.index(fullest[0])].legend(fontsize="small")
     figure.savefig(folder / "speed.png", dpi=120)
     return ", .png"
