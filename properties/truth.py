@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from verify.allowance import allowance
-from verify.arithmetic import Arithmetic
+from verify.arithmetic import ROUNDED, Arithmetic
 from verify.bounds import DISTINCT, LEVELS, UNIT, Allowance
 from verify.case import Case, Inputs
 from verify.exact import Block, Exact, from_keys, ungrouped
@@ -20,14 +20,9 @@ from verify.measure import distance
 from verify.oracles import certified, dense, formats, rounded
 from verify.problem import Problem
 
-IN_FLOAT64 = Arithmetic(
-    scores="fp64", stored_scores="fp64", probs="fp64", accumulate="fp64", dscores="fp64", output="fp64", group_sum="fp64"
-)
-
-
 KEPT = 8
 """Blocks are kept for reuse up to this fraction of the oracle's own block size."""
-NARROWED = ("stored_scores", "probs", "output", "dscores", "ds_probs", "group_sum")
+NARROWED = tuple(name for name in ROUNDED if name not in ("scores", "accumulate"))
 """Fields that an arithmetic without narrow roundings has in FP32."""
 SAMPLE = 4096
 """So many scores are looked at to see whether they repeat."""
@@ -141,5 +136,5 @@ def truth(case: Case, device: str) -> Truth:
 def oracle_limit(problem: Problem, inputs: Inputs) -> dict[str, Tensor]:
     """How far any float64 evaluation of these values may be from the exact answer, for each tensor of it."""
     wide = problem.but(dtype="fp64")
-    limits = allowance(wide, inputs, dense.exact(wide, inputs), dense.blocks(wide, inputs), IN_FLOAT64)
+    limits = allowance(wide, inputs, dense.exact(wide, inputs), dense.blocks(wide, inputs), Arithmetic())
     return {name: a.limit for name, a in limits.items()}
