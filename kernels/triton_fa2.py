@@ -2,8 +2,8 @@
 
 One program per block of queries and (batch, query head). It walks over the blocks of keys that its rows may see, with a running
 maximum, a running row sum and an accumulator that is divided by the sum once, at the end; LSE = maximum + ln sum. A block that is
-wholly visible pays for no mask. The exponential is 2^(s factor - maximum), product and difference in one fused
-step; factor is scale log2(e), or log2(e) where more than the scale is done to a score.
+wholly visible pays for no mask. The exponential is 2^(s factor - maximum), product and difference in one fused step; factor is
+scale log2(e), or log2(e) where more than the scale is done to a score.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import triton.language as tl
 from verify.arithmetic import Arithmetic
 from verify.errors import VerifyError
 from verify.kernels.triton_fa2_backward import gradients
-from verify.kernels.triton_launch import RUNTIME, Launch
+from verify.kernels.triton_launch import RUNTIME, Launch, Shape
 from verify.kernels.triton_tiles import INTERPRET, LN2, dot, load, nth, power, rounded, scores, store, walk
 from verify.masks import FULL, Mask
 from verify.problem import Problem
@@ -120,7 +120,7 @@ def attention(
     (batch, heads, len_q, dim_qk), (_, heads_kv, len_k, dim_v) = q.shape, v.shape
     launch = Launch(
         q=q.detach(),
-        shape=(batch, heads, heads // heads_kv, len_q, len_k, dim_qk, dim_v),
+        shape=Shape(batch, heads, heads // heads_kv, len_q, len_k, dim_qk, dim_v),
         rules=mask if isinstance(mask, Mask) else FULL,
         seen=boolean,
         bias=None if bias is None else bias.detach(),

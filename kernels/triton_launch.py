@@ -139,13 +139,24 @@ def _describable(t: torch.Tensor) -> bool:
     return dense and t.data_ptr() % 16 == 0 and all(stride > 0 and stride % 16 == 0 and stride < 2**40 for stride in strides)
 
 
+class Shape(NamedTuple):
+    """The sizes of a call, `group` query heads to a key head, by the names of the kernels' arguments."""
+
+    batch: int
+    heads: int
+    group: int
+    len_q: int
+    len_k: int
+    dim_qk: int
+    dim_v: int
+
+
 @dataclass
 class Launch:
     """One call of attention: all that its kernels are told beside q, k, v and dO."""
 
     q: torch.Tensor
-    shape: tuple[int, int, int, int, int, int, int]
-    """batch, heads, group, len_q, len_k, dim_qk, dim_v"""
+    shape: Shape
     rules: Mask
     seen: torch.Tensor | None
     """Boolean mask [B|1,H|1,Q|1,K|1], True = take part."""
@@ -154,7 +165,7 @@ class Launch:
     scale: float
     softcap: float
 
-    @property
+    @functools.cached_property
     def flags(self) -> int:
         """SOFTCAP | MASK | BIAS | SLOPES"""
         given = ((SOFTCAP, self.softcap or None), (MASK, self.seen), (BIAS, self.bias), (SLOPES, self.slopes))
@@ -165,12 +176,12 @@ class Launch:
         """Tile sizes by pass and head dim: they depend on neither batch nor lengths nor layouts nor rules."""
         return TMA if self.plain else SINGLE if self.q.dtype == torch.float32 else POINTERS
 
-    @property
+    @functools.cached_property
     def dim(self) -> int:
         """The padded head dim: one of few, so that few kernels are compiled."""
-        return next(size for size in sorted(self.tiles["rows"]) if max(self.shape[5:]) <= size)
+        return next(size for size in sorted(self.tiles["rows"]) if max(self.shape.dim_qk, self.shape.dim_v) <= size)
 
-    @property
+    @functools.cached_property
     def plain(self) -> bool:
         """Whether nothing but rules and a positive scale changes a score, and TMA loads and stores the tensors."""
         return _has_tma(self.q.device) and self.flags == 0 and self.scale > 0 and self.q.dtype != torch.float32
@@ -186,7 +197,7 @@ class Launch:
 
     def kind(self, tile: Tiles) -> int:
         """GENERAL, or RULES or WHOLE where the problem is plain."""
-        nothing_hidden = self.rules.names == {"full"} and self.shape[4] % tile.keys == 0
+        nothing_hidden = self.rules.names == {"full"} and self.shape.len_k % tile.keys == 0
         return (GENERAL if not self.plain else WHOLE if nothing_hidden else RULES).value
 
     def passes(self) -> list[tuple[str, dict[str, bool]]]:
@@ -206,7 +217,7 @@ class Launch:
         **constants: bool,
     ) -> None:
         """Launch `kind`, a program per block of rows or of keys. loads: `operand`s; stores: `room`."""
-        batch, heads, group, len_q, len_k, dim_qk, dim_v = self.shape
+        batch, heads, group, len_q, len_k, *_ = self.shape
         device, by_keys = self.q.device, kind in ("keys", "dk", "dv")
         tile = INTERPRETED if INTERPRET else self.tiles[kind][self.dim]
         compiled = self.kind(tile)  # GENERAL is 0
@@ -227,14 +238,8 @@ class Launch:
             rules=_rules(),
             plan=table,
             plan_b=table.stride(0) if table.shape[0] > 1 else 0,
-            batch=batch,
-            heads=heads,
-            group=group,
+            **self.shape._asdict(),
             blocks=table.shape[1],
-            len_q=len_q,
-            len_k=len_k,
-            dim_qk=dim_qk,
-            dim_v=dim_v,
             flags=self.flags | flags,
             before=self.scale if linear else math.copysign(1.0, self.scale),
             factor=LOG2E.value if linear else abs(self.scale) * LOG2E.value,

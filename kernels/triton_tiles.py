@@ -75,7 +75,7 @@ def dot(x, y, acc, INTERPRET: tl.constexpr):
 
 @triton.jit
 def power(s, factor, base):
-    """2^(s factor - base), base broadcast; product and difference are one step, but not in the interpreter."""
+    """2^(s factor - base), base broadcast; product and difference are one step."""
     return tl.exp2(tl.fma(s, tl.full(s.shape, factor, tl.float32), tl.broadcast_to(-base, s.shape)))
 
 

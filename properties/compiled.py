@@ -29,7 +29,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from verify.kernels import triton_launch
 from verify.kernels.triton_fa2 import _forward
 from verify.kernels.triton_fa2_backward import _by_keys, _by_rows
-from verify.kernels.triton_launch import Launch
+from verify.kernels.triton_launch import Launch, Shape
 from verify.masks import FULL, Mask
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -52,7 +52,7 @@ def launches(dtype: torch.dtype, dim: int, kind: str) -> Iterator[tuple[str, Any
     t, row = torch.zeros(1, 2, 128, dim, dtype=dtype), torch.zeros(1, 2, 128)
     rules = Mask.parse("causal_lower_right") if kind == "rules" else FULL
     softcap = 20.0 if kind == "general" else 0.0
-    launch = Launch(t, (1, 2, 1, 128, 128, dim, dim), rules, None, None, None, 0.1, softcap)
+    launch = Launch(t, Shape(1, 2, 1, 128, 128, dim, dim), rules, None, None, None, 0.1, softcap)
     loads = {"q": t, "do": t, "k": t, "v": t}
     found: dict[str, torch.Tensor | float] = {"lse2": row, "delta": row, "scale": 0.1}
     passes: list[tuple[str, Any, dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, Any], dict[str, bool]]] = [
