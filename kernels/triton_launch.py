@@ -36,11 +36,18 @@ TMA = {
     "keys": {64: Tiles(128, 64, 4, 2), 128: Tiles(64, 64, 4, 2)},
     "dk": {256: Tiles(64, 128, 8, 1)},
     "dv": {256: Tiles(64, 128, 8, 2)},
-    "rows": {64: Tiles(64, 64, 4, 2), 128: Tiles(128, 64, 8, 3), 256: Tiles(128, 64, 8, 1)},
+    "rows": {64: Tiles(64, 64, 4, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(128, 64, 8, 1)},
 }
 """16-bit formats through TMA, by the padded head dim; chosen on an H200. dK and dV share a pass (`keys`)
 where the registers hold both sums.
 """
+TMA_WHOLE = TMA | {
+    "forward": TMA["forward"] | {64: Tiles(64, 128, 4, 2)},
+    "rows": TMA["rows"] | {64: Tiles(64, 64, 4, 2)},
+}
+"""The same where nothing is hidden."""
+LARGEST = 128
+"""Rows or keys of the largest tile."""
 POINTERS = {
     "forward": {128: Tiles(128, 32, 8, 2), 256: Tiles(64, 16, 4, 2)},
     "keys": {128: Tiles(32, 128, 8, 2), 256: Tiles(16, 64, 8, 2)},
@@ -173,8 +180,10 @@ class Launch:
 
     @property
     def tiles(self) -> dict[str, dict[int, Tiles]]:
-        """Tile sizes by pass and head dim: they depend on neither batch nor lengths nor layouts nor rules."""
-        return TMA if self.plain else SINGLE if self.q.dtype == torch.float32 else POINTERS
+        """Tile sizes by pass and head dim: they depend on neither batch nor lengths nor layouts."""
+        if self.plain:
+            return TMA_WHOLE if self.kind == WHOLE.value else TMA
+        return SINGLE if self.q.dtype == torch.float32 else POINTERS
 
     @functools.cached_property
     def dim(self) -> int:
@@ -195,9 +204,10 @@ class Launch:
         columns = -(-shape[3] // 8) * 8 if self.plain else shape[3]
         return self.q.new_empty((*shape[:3], columns))[..., : shape[3]]
 
-    def kind(self, tile: Tiles) -> int:
+    @functools.cached_property
+    def kind(self) -> int:
         """GENERAL, or RULES or WHOLE where the problem is plain."""
-        nothing_hidden = self.rules.names == {"full"} and self.shape.len_k % tile.keys == 0
+        nothing_hidden = self.rules.names == {"full"} and self.shape.len_k % LARGEST == 0
         return (GENERAL if not self.plain else WHOLE if nothing_hidden else RULES).value
 
     def passes(self) -> list[tuple[str, dict[str, bool]]]:
@@ -220,14 +230,13 @@ class Launch:
         batch, heads, group, len_q, len_k, *_ = self.shape
         device, by_keys = self.q.device, kind in ("keys", "dk", "dv")
         tile = INTERPRETED if INTERPRET else self.tiles[kind][self.dim]
-        compiled = self.kind(tile)  # GENERAL is 0
         table = plan(self.rules, batch, len_q, len_k, tile[:2], device, by_keys=by_keys)
         rows = {name: tile.keys if name in ("k", "v", "dk", "dv") else tile.rows for name in loads | stores}
         mask, bias = (None if t is None else t.expand(batch, heads, len_q, len_k) for t in (self.seen, self.bias))
         linear = self.flags & ~MASK.value != 0 or self.scale == 0
         integers = _integers(self.rules, batch, device)
         function[(table.shape[1] * batch * (heads // group if by_keys else heads),)](
-            **{n: _descriptor(t, rows[n], self.dim) if compiled else t for n, t in (loads | stores).items()},
+            **{n: _descriptor(t, rows[n], self.dim) if self.plain else t for n, t in (loads | stores).items()},
             **_strides({**loads, "mask": mask, "bias": bias}),
             **others,
             mask=(table if mask is None else mask).view(torch.uint8),
@@ -244,7 +253,7 @@ class Launch:
             before=self.scale if linear else math.copysign(1.0, self.scale),
             factor=LOG2E.value if linear else abs(self.scale) * LOG2E.value,
             softcap=self.softcap,
-            KIND=compiled,
+            KIND=self.kind,
             INTERPRET=INTERPRET,
             BLOCK_M=tile.rows,
             BLOCK_N=tile.keys,

@@ -5,10 +5,13 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.console import Console
 
-from verify.benching import operations
+from verify.benching import operations, run_bench
+from verify.errors import VerifyError
 from verify.problem import Problem
 from verify.reports import speed_table
 
@@ -40,3 +43,9 @@ def test_the_plot_is_drawn_or_said_to_be_missing(tmp_path: Path) -> None:
 def test_operations_are_the_papers(mask: str, share: int) -> None:
     """4 B H N^2 D, half where causal: FlashAttention-3, section 4.1."""
     assert operations(Problem.parse(f"b2.h3.q16.k16.d64.bf16.{mask}")) == 4 * 2 * 3 * 16**2 * 64 / share
+
+
+def test_without_a_gpu_nothing_is_timed(tmp_path: Path) -> None:
+    shapes: dict[str, Any] = dict.fromkeys(("dims", "lengths", "masks")) | {"dtype": "bf16", "forward_only": False}
+    with pytest.raises(VerifyError, match="device=cpu: speed is measured with CUDA events, on a GPU"):
+        run_bench("cpu", targets=[], out=tmp_path, console=Console(), **shapes)

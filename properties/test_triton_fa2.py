@@ -14,6 +14,8 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from verify.arithmetic import FLASH
+from verify.bounds import UNIT
 from verify.case import Case, Inputs
 from verify.errors import VerifyError
 from verify.guard import call
@@ -95,8 +97,8 @@ def test_no_block_is_skipped_that_is_seen(mask: str, *, by_keys: bool) -> None:
 
 
 def test_a_rule_that_hides_nothing_changes_no_bit() -> None:
-    """Where nothing is hidden another kernel is compiled."""
-    rule, none = (Case.parse(f"b1.h2:1.q40.k128.d64.fp16.{mask}.grads/normal#2") for mask in ("window(-1,-1)", "full"))
+    """Where nothing is hidden another kernel is compiled; at head dim 128 from the same sizes of tiles."""
+    rule, none = (Case.parse(f"b1.h2:1.q40.k128.d128.fp16.{mask}.grads/normal#2") for mask in ("window(-1,-1)", "full"))
     x = none.inputs(DEVICE)
     assert all(torch.equal(a, b) for a, b in zip(attend(rule, x), attend(none, x), strict=True))
 
@@ -106,8 +108,7 @@ def test_five_hundred_problems_compile_fewer_than_forty_kernels(monkeypatch: pyt
     kernel, problems, compiled = REGISTRY["triton-fa2"], list[Case](), set[tuple[object, ...]]()
 
     def launched(self, function, kind, loads, stores, others, flags=0, **constants):
-        tile = self.tiles[kind][self.dim]
-        compiled.add((function, self.kind(tile), self.q.dtype, self.dim, *constants.items()))
+        compiled.add((function, self.kind, self.q.dtype, self.dim, *constants.items()))
         compiled.update({("dO * out", self.q.dtype)} if kind == "rows" else ())
 
     monkeypatch.setattr(triton_launch.Launch, "run", launched)
@@ -231,12 +232,16 @@ def test_the_interpreters_bf16_dot_is_still_wrong() -> None:
 
 
 def test_the_lse_has_a_gradient() -> None:
-    """d lse_i / d bias_ij = p_ij = exp(s_ij - lse_i), here of scores 0; linear in the cotangent (powers of two are exact)."""
+    """d lse_i / d bias_ij = p_ij = exp(s_ij - lse_i), here of scores 0; linear in the cotangent (powers of two are exact).
+
+    p is off by the exponential and by two roundings of lse log2(e), the constant's and the product's.
+    """
     q, k = torch.zeros(1, 2, 10, 16, device=DEVICE), torch.ones(1, 1, 32, 16, device=DEVICE)
     bias = torch.zeros(1, 2, 10, 32, requires_grad=True, device=DEVICE)
     _, lse = fa2.attention(q, k, k, bias=bias, scale=1.0)
     weights = (2.0 ** torch.arange(20, device=DEVICE)).view(1, 2, 10)
     (found,) = torch.autograd.grad(lse, bias, weights)
-    p = found[0, 0, 0, 0]
-    assert torch.equal(found, p * weights[..., None].expand_as(found))
-    assert p == torch.exp(torch.tensor(0.0) - lse[0, 0, 0])
+    p, stored = found[0, 0, 0, 0].double(), lse[0, 0, 0].detach().double()
+    assert torch.equal(found, p.float() * weights[..., None].expand_as(found))
+    off = UNIT["fp32"] * (2 * FLASH.exp_ulp + 2 * stored)
+    assert abs(p / torch.exp(-stored) - 1) <= off
