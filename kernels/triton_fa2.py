@@ -6,9 +6,6 @@ wholly visible pays for no mask. The exponential is 2^(s factor - maximum), prod
 scale log2(e), or log2(e) where more than the scale is done to a score.
 """
 
-import contextlib
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,15 +13,13 @@ import triton
 import triton.language as tl
 
 from verify.arithmetic import Arithmetic
-from verify.errors import VerifyError
 from verify.kernels.triton_fa2_backward import gradients
-from verify.kernels.triton_launch import RUNTIME, Launch, Shape
+from verify.kernels.triton_launch import DTYPES, RUNTIME, Launch, checked, quiet
 from verify.kernels.triton_tiles import INTERPRET, LN2, dot, load, nth, power, rounded, scores, store, walk
-from verify.masks import FULL, Mask
+from verify.masks import Mask
 from verify.problem import Problem
 from verify.registry import kernel
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 LARGEST_DIM = 256
 
 
@@ -71,30 +66,6 @@ def _forward(
     tl.store(lse + bh.to(tl.int64) * len_q + rows, row_lse, mask=rows < len_q)
 
 
-def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **others: torch.Tensor | None) -> None:
-    """Raises VerifyError, naming the value, for tensors that do not belong together."""
-    named = {"q": q, "k": k, "v": v} | {name: t for name, t in others.items() if t is not None}
-    for name, t in named.items():
-        rank, dtype = (1 if name == "slopes" else 4), {"mask": torch.bool, "slopes": torch.float32}.get(name, q.dtype)
-        checks = [
-            (t.dim() != rank, f"{name}.shape={[*t.shape]}: {rank} dimensions, not {t.dim()}"),
-            (t.dtype != dtype, f"{name}.dtype={t.dtype}: {dtype}, as q is {q.dtype}"),
-            (t.device != q.device, f"{name}.device={t.device}: all on one device, q is on {q.device}"),
-        ]
-        if sentence := next((sentence for wrong, sentence in checks if wrong), None):
-            raise VerifyError(f"triton-fa2: {sentence}")
-    (batch, heads, len_q, dim_qk), (_, heads_kv, len_k, dim_v) = q.shape, v.shape
-    wanted = {"k": (batch, heads_kv, len_k, dim_qk), "v": (batch, heads_kv, len_k, dim_v), "slopes": (heads,)}
-    for name, t in named.items():
-        shape = wanted.get(name, (batch, heads, len_q, dim_qk if name == "q" else len_k))
-        if not all(n == m or (n == 1 and name in ("mask", "bias")) for n, m in zip(t.shape, shape, strict=True)):
-            raise VerifyError(f"triton-fa2: {name}.shape={[*t.shape]}: {[*shape]}, or 1 where a mask or bias is broadcast")
-    name = next((name for name, dtype in DTYPES.items() if dtype == q.dtype), str(q.dtype))
-    problem = Problem(heads_q=heads, heads_kv=heads_kv, len_q=len_q, len_k=len_k, dim_qk=dim_qk, dim_v=dim_v, dtype=name)
-    if sentence := supports(problem, q.device.type):
-        raise VerifyError(f"triton-fa2: {sentence}")
-
-
 def attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -111,24 +82,8 @@ def attention(
     The meaning of all of it is verify/problem.py's. mask: a Mask without `dense`, or bool [B|1,H|1,Q|1,K|1], True = take part;
     bias: that shape, dtype of q, -inf hides; slopes: float32 [H], ALiBi. Raises VerifyError for what it cannot compute.
     """
-    if isinstance(mask, Mask) and "dense" in mask.names:
-        raise VerifyError(f"triton-fa2: mask={mask}: dense is not a rule for Triton; hand it over as a boolean tensor")
-    if isinstance(mask, Mask) and mask.batch_sizes() - {q.shape[0]}:
-        raise VerifyError(f"triton-fa2: mask={mask}, batch={q.shape[0]}: padding takes one length per batch entry")
-    boolean = mask if isinstance(mask, torch.Tensor) else None
-    _check(q, k, v, mask=boolean, bias=bias, slopes=slopes)
-    (batch, heads, len_q, dim_qk), (_, heads_kv, len_k, dim_v) = q.shape, v.shape
-    launch = Launch(
-        q=q.detach(),
-        shape=Shape(batch, heads, heads // heads_kv, len_q, len_k, dim_qk, dim_v),
-        rules=mask if isinstance(mask, Mask) else FULL,
-        seen=boolean,
-        bias=None if bias is None else bias.detach(),
-        slopes=None if slopes is None else slopes.contiguous(),
-        scale=float(scale),
-        softcap=float(softcap),
-    )
-    return _Attention.apply(q, k, v, bias, launch)
+    problem = checked("triton-fa2", supports, q, k, v, mask=mask, bias=bias, slopes=slopes)
+    return _Attention.apply(q, k, v, bias, Launch.of(problem, q, mask, bias, slopes, scale, softcap))
 
 
 class _Attention(torch.autograd.Function):
@@ -138,7 +93,7 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, launch: Launch) -> Any:
         out, lse = launch.room((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=torch.float32)
         if out.numel() and k.shape[2]:
-            with _quiet(q):
+            with quiet(q):
                 loads = {"q": launch.operand(q), "k": launch.operand(k), "v": launch.operand(v)}
                 launch.run(_forward, "forward", loads, {"out": out}, {"lse": lse})
         else:
@@ -150,17 +105,8 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, do: torch.Tensor, dlse: torch.Tensor) -> Any:
-        with _quiet(do):
+        with quiet(do):
             return *gradients(ctx.launch, do, dlse, ctx.saved_tensors, ctx.needs_input_grad[:4]), None
-
-
-@contextlib.contextmanager
-def _quiet(q: torch.Tensor) -> Iterator[None]:
-    """On the tensor's GPU; numpy warns where a GPU gives Inf or NaN in silence."""
-    with torch.cuda.device_of(q), warnings.catch_warnings():
-        if INTERPRET:
-            warnings.simplefilter("ignore", RuntimeWarning)
-        yield
 
 
 def supports(problem: Problem, device: str) -> str | None:

@@ -1,18 +1,23 @@
 """What the host does before a Triton kernel is launched: mask rules and their integers, who sees whom, tile sizes, TMA."""
 
+import contextlib
 import functools
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from verify.errors import VerifyError
 from verify.kernels.triton_tiles import BIAS, GENERAL, INTERPRET, LOG2E, MASK, RULES, SLOPES, SOFTCAP, WHOLE
-from verify.masks import KINDS, Mask
+from verify.masks import FULL, KINDS, Mask
+from verify.problem import Problem
 
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 RUNTIME = [f"{tensor}_{axis}" for tensor in ("q", "k", "v", "do", "out", "mask", "bias") for axis in "bhrc"]
 RUNTIME += "q k v do out dq dk dv dbias mask bias slopes integers terms plan plan_b lse lse2 dlse delta".split()
 RUNTIME += "batch heads group blocks len_q len_k dim_qk dim_v flags".split()
@@ -65,7 +70,7 @@ INTERPRETED = Tiles(128, 64)
 
 
 @functools.cache
-def _has_tma(device: torch.device) -> bool:
+def has_tma(device: torch.device) -> bool:
     """Whether this is a Hopper or a larger GPU: the sizes in TMA need its shared memory too. The interpreter has both."""
     if INTERPRET:
         return True
@@ -128,12 +133,13 @@ def _no_slopes(device: torch.device) -> torch.Tensor:
     return torch.zeros(1, device=device)
 
 
-def _descriptor(t: torch.Tensor, rows: int, dim: int) -> TensorDescriptor:
-    strides = [16 if n == 1 else stride for n, stride in zip(t.shape[:3], t.stride()[:3], strict=True)]
-    return TensorDescriptor(t, list(t.shape), [*strides, 1], [1, 1, rows, dim])
+def descriptor(t: torch.Tensor, rows: int, dim: int) -> TensorDescriptor:
+    """What TMA needs to move [rows, dim] of a tensor [B,H,n,D]."""
+    apart = [16 if n == 1 else stride for n, stride in zip(t.shape[:3], t.stride()[:3], strict=True)]
+    return TensorDescriptor(t, list(t.shape), [*apart, 1], [1, 1, rows, dim])
 
 
-def _strides(tensors: dict[str, torch.Tensor | None]) -> dict[str, int]:
+def strides(tensors: Mapping[str, torch.Tensor | None]) -> dict[str, int]:
     """One by one: Triton specialises on what is in a tuple."""
     four = {name: (0, 0, 0, 0) if t is None else t.stride() for name, t in tensors.items()}
     return {f"{name}_{axis}": stride for name, strides in four.items() for axis, stride in zip("bhrc", strides, strict=True)}
@@ -144,6 +150,48 @@ def _describable(t: torch.Tensor) -> bool:
     strides = [stride * t.itemsize for n, stride in zip(t.shape[:3], t.stride()[:3], strict=True) if n > 1]
     dense = t.stride(3) == 1 or t.shape[3] == 1
     return dense and t.data_ptr() % 16 == 0 and all(stride > 0 and stride % 16 == 0 and stride < 2**40 for stride in strides)
+
+
+def checked(
+    name: str,
+    supports: Callable[[Problem, str], str | None],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    mask: Mask | torch.Tensor | None,
+    bias: torch.Tensor | None,
+    slopes: torch.Tensor | None,
+) -> Problem:
+    """The problem of these tensors, its mask the rules. Raises VerifyError, naming the value, where they do not belong together
+    or kernel `name` does not support it.
+    """
+    rules = mask if isinstance(mask, Mask) else FULL
+    if "dense" in rules.names:
+        raise VerifyError(f"{name}: mask={mask}: dense is not a rule for Triton; hand it over as a boolean tensor")
+    named = {"q": q, "k": k, "v": v, "mask": None if isinstance(mask, Mask) else mask, "bias": bias, "slopes": slopes}
+    tensors = {tensor: t for tensor, t in named.items() if t is not None}
+    for tensor, t in tensors.items():
+        rank, dtype = (1 if tensor == "slopes" else 4), {"mask": torch.bool, "slopes": torch.float32}.get(tensor, q.dtype)
+        checks = [
+            (t.dim() != rank, f"{tensor}.shape={[*t.shape]}: {rank} dimensions, not {t.dim()}"),
+            (t.dtype != dtype, f"{tensor}.dtype={t.dtype}: {dtype}, as q is {q.dtype}"),
+            (t.device != q.device, f"{tensor}.device={t.device}: all on one device, q is on {q.device}"),
+        ]
+        if sentence := next((sentence for wrong, sentence in checks if wrong), None):
+            raise VerifyError(f"{name}: {sentence}")
+    (batch, heads, len_q, dim_qk), (_, heads_kv, len_k, dim_v) = q.shape, v.shape
+    wanted = {"k": (batch, heads_kv, len_k, dim_qk), "v": (batch, heads_kv, len_k, dim_v), "slopes": (heads,)}
+    for tensor, t in tensors.items():
+        shape = wanted.get(tensor, (batch, heads, len_q, dim_qk if tensor == "q" else len_k))
+        if not all(n == m or (n == 1 and tensor in ("mask", "bias")) for n, m in zip(t.shape, shape, strict=True)):
+            raise VerifyError(f"{name}: {tensor}.shape={[*t.shape]}: {[*shape]}, or 1 where a mask or bias is broadcast")
+    dtype = next((label for label, kind in DTYPES.items() if kind == q.dtype), str(q.dtype))
+    sizes = {"heads_q": heads, "heads_kv": heads_kv, "len_q": len_q, "len_k": len_k, "dim_qk": dim_qk, "dim_v": dim_v}
+    problem = Problem(batch=batch, **sizes, dtype=dtype, mask=rules)
+    if sentence := supports(problem, q.device.type):
+        raise VerifyError(f"{name}: {sentence}")
+    return problem
 
 
 class Shape(NamedTuple):
@@ -172,6 +220,30 @@ class Launch:
     scale: float
     softcap: float
 
+    @classmethod
+    def of(
+        cls,
+        problem: Problem,
+        q: torch.Tensor,
+        mask: Mask | torch.Tensor | None,
+        bias: torch.Tensor | None,
+        slopes: torch.Tensor | None,
+        scale: float,
+        softcap: float,
+    ) -> Self:
+        """The launch of a problem that was `checked`."""
+        p = problem
+        return cls(
+            q=q.detach(),
+            shape=Shape(p.batch, p.heads_q, p.group, p.len_q, p.len_k, p.dim_qk, p.dim_v),
+            rules=p.mask,
+            seen=mask if isinstance(mask, torch.Tensor) else None,
+            bias=None if bias is None else bias.detach(),
+            slopes=None if slopes is None else slopes.contiguous(),
+            scale=float(scale),
+            softcap=float(softcap),
+        )
+
     @functools.cached_property
     def flags(self) -> int:
         """SOFTCAP | MASK | BIAS | SLOPES"""
@@ -188,12 +260,12 @@ class Launch:
     @functools.cached_property
     def dim(self) -> int:
         """The padded head dim: one of few, so that few kernels are compiled."""
-        return next(size for size in sorted(self.tiles["rows"]) if max(self.shape.dim_qk, self.shape.dim_v) <= size)
+        return next(size for size in sorted(self.tiles["forward"]) if max(self.shape.dim_qk, self.shape.dim_v) <= size)
 
     @functools.cached_property
     def plain(self) -> bool:
         """Whether nothing but rules and a positive scale changes a score, and TMA loads and stores the tensors."""
-        return _has_tma(self.q.device) and self.flags == 0 and self.scale > 0 and self.q.dtype != torch.float32
+        return has_tma(self.q.device) and self.flags == 0 and self.scale > 0 and self.q.dtype != torch.float32
 
     def operand(self, t: torch.Tensor) -> torch.Tensor:
         """The tensor as the kernels load it: a copy where TMA is used and cannot load it."""
@@ -216,6 +288,40 @@ class Launch:
             return [("keys", {"DK": True, "DV": True})]
         return [("dk", {"DK": True, "DV": False}), ("dv", {"DK": False, "DV": True})]
 
+    def common(self, tile: Tiles, *, by_keys: bool, flags: int = 0) -> tuple[int, dict[str, Any]]:
+        """(how many programs: one per block of rows, or of keys; the arguments that all kernels of this tile take)"""
+        batch, heads, group, len_q, len_k, *_ = self.shape
+        table = plan(self.rules, batch, len_q, len_k, tile[:2], self.q.device, by_keys=by_keys)
+        mask, bias = (None if t is None else t.expand(batch, heads, len_q, len_k) for t in (self.seen, self.bias))
+        linear = self.flags & ~MASK.value != 0 or self.scale == 0
+        integers = _integers(self.rules, batch, self.q.device)
+        return table.shape[1] * batch * (heads // group if by_keys else heads), {
+            **strides({"mask": mask, "bias": bias}),
+            "mask": (table if mask is None else mask).view(torch.uint8),
+            "bias": self.q if bias is None else bias,
+            "slopes": _no_slopes(self.q.device) if self.slopes is None else self.slopes,
+            "integers": integers,
+            "terms": integers.shape[0],
+            "rules": _rules(),
+            "plan": table,
+            "plan_b": table.stride(0) if table.shape[0] > 1 else 0,
+            **self.shape._asdict(),
+            "blocks": table.shape[1],
+            "flags": self.flags | flags,
+            "before": self.scale if linear else math.copysign(1.0, self.scale),
+            "factor": LOG2E.value if linear else abs(self.scale) * LOG2E.value,
+            "softcap": self.softcap,
+            "KIND": self.kind,
+            "INTERPRET": INTERPRET,
+            "BLOCK_M": tile.rows,
+            "BLOCK_N": tile.keys,
+            "BLOCK_D": self.dim,
+            "STAGES": tile.stages,
+            "num_warps": tile.warps,
+            "num_stages": tile.stages,
+            "enable_fp_fusion": True,  # said aloud: Triton 3.9 warns that its default will change
+        }
+
     def run(
         self,
         function: Any,
@@ -227,40 +333,22 @@ class Launch:
         **constants: bool,
     ) -> None:
         """Launch `kind`, a program per block of rows or of keys. loads: `operand`s; stores: `room`."""
-        batch, heads, group, len_q, len_k, *_ = self.shape
-        device, by_keys = self.q.device, kind in ("keys", "dk", "dv")
         tile = INTERPRETED if INTERPRET else self.tiles[kind][self.dim]
-        table = plan(self.rules, batch, len_q, len_k, tile[:2], device, by_keys=by_keys)
+        programs, arguments = self.common(tile, by_keys=kind in ("keys", "dk", "dv"), flags=flags)
         rows = {name: tile.keys if name in ("k", "v", "dk", "dv") else tile.rows for name in loads | stores}
-        mask, bias = (None if t is None else t.expand(batch, heads, len_q, len_k) for t in (self.seen, self.bias))
-        linear = self.flags & ~MASK.value != 0 or self.scale == 0
-        integers = _integers(self.rules, batch, device)
-        function[(table.shape[1] * batch * (heads // group if by_keys else heads),)](
-            **{n: _descriptor(t, rows[n], self.dim) if self.plain else t for n, t in (loads | stores).items()},
-            **_strides({**loads, "mask": mask, "bias": bias}),
+        function[(programs,)](
+            **{n: descriptor(t, rows[n], self.dim) if self.plain else t for n, t in (loads | stores).items()},
+            **strides(loads),
             **others,
-            mask=(table if mask is None else mask).view(torch.uint8),
-            bias=self.q if bias is None else bias,
-            slopes=_no_slopes(device) if self.slopes is None else self.slopes,
-            integers=integers,
-            terms=integers.shape[0],
-            rules=_rules(),
-            plan=table,
-            plan_b=table.stride(0) if table.shape[0] > 1 else 0,
-            **self.shape._asdict(),
-            blocks=table.shape[1],
-            flags=self.flags | flags,
-            before=self.scale if linear else math.copysign(1.0, self.scale),
-            factor=LOG2E.value if linear else abs(self.scale) * LOG2E.value,
-            softcap=self.softcap,
-            KIND=self.kind,
-            INTERPRET=INTERPRET,
-            BLOCK_M=tile.rows,
-            BLOCK_N=tile.keys,
-            BLOCK_D=self.dim,
-            STAGES=tile.stages,
+            **arguments,
             **constants,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-            enable_fp_fusion=True,  # said aloud: Triton 3.9 warns that its default will change
         )
+
+
+@contextlib.contextmanager
+def quiet(q: torch.Tensor) -> Iterator[None]:
+    """On the tensor's GPU; numpy warns where a GPU gives Inf or NaN in silence."""
+    with torch.cuda.device_of(q), warnings.catch_warnings():
+        if INTERPRET:
+            warnings.simplefilter("ignore", RuntimeWarning)
+        yield

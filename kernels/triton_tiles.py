@@ -48,27 +48,39 @@ def store(x, b, h, heads, start, length, dim, values, KIND: tl.constexpr, INTERP
 
 @triton.jit
 def wide(x, INTERPRET: tl.constexpr):
-    """x in float32. The interpreter of Triton 3.6 to 3.9 gets subnormal bfloat16 wrong: shift the bits there."""
+    """x in float32. The interpreter of Triton 3.6 to 3.9 gets subnormal bfloat16 and NaN in 8 bits wrong: mended there."""
     if INTERPRET and x.dtype == tl.bfloat16:
         return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    if INTERPRET and x.dtype.is_fp8():
+        y = x.to(tl.float32)
+        return tl.where(tl.abs(y) > (448.0 if x.dtype == tl.float8e4nv else 57344.0), float("nan"), y)
     return x.to(tl.float32)
 
 
 @triton.jit
 def rounded(x, dtype: tl.constexpr, INTERPRET: tl.constexpr):
-    """float32 to dtype, to nearest even. The interpreter of Triton 3.6 to 3.9 truncates to bfloat16: round the bits there."""
+    """float32 to dtype, to nearest even, 8 bits saturating. The interpreter of Triton 3.6 to 3.9 truncates to bfloat16 and to
+    subnormal numbers of 8 bits: round there before.
+    """
     if INTERPRET and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         nan = (bits & 0x7FFFFFFF) > 0x7F800000
         bits = tl.where(nan, 0x7FC00000, bits + 0x7FFF + ((bits >> 16) & 1))
         return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    if INTERPRET and dtype.is_fp8():
+        normal, largest = (2.0**-6, 448.0) if dtype == tl.float8e4nv else (2.0**-14, 57344.0)
+        near = tl.maximum(tl.minimum(x, largest), -largest)
+        binade = (near.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        magic = tl.maximum(binade, normal) * (2.0**-3 if dtype == tl.float8e4nv else 2.0**-2) * (1.5 * 2.0**23)
+        near = (near + magic) - magic  # the sum's last place is the spacing of the format
+        return tl.where(x == x, near, largest * (15 / 14 if dtype == tl.float8e4nv else 2.0)).to(dtype)  # noqa: PLR0124 - NaN
     return x.to(dtype)
 
 
 @triton.jit
 def dot(x, y, acc, INTERPRET: tl.constexpr):
     """acc + x y in float32. The interpreter of Triton 3.6 to 3.9 multiplies bfloat16's bit patterns as integers: widen there."""
-    if INTERPRET and x.dtype == tl.bfloat16:
+    if INTERPRET and (x.dtype == tl.bfloat16 or x.dtype.is_fp8()):
         x, y = wide(x, INTERPRET), wide(y, INTERPRET)
     return tl.dot(x, y, acc, input_precision="ieee")
 

@@ -12,6 +12,7 @@ from verify.arithmetic import Quantisation
 from verify.case import TORCH_DTYPES, Inputs
 from verify.exact import by_key, from_keys, to_keys
 from verify.problem import Problem
+from verify.quantisation import key_mean, rotation, seen_keys
 
 EIGHT_BITS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 STORED_BITS = {"fp32": 23, "fp22": 13, "tf32": 10, "exponent": 0}
@@ -52,6 +53,8 @@ def rounded(x: Tensor, fmt: str) -> Tensor:
 class Nearest:
     """Every rounding to nearest."""
 
+    repeats = True
+
     def __init__(self) -> None:
         self.generators: dict[torch.device, torch.Generator] = {}
 
@@ -88,6 +91,8 @@ class Nearest:
 class Jittered(Nearest):
     """Narrow formats to nearest; a random error of up to one unit roundoff wherever FP32 rounds: honest kernels differ by it."""
 
+    repeats = False
+
     def function(self, name: str, x: Tensor, fmt: str, ulp: float) -> Tensor:
         """The function's result, off by up to its error."""
         return self._random(x, (2 * ulp if name == "exp" else 2) * x.abs()) if fmt == "fp32" else x
@@ -122,15 +127,20 @@ def _by_instructions(form: Form, a: Tensor, b: Tensor, fmt: str) -> Tensor:
 
 
 def quantised(problem: Problem, inputs: Inputs, how: Quantisation) -> Inputs:
-    """q, k, v (any dtype) as float64 tensors of what the kernel has left of them: dequantised, and rotated back."""
-    turn = _rotation(problem.dim_qk, inputs.q.device) if how.rotated else None
-    x = inputs.exact(inputs.q.device)
-    q, k = ((_narrowed(t @ turn, how) @ turn.T) if turn is not None else _narrowed(t, how) for t in (x.q, x.k))
-    return Inputs(q, k, _narrowed(x.v, how), x.do, x.bias, x.slopes)
+    """q, k, v (any dtype) as float64 tensors of what the kernel has left of them: dequantised, rotated back, means added."""
+    x, seen = inputs.exact(inputs.q.device), seen_keys(problem.but(mask_as="rule"), inputs.q.device)
+    k_mean, v_mean = (key_mean(t, seen).double() if how.centred else t.new_zeros(()) for t in (x.k, x.v))
+    k, v = ((t - mean).masked_fill(~seen, 0.0) for t, mean in ((x.k, k_mean), (x.v, v_mean)))
+    turn = _turn(problem.dim_qk, x.q.device) if how.rotated else None
+    v = _scaled(v, how.format, (2,)) if how.columns else _narrowed(v, how)
+    return Inputs(_narrowed(x.q, how, turn), _narrowed(k, how, turn) + k_mean, v + v_mean, x.do, x.bias, x.slopes)
 
 
-def _narrowed(x: Tensor, how: Quantisation) -> Tensor:
-    """[B,H,n,D] through the 8-bit format and back, a float32 scale for each group of rows."""
+def _narrowed(x: Tensor, how: Quantisation, turn: Tensor | None = None) -> Tensor:
+    """[B,H,n,D], turned, through the 8-bit format and back, a float32 scale for each group of rows; turned back."""
+    if turn is not None:
+        padded = torch.nn.functional.pad(x, (0, turn.shape[0] - x.shape[-1]))
+        return (_narrowed(padded @ turn, how) @ turn.T)[..., : x.shape[-1]]
     if how.rows:
         return torch.cat([_scaled(part, how.format, (2, 3)) for part in x.split(how.rows, 2)], 2) if x.shape[2] else x
     return _scaled(x, how.format, (0, 1, 2, 3) if how.rows is None else (2, 3))
@@ -144,13 +154,6 @@ def _scaled(x: Tensor, fmt: str, over: tuple[int, ...]) -> Tensor:
     return rounded(x / scale, fmt) * scale
 
 
-def _rotation(dim: int, device: torch.device) -> Tensor:
-    """A random orthogonal matrix [D,D], the same for Q and K: signs times Hadamard where D is a power of two, else from QR."""
-    generator = torch.Generator().manual_seed(dim)
-    if dim & (dim - 1):
-        return torch.linalg.qr(torch.randn(dim, dim, dtype=torch.float64, generator=generator))[0].to(device)
-    turn = torch.ones(1, 1, dtype=torch.float64)
-    while turn.shape[0] < dim:
-        turn = torch.cat([torch.cat([turn, turn], 1), torch.cat([turn, -turn], 1)], 0)
-    signs = torch.randint(0, 2, (dim, 1), generator=generator).double() * 2 - 1
-    return (signs * turn / math.sqrt(dim)).to(device)
+def _turn(dim: int, device: torch.device) -> Tensor:
+    signs = rotation(dim).to(device)
+    return signs / math.sqrt(signs.shape[0])

@@ -25,6 +25,9 @@ from verify.problem import Problem
 class Rounding(Protocol):
     """How a value is stored, a function evaluated, a sum and a product accumulated, in a named format."""
 
+    repeats: bool
+    """Whether what is computed a second time comes out the same: kernels may add in another order when they recompute S."""
+
     def store(self, x: Tensor, fmt: str) -> Tensor: ...  # noqa: D102
     def function(self, name: str, x: Tensor, fmt: str, ulp: float) -> Tensor: ...  # noqa: D102
     def total(self, x: Tensor, fmt: str) -> Tensor: ...  # noqa: D102
@@ -108,6 +111,7 @@ class _Emulator:
         out = self.product(from_keys, self.operand(stored, "accumulate") * later, v, "accumulate")
         lse = self.lse(unit * row_max, total)
         seen = self.working(lse.masked_fill(lse == -torch.inf, 0.0) / unit)
+        s = s if self.rounding.repeats or not self.problem.grads else self.scores(b)[0]
         return self.store(out / total.masked_fill(total == 0, 1.0), "output"), lse, self.exp(s - seen, unit), slope
 
     def lse(self, row_max: Tensor, total: Tensor) -> Tensor:

@@ -23,6 +23,8 @@ ROUNDOFFS = {"log": LOG, "tanh": TANH}
 class Adversary:
     """A Rounding that errs by sigma times the most that the model allows; the sigmas are 0 and recorded, or those given."""
 
+    repeats = False
+
     def __init__(self, signs: list[Tensor] | None = None) -> None:
         self.signs = signs
         self.sigmas: list[Tensor] = []

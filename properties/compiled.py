@@ -35,7 +35,7 @@ from verify.masks import FULL, Mask
 HOPPER = GPUTarget("cuda", 90, 32)
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.uint8: "u8"}
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
-setattr(triton_launch, "_has_tma", lambda device: True)  # noqa: B010 - mypy
+setattr(triton_launch, "has_tma", lambda device: True)  # noqa: B010 - mypy
 
 
 class Noted:

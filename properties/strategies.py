@@ -199,6 +199,14 @@ def cases(draw: Callable[..., Any], kernel: Kernel, device: str, *, full_mask: b
     return Case(draw(problems(kernel, device, full_mask=full_mask, grads=grads)), recipe, seed)
 
 
+QUANTISED = (
+    Quantisation(),
+    Quantisation("e5m2", 0),
+    Quantisation("e4m3", 3, rotated=True),
+    Quantisation("e4m3", 16, rotated=True, columns=True, centred=True),
+)
+
+
 @st.composite
 def arithmetics(draw: Callable[..., Any]) -> Arithmetic:
     """Anything that a kernel may declare; shrinks to the defaults."""
@@ -206,9 +214,10 @@ def arithmetics(draw: Callable[..., Any]) -> Arithmetic:
     def one_of(*values: Any) -> Any:
         return draw(st.sampled_from(values))
 
+    quantised = one_of(None, None, None, None, None, *QUANTISED)
     narrow = one_of("input", "fp32", "bf16", "fp16", "e4m3", "e5m2", "tf32")
     return Arithmetic(
-        quantised=one_of(None, None, None, None, Quantisation(), Quantisation("e5m2", 0), Quantisation("e4m3", 3, rotated=True)),
+        quantised=quantised,
         scaled_query=one_of(False, False, False, True),
         scores=one_of("fp32", "tf32", "fp22"),
         stored_scores=one_of("fp32", "fp32", "input"),
@@ -219,7 +228,7 @@ def arithmetics(draw: Callable[..., Any]) -> Arithmetic:
         probs=narrow,
         probs_scale=256.0 if narrow == "e4m3" else 1.0,
         normalized_probs=one_of(False, True),
-        rowsum=one_of("unrounded", "rounded"),
+        rowsum="rounded" if quantised and quantised.centred else one_of("unrounded", "rounded"),
         accumulate=one_of("fp32", "tf32", "fp22"),
         summation=one_of("hardware", "truncated"),
         output=one_of("input", "fp32"),

@@ -57,6 +57,11 @@ REGRESSIONS = (
         "gradients",
         "b2.h1.q255.k255.d192.bf16.padding(202,140).as_bool.grads/uniform#319",
     ),  # delta's error is shared
+    (
+        "sdpa-flash",
+        "gradients",
+        "b2.h1.q177.k177.d256.fp32.dense(1,0).as_bool.scale=-0.3.grads/shift(10000)#296",
+    ),  # scores of 1e6, computed in another order for the backward
     ("sdpa-flash", "oracle", "b2.h14:2.q63.k63.d128.bf16.full/sink#743"),  # an exponential's error, in the row sum but not in P
     ("sdpa-flash", "oracle", "b3.h8.q16.k16.d24.fp16.full/normal(5)#0"),  # exponentials off by 1e-4 in 16 bits, on the CPU
     ("naive", "gradients", "b3.h8.q257.k19.d80:2.bf16.full.grads/one_sign#543"),  # torch stores P * dP on CUDA

@@ -113,7 +113,7 @@ def test_five_hundred_problems_compile_fewer_than_forty_kernels(monkeypatch: pyt
 
     monkeypatch.setattr(triton_launch.Launch, "run", launched)
     monkeypatch.setattr(triton_launch, "INTERPRET", False)
-    monkeypatch.setattr(triton_launch, "_has_tma", lambda device: True)
+    monkeypatch.setattr(triton_launch, "has_tma", lambda device: True)
     monkeypatch.setattr(backward, "_rows", collections.defaultdict(lambda: lambda *_: None))
 
     @seed(1)

@@ -30,7 +30,7 @@ def allowance(
     (an interval oracle's); else the float64 oracle's own, which is at most the ratio of FP64's unit roundoff to the working
     format's of the same bound, since every part grows at least linearly with the unit roundoffs.
     """
-    units, operands = Units(problem, arithmetic, exact.out.device.type), Operands.of(inputs, arithmetic)
+    units, operands = Units(problem, arithmetic, exact.out.device.type), Operands.of(problem, inputs, arithmetic)
     by_row: dict[str, list[Terms]] = {"out": [], "lse": []}
     if problem.grads:
         by_row |= {"dq": []} | ({"dbias": []} if exact.dbias is not None else {})

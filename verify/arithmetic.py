@@ -16,15 +16,20 @@ NARROW = ("fp16", "bf16", "tf32", "e4m3", "e5m2")
 
 @dataclass(frozen=True)
 class Quantisation:
-    """Q, K and V as the kernel narrows them by itself: each divided by amax / largest of its group, rounded to `format`.
+    """Q, K and V as the kernel narrows them by itself: each divided by amax / largest of its group and rounded to `format`.
+    Keys that no query sees are in no group.
 
-    `rows`: how many rows of one head share a scale; 0 a whole head, None the whole tensor. `rotated`: Q and K are first turned by
-    a random orthogonal matrix (incoherent processing, FlashAttention-3, arXiv 2407.08608, section 3.3).
+    `rows`: how many rows of one head share a scale; 0 a whole head, None the whole tensor. `columns`: in V, each column of a head
+    has a scale instead. `rotated`: Q and K are first padded to a power of two of columns and multiplied by signs times Hadamard
+    (verify/quantisation.py). `centred`: K and V are first freed of their mean over the keys of a head; V's is added to the
+    output, K's to the LSE (out does not depend on it: SageAttention, arXiv 2410.02367, section 4.2).
     """
 
     format: str = "e4m3"
     rows: int | None = None
     rotated: bool = False
+    columns: bool = False
+    centred: bool = False
 
     def __post_init__(self) -> None:
         if self.format not in ("e4m3", "e5m2"):
@@ -103,6 +108,8 @@ class Arithmetic:
                 raise VerifyError(f"{name}={getattr(self, name)!r}: one of {', '.join(allowed)}")
         if self.spill is not None and min(self.spill) < 1:
             raise VerifyError(f"spill={self.spill!r}: (query rows, keys), each at least 1, or None")
+        if self.quantised and self.quantised.centred and self.rowsum != "rounded":
+            raise VerifyError(f"rowsum={self.rowsum!r}: rounded where V is centred, for its mean to come back whole")
         numbers = {
             "tile": self.tile >= 0,
             "splits": self.splits >= 1,

@@ -168,12 +168,14 @@ def mapped(terms: Terms, change: Callable[[Tensor], Tensor]) -> Terms:
 
 def narrowed(size: Tensor, fmt: str, rows: int | None, *, columns: int = 1) -> Tensor:
     """|what quantisation leaves of x - x|: x of sizes [B,H,n,D] through an 8-bit format, the largest of each group (`rows` of a
-    head share a scale, 0: all, None: the tensor) at the format's largest. For norms of rows of so many columns: the error's norm.
+    head share a scale, 0: all, None: the tensor) at the format's largest. For norms of rows of so many columns, which are rotated
+    before: the error's norm.
     """
     if not size.numel():
         return size
     step = size.shape[2] if not rows else rows
     groups = [part.amax((2, 3), keepdim=True).expand(part.shape) for part in size.split(step, 2)]
     largest = size.amax().expand(size.shape) if rows is None else torch.cat(groups, 2)
+    steps = (STEPS + CUT * columns * columns**0.5 if columns > 1 else STEPS) * UNIT["fp32"]
     floor = FLOOR[fmt] / LARGEST[fmt] * largest * columns**0.5
-    return (UNIT[fmt] * size + floor) * (1 + STEPS * UNIT["fp32"]) + STEPS * UNIT["fp32"] * size
+    return (UNIT[fmt] * size + floor) * (1 + steps) + steps * size

@@ -36,6 +36,7 @@ from verify.bounds import (
 from verify.case import Inputs
 from verify.exact import Block, by_key, from_keys, grouped
 from verify.problem import Problem
+from verify.quantisation import key_mean, rotation, seen_keys
 
 
 @dataclass(frozen=True)
@@ -51,18 +52,22 @@ class Operands:
     k_pair: tuple[Tensor, Tensor]
 
     @classmethod
-    def of(cls, inputs: Inputs, arithmetic: Arithmetic) -> Operands | None:
+    def of(cls, problem: Problem, inputs: Inputs, arithmetic: Arithmetic) -> Operands | None:
         """None where nothing is quantised."""
         how = arithmetic.quantised
         if how is None:
             return None
-        x = inputs.exact(inputs.q.device)
+        x, seen = inputs.exact(inputs.q.device), seen_keys(problem.but(mask_as="rule"), inputs.q.device)
+        means = [key_mean(t, seen).double() if how.centred else t.new_zeros(()) for t in (x.k, x.v)]
         pairs = []
-        for t in (x.q, x.k):
-            size = t.norm(dim=-1, keepdim=True) if how.rotated else t.abs()
-            pairs.append((size, narrowed(size, how.format, how.rows, columns=t.shape[-1] if how.rotated else 1)))
+        for t, mean in ((x.q, x.q.new_zeros(())), (x.k, means[0])):
+            size, moved = (s.norm(dim=-1, keepdim=True) if how.rotated else s.abs() for s in (t, t - mean))
+            columns = rotation(t.shape[-1]).shape[0] if how.rotated else 1
+            pairs.append((size, narrowed(moved, how.format, how.rows, columns=columns) + STEPS * UNIT["fp32"] * (size + moved)))
         q, k = (pair[1].expand(t.shape) for pair, t in zip(pairs, (x.q, x.k), strict=True))
-        return cls(q, k, narrowed(x.v.abs(), how.format, how.rows), pairs[0], pairs[1])
+        moved = (x.v - means[1]).abs()
+        lost = narrowed(moved.mT, how.format, 1).mT if how.columns else narrowed(moved, how.format, how.rows)
+        return cls(q, k, lost + STEPS * UNIT["fp32"] * (x.v.abs() + moved), pairs[0], pairs[1])
 
 
 class Rows:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from verify.case import Case  # a decorated file must load without torch
 
 KEYWORDS = ("scale", "mask", "bias", "slopes", "softcap", "problem")
-BUNDLED = ("naive", "torch_sdpa", "triton_fa2")
+BUNDLED = ("naive", "torch_sdpa", "triton_fa2", "triton_fp8")
 USUAL = ("fp32", "fp16", "bf16")
 Supports = Callable[[Problem, str], str | None]
 

@@ -1,0 +1,219 @@
+"""FlashAttention in FP8, in Triton, forward: FlashAttention-3, section 3.3 (arXiv 2407.08608), and what has helped since.
+
+Q, K and V are narrowed first (triton_fp8_quantise.py). The loop is triton_fa2.py's, on 8-bit operands: the scales of Q and K are
+in the one factor of the exponential; P is 2^(s factor - maximum + 8), so that a format of few exponents holds it; the row sum
+adds up P as it was rounded, so that V = 1 gives 1 whatever the rounding; the scales and means of V enter once, at the end.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from verify.arithmetic import Arithmetic, Quantisation
+from verify.kernels.triton_fp8_quantise import ROWS, Quantised, quantise
+from verify.kernels.triton_launch import RUNTIME, Launch, Tiles, checked, descriptor, has_tma, quiet
+from verify.kernels.triton_tiles import (
+    GENERAL,
+    INTERPRET,
+    LN2,
+    WHOLE,
+    dot,
+    load,
+    nth,
+    power,
+    rounded,
+    scores,
+    store,
+    walk,
+    wide,
+)
+from verify.masks import Mask
+from verify.problem import Problem
+from verify.quantisation import seen_keys
+from verify.registry import kernel
+
+OFFSET = tl.constexpr(8)
+"""P is stored times 2^OFFSET: below e4m3's largest, and 2^-14 of the largest P is still a normal number."""
+BEST = Quantisation("e4m3", ROWS, rotated=True, columns=True, centred=True)
+"""What the bundled kernel declares; what each choice brings is in reports/TABLE3.md."""
+TILES = {64: Tiles(64, 128, 4, 3), 128: Tiles(128, 128, 8, 3), 256: Tiles(128, 128, 8, 2)}
+"""By the padded head dim; chosen on an H200."""
+INTERPRETED = Tiles(128, 64)
+
+
+@triton.jit(do_not_specialize=[*RUNTIME, "q_groups", "k_groups", "shifted"])
+def _forward(
+    q, k, v, q_scale, q_groups, k_scale, k_groups, v_scale, v_mean, shift, shifted, scale,
+    mask, mask_b, mask_h, mask_r, mask_c, bias, bias_b, bias_h, bias_r, bias_c, slopes, integers, terms, rules, plan, plan_b,
+    out, lse, batch, heads, group, blocks, len_q, len_k, dim_qk, dim_v, flags, before, factor, softcap,
+    KIND: tl.constexpr, INTERPRET: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """q [B,H,Q,C], k [B,Hk,K,C], v [B,Hk,C,K'] in 8 bits, scales as in `Quantised` -> out [B,H,Q,Dv], lse [B,H,Q], contiguous."""
+    bh, block = tl.program_id(0) // blocks, blocks - 1 - tl.program_id(0) % blocks  # causal: the longest first
+    b, h = bh // heads, bh % heads
+    g = h // group
+    bg = b * (heads // group) + g
+    mask_at, bias_at = (mask_b, mask_h, mask_r, mask_c), (bias_b, bias_h, bias_r, bias_c)
+    extras = (batch, len_q, len_k, integers, terms, flags, before, softcap, slopes, mask, mask_at, bias, bias_at)
+    way = walk(plan, plan_b, b, block)
+    rows, keys = block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    q_block = load(q, (0, 0, 0, 0), b, h, block * BLOCK_M, len_q, BLOCK_D, BLOCK_M, BLOCK_D, WHOLE)
+    q_unit = tl.load(q_scale + bh * q_groups + tl.minimum(block * BLOCK_M // ROWS, q_groups - 1))
+    top, total = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for j in tl.range(0, way[0], num_stages=STAGES):
+        number = nth(j, way)
+        start = number * BLOCK_N
+        k_block = load(k, (0, 0, 0, 0), b, g, start, len_k, BLOCK_D, BLOCK_N, BLOCK_D, WHOLE)
+        unit = q_unit * tl.load(k_scale + bg * k_groups + tl.minimum(start // ROWS, k_groups - 1))
+        s = dot(q_block, tl.trans(k_block), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), INTERPRET)
+        if KIND == GENERAL:
+            s, unit = s * unit, 1.0
+        s, _ = scores(s, rows[:, None], start + keys[None, :], b, h, number, way, extras, rules, KIND, INTERPRET)
+        old, top = top, tl.maximum(top, tl.max(s, 1) * (factor * unit))
+        base = tl.where(top == float("-inf"), 0.0, top)  # nothing visible yet: no -inf - -inf
+        p = rounded(power(s, factor * unit, (base - OFFSET)[:, None]), k_block.dtype, INTERPRET)
+        decay = tl.exp2(old - base)
+        total = total * decay + tl.sum(wide(p, INTERPRET), 1)
+        v_block = v.load([b, g, 0, start]).reshape(BLOCK_D, BLOCK_N)
+        acc = dot(p, tl.trans(v_block), acc * decay[:, None], INTERPRET)
+    empty = total == 0
+    total = tl.where(empty, 1.0, total)
+    columns = tl.arange(0, BLOCK_D)
+    acc = acc * tl.div_rn(1.0, total)[:, None] * tl.load(v_scale + bg * BLOCK_D + columns)[None, :]
+    acc = tl.where(empty[:, None], 0.0, acc + tl.load(v_mean + bg * BLOCK_D + columns)[None, :])
+    store(out, b, h, heads, block * BLOCK_M, len_q, dim_v, acc, KIND, INTERPRET)
+    at, inside = bh.to(tl.int64) * len_q + rows, rows < len_q
+    moved = tl.load(shift + at, mask=(inside & (shifted != 0)) != 0, other=0.0) * scale
+    tl.store(lse + at, tl.where(empty, float("-inf"), (top - OFFSET) * LN2 + tl.log(total) + moved), mask=inside)
+
+
+class _Launch(Launch):
+    """A launch with tiles of its own. The operands are made here, so TMA always loads them."""
+
+    @property
+    def tiles(self) -> dict[str, dict[int, Tiles]]:
+        return {"forward": TILES}
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    how: Quantisation = BEST,
+    mask: Mask | torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    slopes: torch.Tensor | None = None,
+    scale: float,
+    softcap: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q [B,H,Q,D], k [B,Hk,K,D], v [B,Hk,K,Dv] in fp16 or bf16, any strides -> out [B,H,Q,Dv], lse float32 [B,H,Q].
+
+    how: what is quantised how; rows: None, 0 or 128. All else as triton_fa2.attention has it. Raises VerifyError for what it
+    cannot compute.
+    """
+    problem = checked("triton-fp8", supports, q, k, v, mask=mask, bias=bias, slopes=slopes)
+    launch = _Launch.of(problem, q, mask, bias, slopes, scale, softcap)
+    out, lse = launch.room((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=torch.float32)
+    if not (out.numel() and k.shape[2]):
+        return out.zero_(), lse.fill_(float("-inf"))
+    with quiet(q):
+        operands = quantise(q.detach(), k.detach(), v.detach(), chosen(how, softcap), launch.dim, _seen(problem, launch))
+        attend(launch, operands, out, lse)
+    return out.contiguous(), lse
+
+
+def _seen(problem: Problem, launch: Launch) -> torch.Tensor | None:
+    """Keys that some query sees, bool [B|1,1,K,1]; None where that is all of them."""
+    seen = None
+    if problem.mask.names != {"full"}:
+        seen = seen_keys(problem, launch.q.device)
+    if launch.seen is not None:
+        seen = launch.seen.any(2).any(1)[:, None, :, None].expand(-1, -1, problem.len_k, -1)
+    if launch.bias is not None:
+        open_ = (launch.bias != float("-inf")).any(2).any(1)[:, None, :, None]
+        seen = open_ if seen is None else seen & open_
+    return None if seen is None else seen.expand(-1, -1, problem.len_k, -1)
+
+
+def attend(launch: Launch, x: Quantised, out: torch.Tensor, lse: torch.Tensor) -> None:
+    """Fill out [B,H,Q,Dv] and lse [B,H,Q] from operands in 8 bits."""
+    tile = INTERPRETED if INTERPRET else TILES[launch.dim]
+    programs, arguments = launch.common(tile, by_keys=False)
+    _forward[(programs,)](
+        q=descriptor(x.q, tile.rows, launch.dim),
+        k=descriptor(x.k, tile.keys, launch.dim),
+        v=descriptor(x.v, launch.dim, tile.keys),
+        q_scale=x.q_scale,
+        q_groups=x.q_scale.shape[2],
+        k_scale=x.k_scale,
+        k_groups=x.k_scale.shape[2],
+        v_scale=x.v_scale,
+        v_mean=x.v_mean,
+        shift=lse if x.shift is None else x.shift,
+        shifted=int(x.shift is not None),
+        scale=launch.scale,
+        out=descriptor(out, tile.rows, launch.dim) if launch.plain else out,
+        lse=lse,
+        ROWS=ROWS,
+        **arguments,
+    )
+
+
+def chosen(how: Quantisation, softcap: float) -> Quantisation:
+    """What is done for a problem: under a softcap, K's mean cannot be left out of the scores."""
+    return replace(how, centred=how.centred and not softcap)
+
+
+def supports(problem: Problem, device: str) -> str | None:
+    """None, or in one sentence why not."""
+    checks = [
+        (problem.dtype not in ("fp16", "bf16"), f"dtype={problem.dtype}: takes fp16, bf16"),
+        (
+            max(problem.dim_qk, problem.dim_v) > max(TILES),
+            f"dim_qk={problem.dim_qk}, dim_v={problem.dim_v}: at most {max(TILES)}",
+        ),
+        (problem.grads, "forward only"),
+        (
+            device == "cpu" and not INTERPRET,
+            "needs Triton's interpreter on the CPU: set TRITON_INTERPRET=1 before importing triton",
+        ),
+        (
+            device == "cpu" and triton.__version__.startswith("3.6."),
+            f"the interpreter of Triton {triton.__version__} cannot count to a number it has loaded: take 3.7 or later, or a GPU",
+        ),
+        (device == "cuda" and INTERPRET, "Triton's interpreter is on: unset TRITON_INTERPRET before importing triton"),
+        (device == "cuda" and not has_tma(torch.device("cuda")), "needs a Hopper GPU: TMA, tensor cores for FP8"),
+    ]
+    return next((sentence for wrong, sentence in checks if wrong), None)
+
+
+def arithmetic(how: Quantisation) -> Any:
+    """The arithmetic of this choice: a function of (problem, device). Hopper's FP8 products keep 14 bits of their sums."""
+
+    def declared(problem: Problem, device: str) -> Arithmetic:
+        sums = "fp22" if device == "cuda" else "fp32"
+        return Arithmetic(
+            quantised=chosen(how, problem.softcap),
+            exp="fused",
+            probs=how.format,
+            probs_scale=2.0**OFFSET.value,
+            rowsum="rounded",
+            scores=sums,
+            accumulate=sums,
+            deterministic=True,
+        )
+
+    return declared
+
+
+@kernel(name="triton-fp8", arithmetic=arithmetic(BEST), supports=supports)
+def triton_fp8(q, k, v, *, problem, mask, bias, slopes, scale, softcap):
+    """Masks as rules where the problem leaves the choice and all of them are rules for Triton; `dense` comes as a tensor."""
+    rules = problem.mask_as == "rule" and "dense" not in problem.mask.names
+    return attention(q, k, v, mask=problem.mask if rules else mask, bias=bias, slopes=slopes, scale=scale, softcap=softcap)

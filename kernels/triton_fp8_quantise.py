@@ -1,0 +1,195 @@
+"""Q, K and V to 8 bits, before FP8 attention: means, incoherent processing, scales and rounding, by choice (`Quantisation`).
+
+Two passes over each tensor: the largest magnitude of every block of rows and column, from which the scales of any granularity
+follow; then the rounded tensor. The rotation is a product with a matrix of 1 and -1, exact until its float32 sum.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from verify.arithmetic import Quantisation
+from verify.kernels.triton_tiles import INTERPRET, dot, pointers, rounded, wide
+from verify.quantisation import key_mean, rotation
+
+FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+ROWS = 128
+"""Rows of a block: the largest tile, so that every tile has one scale."""
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """q and k [B,H,n,C] and v transposed [B,Hk,C,n'] in 8 bits, columns C padded; what each stands for is it times its scale."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    q_scale: torch.Tensor
+    """float32 [B,H,blocks of ROWS, or 1]"""
+    k_scale: torch.Tensor
+    """float32 [B,Hk,blocks of ROWS, or 1]"""
+    v_scale: torch.Tensor
+    """float32 [B,Hk,C]"""
+    v_mean: torch.Tensor
+    """float32 [B,Hk,C], added to the output"""
+    shift: torch.Tensor | None
+    """float32 [B,H,Q]: q^ times the mean of K, which every score of the row lacks"""
+
+
+@triton.jit
+def _tile(x, x_at, matrix, mean, seen, b, h, heads, start, length, dim, ROTATED: tl.constexpr, CENTRED: tl.constexpr,
+          MASKED: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
+    """x[b, h, start : start + ROWS] as float32 [ROWS, BLOCK_D]: turned, freed of its mean, 0 where outside or seen by none."""
+    rows, columns = (start + tl.arange(0, ROWS))[:, None], tl.arange(0, BLOCK_D)[None, :]
+    known = rows < length
+    if MASKED:
+        known = (known & (tl.load(seen + b * length + rows, mask=known, other=0) != 0)) != 0
+    values = tl.load(pointers(x, x_at, b, h, rows, columns), mask=(known & (columns < dim)) != 0, other=0.0)
+    if ROTATED:
+        turn = tl.load(matrix + tl.arange(0, BLOCK_D)[:, None] * BLOCK_D + columns)
+        turned = dot(values, turn, tl.zeros([ROWS, BLOCK_D], tl.float32), INTERPRET)
+    else:
+        turned = wide(values, INTERPRET)
+    if CENTRED:
+        turned = tl.where(known, turned - tl.load(mean + (b * heads + h) * BLOCK_D + columns), 0.0)
+    return turned
+
+
+@triton.jit
+def _largest(
+    x, x_b, x_h, x_r, x_c, matrix, mean, seen, found, heads, blocks, length, dim,
+    ROTATED: tl.constexpr, CENTRED: tl.constexpr, MASKED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """found [B,H,blocks,BLOCK_D]: the largest magnitude in each column of each block of rows."""
+    at = tl.program_id(0).to(tl.int64)
+    b, h, start = (at // blocks // heads).to(tl.int32), (at // blocks % heads).to(tl.int32), (at % blocks).to(tl.int32) * ROWS
+    x_at = (x_b, x_h, x_r, x_c)
+    x_tile = _tile(
+        x, x_at, matrix, mean, seen, b, h, heads, start, length, dim, ROTATED, CENTRED, MASKED, ROWS, BLOCK_D, INTERPRET
+    )
+    tl.store(found + at * BLOCK_D + tl.arange(0, BLOCK_D), tl.max(tl.abs(x_tile), 0))
+
+
+@triton.jit
+def _narrow(
+    x, x_b, x_h, x_r, x_c, matrix, mean, seen, scale, scale_b, scale_h, scale_r, scale_c, toward, out, shift,
+    heads, blocks, length, padded, dim, group, norm,
+    ROTATED: tl.constexpr, CENTRED: tl.constexpr, MASKED: tl.constexpr, TRANSPOSED: tl.constexpr, SHIFTED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """out [B,H,length,BLOCK_D], or TRANSPOSED [B,H,BLOCK_D,padded], is x / scale; shift [B,H,length] = (out scale) . toward."""
+    at = tl.program_id(0).to(tl.int64)
+    bh, block = at // blocks, (at % blocks).to(tl.int32)
+    b, h, start = (bh // heads).to(tl.int32), (bh % heads).to(tl.int32), block * ROWS
+    x_at = (x_b, x_h, x_r, x_c)
+    x_tile = _tile(
+        x, x_at, matrix, mean, seen, b, h, heads, start, length, dim, ROTATED, CENTRED, MASKED, ROWS, BLOCK_D, INTERPRET
+    )
+    rows, columns = (start + tl.arange(0, ROWS))[:, None], tl.arange(0, BLOCK_D)[None, :]
+    unit = tl.load(scale + b.to(tl.int64) * scale_b + h * scale_h + block * scale_r + columns * scale_c)
+    narrow = rounded(tl.div_rn(x_tile, tl.broadcast_to(unit, x_tile.shape)), out.dtype.element_ty, INTERPRET)
+    if TRANSPOSED:
+        tl.store(out + (bh * BLOCK_D + columns) * padded + rows, narrow, mask=rows < padded)
+    else:
+        tl.store(out + (bh * length + rows) * BLOCK_D + columns, narrow, mask=rows < length)
+    if SHIFTED:
+        along = tl.load(toward + (b * (heads // group) + h // group) * BLOCK_D + columns)
+        inside = start + tl.arange(0, ROWS) < length
+        tl.store(
+            shift + bh * length + start + tl.arange(0, ROWS),
+            tl.sum(wide(narrow, INTERPRET) * unit * along, 1) * norm,
+            mask=inside,
+        )
+
+
+@dataclass(frozen=True)
+class _Operand:
+    """One of q, k, v on its way to 8 bits."""
+
+    x: torch.Tensor
+    how: Quantisation
+    turn: torch.Tensor | None
+    mean: torch.Tensor | None
+    seen: torch.Tensor | None
+    width: int
+
+    def _launch(self, function, *arguments, **constants) -> None:
+        batch, heads, length, _ = self.x.shape
+        nothing = self.x  # in place of what is not given; never read
+        function[(triton.cdiv(length, ROWS) * batch * heads,)](
+            self.x, *self.x.stride(),
+            *(nothing if t is None else t for t in (self.turn, self.mean, self.seen)),
+            *arguments,
+            ROTATED=self.turn is not None, CENTRED=self.mean is not None, MASKED=self.seen is not None,
+            ROWS=ROWS, BLOCK_D=self.width, INTERPRET=INTERPRET, num_warps=8, **constants,
+        )  # fmt: skip
+
+    def scales(self, over: tuple[int, ...]) -> torch.Tensor:
+        """Of groups that span these dimensions of [B,H,blocks,columns]: float32, 1 long there."""
+        batch, heads, length, dim = self.x.shape
+        blocks = triton.cdiv(length, ROWS)
+        found = torch.empty(batch, heads, blocks, self.width, dtype=torch.float32, device=self.x.device)
+        self._launch(_largest, found, heads, blocks, length, dim)
+        scale = found.amax(over, keepdim=True) / torch.finfo(FORMATS[self.how.format]).max
+        return scale.masked_fill_(scale == 0, 1.0)
+
+    def narrowed(
+        self, scale: torch.Tensor, *, transposed: bool = False, toward: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(in 8 bits, its product with `toward` [B,Hk,width])"""
+        batch, heads, length, dim = self.x.shape
+        padded = -(-length // 16) * 16  # rows of a transposed tensor that TMA can address
+        shape = (batch, heads, self.width, padded) if transposed else (batch, heads, length, self.width)
+        out = torch.empty(shape, dtype=FORMATS[self.how.format], device=self.x.device)
+        shift = None if toward is None else torch.empty(batch, heads, length, dtype=torch.float32, device=self.x.device)
+        apart = (0 if n == 1 else step for n, step in zip(scale.shape, scale.stride(), strict=True))
+        group = 1 if toward is None else heads // toward.shape[1]
+        norm = 1.0 if self.turn is None else 1.0 / rotation(dim).shape[0]
+        self._launch(
+            _narrow, scale, *apart, scale if toward is None else toward, out, scale if shift is None else shift,
+            heads, triton.cdiv(length, ROWS), length, padded, dim, group, norm,
+            TRANSPOSED=transposed, SHIFTED=shift is not None,
+        )  # fmt: skip
+        return out, shift
+
+
+def quantise(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, how: Quantisation, width: int, seen: torch.Tensor | None
+) -> Quantised:
+    """q [B,H,Q,D], k [B,Hk,K,D], v [B,Hk,K,Dv] in fp16 or bf16, any strides, to 8 bits, columns padded to `width`.
+
+    seen: bool [B|1,1,K,1], the keys that some query sees; None: all. Their means and largest magnitudes are all that counts.
+    """
+    turn, seen_bytes = _turn(q, width) if how.rotated else None, None
+    k_mean = v_mean = None
+    if how.centred:
+        every = torch.ones(1, 1, k.shape[2], 1, dtype=torch.bool, device=k.device) if seen is None else seen
+        k_mean, v_mean = (torch.nn.functional.pad(key_mean(t, every), (0, width - t.shape[3])) for t in (k, v))
+        k_mean = k_mean if turn is None else (k_mean.double() @ turn.double()).float()
+    if seen is not None:
+        seen_bytes = seen.expand(k.shape[0], 1, k.shape[2], 1).contiguous().view(torch.uint8)
+    over = (0, 1, 2, 3) if how.rows is None else (3,) if how.rows else (2, 3)
+    wide_q, wide_k = _Operand(q, how, turn, None, None, width), _Operand(k, how, turn, k_mean, seen_bytes, width)
+    wide_v = _Operand(v, how, None, v_mean, seen_bytes, width)
+    q_scale, k_scale = wide_q.scales(over), wide_k.scales(over)
+    v_scale = wide_v.scales((2,) if how.columns else (0, 1, 2, 3) if how.rows is None else (2, 3))
+    q8, shift = wide_q.narrowed(q_scale, toward=k_mean)
+    norm = rotation(q.shape[3]).shape[0] ** -0.5 if how.rotated else 1.0
+    each = [(scale * norm).expand(*t.shape[:2], -1, 1).squeeze(3).contiguous() for scale, t in ((q_scale, q), (k_scale, k))]
+    columns = [
+        t.expand(*v.shape[:2], 1, width).squeeze(2).contiguous() for t in (v_scale, v_scale * 0 if v_mean is None else v_mean)
+    ]
+    v8, _ = wide_v.narrowed(v_scale, transposed=True)
+    return Quantised(q8, wide_k.narrowed(k_scale)[0], v8, *each, *columns, shift)
+
+
+def _turn(q: torch.Tensor, width: int) -> torch.Tensor:
+    """The rotation [width,width] in the dtype of q, not normalised, 0 beyond the columns that it mixes."""
+    signs = rotation(q.shape[3])
+    pad = width - signs.shape[0]
+    return torch.nn.functional.pad(signs, (0, pad, 0, pad)).to(q)

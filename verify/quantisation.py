@@ -1,0 +1,46 @@
+"""What a kernel that quantises and those who judge it must agree on to the bit: which keys count, their means, the rotation."""
+
+from __future__ import annotations
+
+import functools
+import random
+
+import torch
+from torch import Tensor
+
+from verify.case import visibility
+from verify.problem import Problem
+
+VISIBILITIES = 2**26
+"""Visibilities in memory at a time."""
+
+
+@functools.cache
+def rotation(dim: int) -> Tensor:
+    """Signs times Sylvester's Hadamard matrix: float64 [n, n] of 1 and -1 with n = 2^ceil(log2 dim); over sqrt(n) orthogonal.
+
+    Q and K multiplied by it have the same Q K^T, and an outlier is spread over all columns before it is rounded to 8 bits
+    (incoherent processing: FlashAttention-3, arXiv 2407.08608, section 3.3; QuIP, arXiv 2307.13304).
+    """
+    n = 1 << max(0, dim - 1).bit_length()
+    at = torch.arange(n)
+    odd = sum((((at[:, None] & at) >> bit) & 1 for bit in range(n.bit_length())), torch.zeros(n, n, dtype=torch.long)) % 2
+    signs = torch.tensor(random.Random(n).choices((-1.0, 1.0), k=n), dtype=torch.float64)  # noqa: S311 - no secret
+    return signs[:, None] * (1 - 2 * odd)
+
+
+@functools.lru_cache(maxsize=64)
+def seen_keys(problem: Problem, device: torch.device) -> Tensor:
+    """Which keys some query sees: bool [B|1,1,K,1]. What hides a key from all hides it from scales and means, too."""
+    seen = torch.zeros(1, 1, problem.len_k, 1, dtype=torch.bool, device=device)
+    step = max(1, VISIBILITIES // max(1, problem.batch * problem.len_k))
+    for start in range(0, problem.len_q, step):
+        rows = slice(start, min(start + step, problem.len_q))
+        seen = seen | visibility(problem, device, rows).any(2).unsqueeze(-1)
+    return seen
+
+
+def key_mean(x: Tensor, seen: Tensor) -> Tensor:
+    """Mean of x [B,H,K,D] over the keys that are seen [B|1,1,K,1]: float32 [B,H,1,D], 0 without any."""
+    total = x.masked_fill(~seen, 0.0).sum(2, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    return (total / seen.sum(2, keepdim=True).clamp(min=1)).float()
