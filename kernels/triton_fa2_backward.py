@@ -11,16 +11,16 @@ import torch
 import triton
 import triton.language as tl
 
-from verify.kernels.triton_launch import RUNTIME, Launch
+from verify.kernels.triton_launch import RUNTIME, Launch, descriptor, strides
 from verify.kernels.triton_tiles import (
     DBIAS,
     GENERAL,
     INTERPRET,
     LOG2E,
+    WHOLE,
     dot,
     load,
     nth,
-    pointers,
     power,
     rounded,
     scores,
@@ -29,27 +29,27 @@ from verify.kernels.triton_tiles import (
     wide,
 )
 
-BLOCK_ROWS = (32, 64)
+BLOCK_ROWS = (64, 64)
 """Rows of one program of `_rows`, and columns at a time."""
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _rows(
     do, do_b, do_h, do_r, do_c, out, out_b, out_h, out_r, out_c, lse, dlse, delta, lse2, heads, blocks, len_q, dim_v,
-    INTERPRET: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    KIND: tl.constexpr, INTERPRET: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dO and out [B,H,Q,Dv], lse and dlse [B,H,Q] -> delta = rowsum(dO * out) - dlse, lse2 = lse log2(e), +inf in empty rows."""
-    bh = tl.program_id(0) // blocks
+    bh, start = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK_M
     b, h = bh // heads, bh % heads
-    rows = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = start + tl.arange(0, BLOCK_M)
     at, inside = bh.to(tl.int64) * len_q + rows, rows < len_q
     product = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for start in range(0, dim_v, BLOCK_D):
-        columns = start + tl.arange(0, BLOCK_D)[None, :]
-        known = inside[:, None] & (columns < dim_v)
-        do_block = tl.load(pointers(do, (do_b, do_h, do_r, do_c), b, h, rows[:, None], columns), mask=known, other=0.0)
-        out_block = tl.load(pointers(out, (out_b, out_h, out_r, out_c), b, h, rows[:, None], columns), mask=known, other=0.0)
-        product += wide(do_block, INTERPRET) * wide(out_block, INTERPRET)
+    do_at, out_at = (do_b, do_h, do_r, do_c), (out_b, out_h, out_r, out_c)
+    for column in range(0, dim_v, BLOCK_D):
+        do_block = load(do, do_at, b, h, start, len_q, dim_v, BLOCK_M, BLOCK_D, KIND, column)
+        product += wide(do_block, INTERPRET) * wide(
+            load(out, out_at, b, h, start, len_q, dim_v, BLOCK_M, BLOCK_D, KIND, column), INTERPRET
+        )
     tl.store(delta + at, tl.sum(product, 1) - tl.load(dlse + at, mask=inside, other=0.0), mask=inside)
     row_lse = tl.load(lse + at, mask=inside, other=0.0)
     tl.store(lse2 + at, tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2E), mask=inside)
@@ -156,12 +156,19 @@ def gradients(
     full = q.new_zeros((batch, heads, len_q, len_k) if wanted[3] else (0, 0, 0, 0))
     if q.numel() and v.numel():
         delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
+        loads = {name: launch.operand(t) for name, t in (("q", q), ("do", do), ("k", k), ("v", v))}
+        sums = {"do": loads["do"], "out": launch.operand(out)}
         blocks = triton.cdiv(len_q, BLOCK_ROWS[0])
         _rows[(blocks * batch * heads,)](
-            *(do, *do.stride(), out, *out.stride(), lse, dlse.contiguous(), delta, lse2, heads, blocks, len_q, dim_v),
-            *(INTERPRET, *BLOCK_ROWS),
+            **{name: descriptor(t, *BLOCK_ROWS) if launch.plain else t for name, t in sums.items()},
+            **strides(sums),
+            **{"lse": lse, "dlse": dlse.contiguous(), "delta": delta, "lse2": lse2},
+            **{"heads": heads, "blocks": blocks, "len_q": len_q, "dim_v": dim_v},
+            KIND=(WHOLE if launch.plain else GENERAL).value,
+            INTERPRET=INTERPRET,
+            BLOCK_M=BLOCK_ROWS[0],
+            BLOCK_D=BLOCK_ROWS[1],
         )
-        loads = {name: launch.operand(t) for name, t in (("q", q), ("do", do), ("k", k), ("v", v))}
         others: dict[str, torch.Tensor | float] = {"lse2": lse2, "delta": delta, "scale": launch.scale}
         if wanted[1] or wanted[2]:
             stores = {"dk": made[1], "dv": made[2]}

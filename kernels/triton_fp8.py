@@ -1,8 +1,8 @@
 """FlashAttention in FP8, in Triton, forward: FlashAttention-3, section 3.3 (arXiv 2407.08608), and what has helped since.
 
 Q, K and V are narrowed first (triton_fp8_quantise.py). The loop is triton_fa2.py's, on 8-bit operands: the scales of Q and K are
-in the one factor of the exponential; P is 2^(s factor - maximum + 8), so that a format of few exponents holds it; the row sum
-adds up P as it was rounded, so that V = 1 gives 1 whatever the rounding; the scales and means of V enter once, at the end.
+in the one factor of the exponential; P is 2^(s factor - maximum + 8), so that a format of few exponents holds it; the scales of
+V enter once, at the end, and so does its mean, which P's rounding therefore does not touch: V = 1 gives 1.
 """
 
 from dataclasses import replace
@@ -28,7 +28,6 @@ from verify.kernels.triton_tiles import (
     scores,
     store,
     walk,
-    wide,
 )
 from verify.masks import Mask
 from verify.problem import Problem
@@ -76,11 +75,11 @@ def _forward(
         s, _ = scores(s, rows[:, None], start + keys[None, :], b, h, number, way, extras, rules, KIND, INTERPRET)
         old, top = top, tl.maximum(top, tl.max(s, 1) * (factor * unit))
         base = tl.where(top == float("-inf"), 0.0, top)  # nothing visible yet: no -inf - -inf
-        p = rounded(power(s, factor * unit, (base - OFFSET)[:, None]), k_block.dtype, INTERPRET)
+        p = power(s, factor * unit, (base - OFFSET)[:, None])
         decay = tl.exp2(old - base)
-        total = total * decay + tl.sum(wide(p, INTERPRET), 1)
+        total = total * decay + tl.sum(p, 1)
         v_block = v.load([b, g, 0, start]).reshape(BLOCK_D, BLOCK_N)
-        acc = dot(p, tl.trans(v_block), acc * decay[:, None], INTERPRET)
+        acc = dot(rounded(p, k_block.dtype, INTERPRET), tl.trans(v_block), acc * decay[:, None], INTERPRET)
     empty = total == 0
     total = tl.where(empty, 1.0, total)
     columns = tl.arange(0, BLOCK_D)
@@ -203,7 +202,6 @@ def arithmetic(how: Quantisation) -> Any:
             exp="fused",
             probs=how.format,
             probs_scale=2.0**OFFSET.value,
-            rowsum="rounded",
             scores=sums,
             accumulate=sums,
             deterministic=True,

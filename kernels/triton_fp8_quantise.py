@@ -6,6 +6,7 @@ follow; then the rounded tensor. The rotation is a product with a matrix of 1 an
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -165,31 +166,30 @@ def quantise(
 
     seen: bool [B|1,1,K,1], the keys that some query sees; None: all. Their means and largest magnitudes are all that counts.
     """
-    turn, seen_bytes = _turn(q, width) if how.rotated else None, None
-    k_mean = v_mean = None
+    turn = _turn(q.shape[3], width, q.dtype, q.device) if how.rotated else None
+    norm = rotation(q.shape[3]).shape[0] ** -0.5 if how.rotated else 1.0
+    k_mean = v_mean = flags = None
     if how.centred:
-        every = torch.ones(1, 1, k.shape[2], 1, dtype=torch.bool, device=k.device) if seen is None else seen
-        k_mean, v_mean = (torch.nn.functional.pad(key_mean(t, every), (0, width - t.shape[3])) for t in (k, v))
+        k_mean, v_mean = (torch.nn.functional.pad(key_mean(t, seen), (0, width - t.shape[3])) for t in (k, v))
         k_mean = k_mean if turn is None else (k_mean.double() @ turn.double()).float()
     if seen is not None:
-        seen_bytes = seen.expand(k.shape[0], 1, k.shape[2], 1).contiguous().view(torch.uint8)
+        flags = seen.expand(k.shape[0], 1, k.shape[2], 1).contiguous().view(torch.uint8)
     over = (0, 1, 2, 3) if how.rows is None else (3,) if how.rows else (2, 3)
-    wide_q, wide_k = _Operand(q, how, turn, None, None, width), _Operand(k, how, turn, k_mean, seen_bytes, width)
-    wide_v = _Operand(v, how, None, v_mean, seen_bytes, width)
-    q_scale, k_scale = wide_q.scales(over), wide_k.scales(over)
-    v_scale = wide_v.scales((2,) if how.columns else (0, 1, 2, 3) if how.rows is None else (2, 3))
-    q8, shift = wide_q.narrowed(q_scale, toward=k_mean)
-    norm = rotation(q.shape[3]).shape[0] ** -0.5 if how.rotated else 1.0
-    each = [(scale * norm).expand(*t.shape[:2], -1, 1).squeeze(3).contiguous() for scale, t in ((q_scale, q), (k_scale, k))]
-    columns = [
-        t.expand(*v.shape[:2], 1, width).squeeze(2).contiguous() for t in (v_scale, v_scale * 0 if v_mean is None else v_mean)
-    ]
-    v8, _ = wide_v.narrowed(v_scale, transposed=True)
-    return Quantised(q8, wide_k.narrowed(k_scale)[0], v8, *each, *columns, shift)
+    from_q, from_k = _Operand(q, how, turn, None, None, width), _Operand(k, how, turn, k_mean, flags, width)
+    from_v = _Operand(v, how, None, v_mean, flags, width)
+    q_scale, k_scale = from_q.scales(over), from_k.scales(over)
+    v_scale = from_v.scales((2,) if how.columns else (0, 1, 2, 3) if how.rows is None else (2, 3))
+    q8, shift = from_q.narrowed(q_scale, toward=k_mean)
+    (k8, _), (v8, _) = from_k.narrowed(k_scale), from_v.narrowed(v_scale, transposed=True)
+    by_row = [(scale * norm).expand(*t.shape[:2], -1, 1).squeeze(3).contiguous() for scale, t in ((q_scale, q), (k_scale, k))]
+    added = torch.zeros_like(v_scale) if v_mean is None else v_mean
+    by_column = [t.expand(*v.shape[:2], 1, width).squeeze(2).contiguous() for t in (v_scale, added)]
+    return Quantised(q8, k8, v8, by_row[0], by_row[1], by_column[0], by_column[1], shift)
 
 
-def _turn(q: torch.Tensor, width: int) -> torch.Tensor:
-    """The rotation [width,width] in the dtype of q, not normalised, 0 beyond the columns that it mixes."""
-    signs = rotation(q.shape[3])
+@functools.cache
+def _turn(dim: int, width: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The rotation [width,width], not normalised, 0 beyond the columns that it mixes."""
+    signs = rotation(dim)
     pad = width - signs.shape[0]
-    return torch.nn.functional.pad(signs, (0, pad, 0, pad)).to(q)
+    return torch.nn.functional.pad(signs, (0, pad, 0, pad)).to(dtype=dtype, device=device)

@@ -172,10 +172,10 @@ def checked(
     named = {"q": q, "k": k, "v": v, "mask": None if isinstance(mask, Mask) else mask, "bias": bias, "slopes": slopes}
     tensors = {tensor: t for tensor, t in named.items() if t is not None}
     for tensor, t in tensors.items():
-        rank, dtype = (1 if tensor == "slopes" else 4), {"mask": torch.bool, "slopes": torch.float32}.get(tensor, q.dtype)
+        rank, right = (1 if tensor == "slopes" else 4), {"mask": torch.bool, "slopes": torch.float32}.get(tensor, q.dtype)
         checks = [
             (t.dim() != rank, f"{tensor}.shape={[*t.shape]}: {rank} dimensions, not {t.dim()}"),
-            (t.dtype != dtype, f"{tensor}.dtype={t.dtype}: {dtype}, as q is {q.dtype}"),
+            (t.dtype != right, f"{tensor}.dtype={t.dtype}: {right}, as q is {q.dtype}"),
             (t.device != q.device, f"{tensor}.device={t.device}: all on one device, q is on {q.device}"),
         ]
         if sentence := next((sentence for wrong, sentence in checks if wrong), None):
@@ -187,8 +187,8 @@ def checked(
         if not all(n == m or (n == 1 and tensor in ("mask", "bias")) for n, m in zip(t.shape, shape, strict=True)):
             raise VerifyError(f"{name}: {tensor}.shape={[*t.shape]}: {[*shape]}, or 1 where a mask or bias is broadcast")
     dtype = next((label for label, kind in DTYPES.items() if kind == q.dtype), str(q.dtype))
-    sizes = {"heads_q": heads, "heads_kv": heads_kv, "len_q": len_q, "len_k": len_k, "dim_qk": dim_qk, "dim_v": dim_v}
-    problem = Problem(batch=batch, **sizes, dtype=dtype, mask=rules)
+    sizes: dict[str, Any] = {"heads_q": heads, "heads_kv": heads_kv, "len_q": len_q, "len_k": len_k}
+    problem = Problem(batch=batch, **sizes, dim_qk=dim_qk, dim_v=dim_v, dtype=dtype, mask=rules)
     if sentence := supports(problem, q.device.type):
         raise VerifyError(f"{name}: {sentence}")
     return problem

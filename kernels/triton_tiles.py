@@ -24,12 +24,14 @@ def pointers(x, strides, b, h, rows, columns):
 
 
 @triton.jit
-def load(x, strides, b, h, start, length, dim, ROWS: tl.constexpr, COLUMNS: tl.constexpr, KIND: tl.constexpr):
-    """x[b, h, start : start + ROWS] as [ROWS, COLUMNS], 0 outside. x is a pointer for GENERAL, else a tensor descriptor (TMA)."""
+def load(x, strides, b, h, start, length, dim, ROWS: tl.constexpr, COLUMNS: tl.constexpr, KIND: tl.constexpr, column=0):
+    """x[b, h, start : start + ROWS, column : column + COLUMNS], 0 outside. x is a pointer for GENERAL, else a tensor descriptor
+    (TMA).
+    """
     if KIND != GENERAL:
-        values = x.load([b, h, start, 0]).reshape(ROWS, COLUMNS)
+        values = x.load([b, h, start, column]).reshape(ROWS, COLUMNS)
     else:
-        rows, columns = (start + tl.arange(0, ROWS))[:, None], tl.arange(0, COLUMNS)[None, :]
+        rows, columns = (start + tl.arange(0, ROWS))[:, None], (column + tl.arange(0, COLUMNS))[None, :]
         at = pointers(x, strides, b, h, rows, columns)
         values = tl.load(at, mask=(rows < length) & (columns < dim), other=0.0)
     return values

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -126,14 +127,22 @@ def _by_instructions(form: Form, a: Tensor, b: Tensor, fmt: str) -> Tensor:
     return total if total.dim() else form(a, b)
 
 
-def quantised(problem: Problem, inputs: Inputs, how: Quantisation) -> Inputs:
-    """q, k, v (any dtype) as float64 tensors of what the kernel has left of them: dequantised, rotated back, means added."""
+def quantised(problem: Problem, inputs: Inputs, how: Quantisation) -> tuple[Inputs, Tensor]:
+    """(q, k, v as float64 tensors of what the kernel has left of them: dequantised, rotated back, K's mean added; the mean of V
+    that is added to the output [B,Hk,1,Dv])
+    """
     x, seen = inputs.exact(inputs.q.device), seen_keys(problem.but(mask_as="rule"), inputs.q.device)
-    k_mean, v_mean = (key_mean(t, seen).double() if how.centred else t.new_zeros(()) for t in (x.k, x.v))
+    k_mean, v_mean = (key_mean(t, seen).double() * how.centred for t in (x.k, x.v))
     k, v = ((t - mean).masked_fill(~seen, 0.0) for t, mean in ((x.k, k_mean), (x.v, v_mean)))
     turn = _turn(problem.dim_qk, x.q.device) if how.rotated else None
     v = _scaled(v, how.format, (2,)) if how.columns else _narrowed(v, how)
-    return Inputs(_narrowed(x.q, how, turn), _narrowed(k, how, turn) + k_mean, v + v_mean, x.do, x.bias, x.slopes)
+    return Inputs(_narrowed(x.q, how, turn), _narrowed(k, how, turn) + k_mean, v, x.do, x.bias, x.slopes), v_mean
+
+
+def dequantised(problem: Problem, inputs: Inputs, how: Quantisation) -> Inputs:
+    """The values that such a kernel multiplies, as float64: exact attention of them is the reference of its own arithmetic."""
+    left, v_mean = quantised(problem, inputs, how)
+    return replace(left, v=left.v + v_mean)
 
 
 def _narrowed(x: Tensor, how: Quantisation, turn: Tensor | None = None) -> Tensor:

@@ -40,6 +40,8 @@ class _Emulator:
     arithmetic: Arithmetic
     rounding: Rounding
     device: str
+    v_mean: Tensor | None = None
+    """[B,Hk,1,Dv], what V lacks"""
 
     @property
     def work(self) -> str:
@@ -105,21 +107,28 @@ class _Emulator:
             total = self.rounding.total(weights * later, self.work)
             p = self.store(self.working(weights * later / total.masked_fill(total == 0, 1.0)) * factor, "probs") / factor
             out = self.product(from_keys, self.operand(p, "accumulate"), v, "accumulate")
-            return self.store(out, "output"), self.lse(unit * row_max, total), p, slope
+            return self.output(out, total), self.lse(unit * row_max, total), p, slope
         stored = self.store(weights * factor, "probs") / factor
         total = self.rounding.total((stored if self.arithmetic.rowsum == "rounded" else weights) * later, self.work)
         out = self.product(from_keys, self.operand(stored, "accumulate") * later, v, "accumulate")
         lse = self.lse(unit * row_max, total)
         seen = self.working(lse.masked_fill(lse == -torch.inf, 0.0) / unit)
         s = s if self.rounding.repeats or not self.problem.grads else self.scores(b)[0]
-        return self.store(out / total.masked_fill(total == 0, 1.0), "output"), lse, self.exp(s - seen, unit), slope
+        return self.output(out / total.masked_fill(total == 0, 1.0), total), lse, self.exp(s - seen, unit), slope
+
+    def output(self, out: Tensor, total: Tensor) -> Tensor:
+        """Stored, V's mean added where a row sees anything."""
+        if self.v_mean is not None:
+            out = out + torch.where(total == 0, 0.0, self.v_mean.unsqueeze(2))
+        return self.store(out, "output")
 
     def lse(self, row_max: Tensor, total: Tensor) -> Tensor:
         """The logarithm of the row sum, stored in FP32."""
         return self.working(row_max + self.function("log", total.log()))
 
     def ds(self, b: Block, out: Tensor, p: Tensor) -> Tensor:
-        dp = self.product(by_key, self.operand(b.do, "scores"), self.operand(b.v, "scores"), "scores")
+        v = b.v if self.v_mean is None else b.v + self.v_mean
+        dp = self.product(by_key, self.operand(b.do, "scores"), self.operand(v, "scores"), "scores")
         dp = self.store(dp, "stored_scores")
         if self.arithmetic.delta == "product":
             product = self.rounding.store(self.working(p * dp), self.problem.dtype)
@@ -200,9 +209,10 @@ def emulate(
 
     `rounding`: to nearest by default. `blocks`: the exact softmax of these inputs, if at hand and the kernel does not quantise.
     """
+    v_mean = None
     if arithmetic.quantised:
-        inputs = quantised(problem, inputs, arithmetic.quantised)
-    emulator, shapes = _Emulator(problem, arithmetic, rounding or Nearest(), inputs.q.device.type), problem.shapes
+        inputs, v_mean = quantised(problem, inputs, arithmetic.quantised)
+    emulator, shapes = _Emulator(problem, arithmetic, rounding or Nearest(), inputs.q.device.type, v_mean), problem.shapes
     result = {name: torch.zeros(shapes[name], dtype=torch.float64, device=inputs.q.device) for name in ("out", "lse")}
     if problem.grads:
         result |= {

@@ -214,10 +214,9 @@ def arithmetics(draw: Callable[..., Any]) -> Arithmetic:
     def one_of(*values: Any) -> Any:
         return draw(st.sampled_from(values))
 
-    quantised = one_of(None, None, None, None, None, *QUANTISED)
     narrow = one_of("input", "fp32", "bf16", "fp16", "e4m3", "e5m2", "tf32")
     return Arithmetic(
-        quantised=quantised,
+        quantised=one_of(None, None, None, None, None, *QUANTISED),
         scaled_query=one_of(False, False, False, True),
         scores=one_of("fp32", "tf32", "fp22"),
         stored_scores=one_of("fp32", "fp32", "input"),
@@ -228,7 +227,7 @@ def arithmetics(draw: Callable[..., Any]) -> Arithmetic:
         probs=narrow,
         probs_scale=256.0 if narrow == "e4m3" else 1.0,
         normalized_probs=one_of(False, True),
-        rowsum="rounded" if quantised and quantised.centred else one_of("unrounded", "rounded"),
+        rowsum=one_of("unrounded", "rounded"),
         accumulate=one_of("fp32", "tf32", "fp22"),
         summation=one_of("hardware", "truncated"),
         output=one_of("input", "fp32"),

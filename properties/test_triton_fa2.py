@@ -109,12 +109,12 @@ def test_five_hundred_problems_compile_fewer_than_forty_kernels(monkeypatch: pyt
 
     def launched(self, function, kind, loads, stores, others, flags=0, **constants):
         compiled.add((function, self.kind, self.q.dtype, self.dim, *constants.items()))
-        compiled.update({("dO * out", self.q.dtype)} if kind == "rows" else ())
+        compiled.update({("dO * out", self.q.dtype, self.plain)} if kind == "rows" else ())
 
     monkeypatch.setattr(triton_launch.Launch, "run", launched)
     monkeypatch.setattr(triton_launch, "INTERPRET", False)
     monkeypatch.setattr(triton_launch, "has_tma", lambda device: True)
-    monkeypatch.setattr(backward, "_rows", collections.defaultdict(lambda: lambda *_: None))
+    monkeypatch.setattr(backward, "_rows", collections.defaultdict(lambda: lambda **_: None))
 
     @seed(1)
     @settings(max_examples=500, deadline=None, database=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])

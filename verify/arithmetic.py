@@ -108,8 +108,6 @@ class Arithmetic:
                 raise VerifyError(f"{name}={getattr(self, name)!r}: one of {', '.join(allowed)}")
         if self.spill is not None and min(self.spill) < 1:
             raise VerifyError(f"spill={self.spill!r}: (query rows, keys), each at least 1, or None")
-        if self.quantised and self.quantised.centred and self.rowsum != "rounded":
-            raise VerifyError(f"rowsum={self.rowsum!r}: rounded where V is centred, for its mean to come back whole")
         numbers = {
             "tile": self.tile >= 0,
             "splits": self.splits >= 1,

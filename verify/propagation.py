@@ -50,6 +50,8 @@ class Operands:
     v: Tensor
     q_pair: tuple[Tensor, Tensor]
     k_pair: tuple[Tensor, Tensor]
+    v_mean: Tensor
+    """[B,Hk,1,Dv]: what V lacks in P V and is added to the output, or 0"""
 
     @classmethod
     def of(cls, problem: Problem, inputs: Inputs, arithmetic: Arithmetic) -> Operands | None:
@@ -58,7 +60,7 @@ class Operands:
         if how is None:
             return None
         x, seen = inputs.exact(inputs.q.device), seen_keys(problem.but(mask_as="rule"), inputs.q.device)
-        means = [key_mean(t, seen).double() if how.centred else t.new_zeros(()) for t in (x.k, x.v)]
+        means = [key_mean(t, seen).double() * how.centred for t in (x.k, x.v)]
         pairs = []
         for t, mean in ((x.q, x.q.new_zeros(())), (x.k, means[0])):
             size, moved = (s.norm(dim=-1, keepdim=True) if how.rotated else s.abs() for s in (t, t - mean))
@@ -67,7 +69,7 @@ class Operands:
         q, k = (pair[1].expand(t.shape) for pair, t in zip(pairs, (x.q, x.k), strict=True))
         moved = (x.v - means[1]).abs()
         lost = narrowed(moved.mT, how.format, 1).mT if how.columns else narrowed(moved, how.format, how.rows)
-        return cls(q, k, lost + STEPS * UNIT["fp32"] * (x.v.abs() + moved), pairs[0], pairs[1])
+        return cls(q, k, lost + STEPS * UNIT["fp32"] * (x.v.abs() + moved), pairs[0], pairs[1], means[1])
 
 
 class Rows:
@@ -98,7 +100,10 @@ class Rows:
 
     def _out(self, p_d: Tensor, spread: Tensor) -> Terms:
         b, units = self.block, self.units
-        v, o, u_p = b.v.abs(), b.out.abs(), units.u["probs"]
+        mean = 0.0 if self.operands is None else self.operands.v_mean
+        v, o, u_p = (b.v - mean).abs(), b.out.abs(), units.u["probs"]
+        if self.operands is not None:
+            o = (b.out - self.operands.v_mean.unsqueeze(2)).abs()
         everything = v.sum(-2, keepdim=True).unsqueeze(2)
         hull = (v.amax(-2, keepdim=True) if self.problem.len_k else v.new_zeros(1, 1, 1, 1)).unsqueeze(2)  # [B,Hk,1,1,Dv]
         grow, held_grow = reciprocal(1 - spread), reciprocal(1 - self.eta)
@@ -118,6 +123,8 @@ class Rows:
             terms["merge of splits"] = self._merge() * (mass + total(terms))
         terms["row sum"] = self.eta * (o_size + total(terms))
         terms = {name: part * held_grow for name, part in terms.items()}
+        if self.operands is not None:
+            terms["mean of V"] = STEPS * units.work * (o + total(terms) + self.operands.v_mean.unsqueeze(2).abs())
         units.store(terms, "output", b.out)
         return terms
 

@@ -40,7 +40,10 @@ def seen_keys(problem: Problem, device: torch.device) -> Tensor:
     return seen
 
 
-def key_mean(x: Tensor, seen: Tensor) -> Tensor:
-    """Mean of x [B,H,K,D] over the keys that are seen [B|1,1,K,1]: float32 [B,H,1,D], 0 without any."""
-    total = x.masked_fill(~seen, 0.0).sum(2, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-    return (total / seen.sum(2, keepdim=True).clamp(min=1)).float()
+def key_mean(x: Tensor, seen: Tensor | None) -> Tensor:
+    """Mean of x [B,H,K,D] over the keys that are seen [B|1,1,K,1], None: all: float32 [B,H,1,D], 0 without any."""
+    total = (x if seen is None else x.masked_fill(~seen, 0.0)).sum(
+        2, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)
+    )
+    count = max(1, x.shape[2]) if seen is None else seen.sum(2, keepdim=True).clamp(min=1)
+    return (total / count).float()
