@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from verify.arithmetic import Arithmetic, Quantisation
+from verify.errors import VerifyError
 from verify.kernels.triton_fp8_quantise import ROWS, Quantised, quantise
 from verify.kernels.triton_launch import RUNTIME, Launch, Tiles, checked, descriptor, has_tma, quiet
 from verify.kernels.triton_tiles import (
@@ -36,9 +37,9 @@ from verify.registry import kernel
 
 OFFSET = tl.constexpr(8)
 """P is stored times 2^OFFSET: below e4m3's largest, and 2^-14 of the largest P is still a normal number."""
-BEST = Quantisation("e4m3", ROWS, rotated=True, columns=True, centred=True)
-"""What the bundled kernel declares; what each choice brings is in reports/TABLE3.md."""
-TILES = {64: Tiles(64, 128, 4, 3), 128: Tiles(128, 128, 8, 3), 256: Tiles(128, 128, 8, 2)}
+BEST = Quantisation("e4m3", ROWS, rotated=True, values="columns", centred=True)
+"""What the bundled kernel declares; `verify report` shows what each choice brings."""
+TILES = {64: Tiles(64, 128, 4, 3), 128: Tiles(64, 128, 4, 3), 256: Tiles(128, 128, 8, 2)}
 """By the padded head dim; chosen on an H200."""
 INTERPRETED = Tiles(128, 64)
 
@@ -91,11 +92,12 @@ def _forward(
     tl.store(lse + at, tl.where(empty, float("-inf"), (top - OFFSET) * LN2 + tl.log(total) + moved), mask=inside)
 
 
-class _Launch(Launch):
+class Fp8Launch(Launch):
     """A launch with tiles of its own. The operands are made here, so TMA always loads them."""
 
     @property
     def tiles(self) -> dict[str, dict[int, Tiles]]:
+        """By pass and head dim."""
         return {"forward": TILES}
 
 
@@ -113,11 +115,15 @@ def attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """q [B,H,Q,D], k [B,Hk,K,D], v [B,Hk,K,Dv] in fp16 or bf16, any strides -> out [B,H,Q,Dv], lse float32 [B,H,Q].
 
-    how: what is quantised how; rows: None, 0 or 128. All else as triton_fa2.attention has it. Raises VerifyError for what it
-    cannot compute.
+    how: what is quantised how; rows: None, 0 or 128, and with 128 a scale of V for its head or columns. All else as
+    triton_fa2.attention has it. Raises VerifyError for what it cannot compute.
     """
+    if how.rows not in (None, 0, ROWS) or (how.rows and how.values == "rows"):
+        raise VerifyError(
+            f"triton-fp8: rows={how.rows}, values={how.values!r}: rows None, 0 or {ROWS}; with {ROWS} head or columns"
+        )
     problem = checked("triton-fp8", supports, q, k, v, mask=mask, bias=bias, slopes=slopes)
-    launch = _Launch.of(problem, q, mask, bias, slopes, scale, softcap)
+    launch = Fp8Launch.of(problem, q, mask, bias, slopes, scale, softcap)
     out, lse = launch.room((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=torch.float32)
     if not (out.numel() and k.shape[2]):
         return out.zero_(), lse.fill_(float("-inf"))
@@ -142,7 +148,7 @@ def _seen(problem: Problem, launch: Launch) -> torch.Tensor | None:
 
 def attend(launch: Launch, x: Quantised, out: torch.Tensor, lse: torch.Tensor) -> None:
     """Fill out [B,H,Q,Dv] and lse [B,H,Q] from operands in 8 bits."""
-    tile = INTERPRETED if INTERPRET else TILES[launch.dim]
+    tile = _tile(launch.dim)
     programs, arguments = launch.common(tile, by_keys=False)
     _forward[(programs,)](
         q=descriptor(x.q, tile.rows, launch.dim),
@@ -162,6 +168,10 @@ def attend(launch: Launch, x: Quantised, out: torch.Tensor, lse: torch.Tensor) -
         ROWS=ROWS,
         **arguments,
     )
+
+
+def _tile(dim: int) -> Tiles:
+    return INTERPRETED if INTERPRET else TILES[dim]
 
 
 def chosen(how: Quantisation, softcap: float) -> Quantisation:
@@ -202,6 +212,7 @@ def arithmetic(how: Quantisation) -> Any:
             exp="fused",
             probs=how.format,
             probs_scale=2.0**OFFSET.value,
+            tile=_tile(next(size for size in TILES if max(problem.dim_qk, problem.dim_v) <= size)).keys,
             scores=sums,
             accumulate=sums,
             deterministic=True,
@@ -211,7 +222,8 @@ def arithmetic(how: Quantisation) -> Any:
 
 
 @kernel(name="triton-fp8", arithmetic=arithmetic(BEST), supports=supports)
-def triton_fp8(q, k, v, *, problem, mask, bias, slopes, scale, softcap):
+def triton_fp8(q, k, v, *, problem, mask, bias, slopes, scale, softcap, how=BEST):
     """Masks as rules where the problem leaves the choice and all of them are rules for Triton; `dense` comes as a tensor."""
     rules = problem.mask_as == "rule" and "dense" not in problem.mask.names
-    return attention(q, k, v, mask=problem.mask if rules else mask, bias=bias, slopes=slopes, scale=scale, softcap=softcap)
+    mask = problem.mask if rules else mask
+    return attention(q, k, v, how=how, mask=mask, bias=bias, slopes=slopes, scale=scale, softcap=softcap)

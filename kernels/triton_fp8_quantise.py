@@ -178,7 +178,7 @@ def quantise(
     from_q, from_k = _Operand(q, how, turn, None, None, width), _Operand(k, how, turn, k_mean, flags, width)
     from_v = _Operand(v, how, None, v_mean, flags, width)
     q_scale, k_scale = from_q.scales(over), from_k.scales(over)
-    v_scale = from_v.scales((2,) if how.columns else (0, 1, 2, 3) if how.rows is None else (2, 3))
+    v_scale = from_v.scales({"rows": over, "head": (2, 3), "columns": (2,)}[how.values])
     q8, shift = from_q.narrowed(q_scale, toward=k_mean)
     (k8, _), (v8, _) = from_k.narrowed(k_scale), from_v.narrowed(v_scale, transposed=True)
     by_row = [(scale * norm).expand(*t.shape[:2], -1, 1).squeeze(3).contiguous() for scale, t in ((q_scale, q), (k_scale, k))]

@@ -135,7 +135,7 @@ def quantised(problem: Problem, inputs: Inputs, how: Quantisation) -> tuple[Inpu
     k_mean, v_mean = (key_mean(t, seen).double() * how.centred for t in (x.k, x.v))
     k, v = ((t - mean).masked_fill(~seen, 0.0) for t, mean in ((x.k, k_mean), (x.v, v_mean)))
     turn = _turn(problem.dim_qk, x.q.device) if how.rotated else None
-    v = _scaled(v, how.format, (2,)) if how.columns else _narrowed(v, how)
+    v = _narrowed(v, how) if how.values == "rows" else _scaled(v, how.format, (2,) if how.values == "columns" else (2, 3))
     return Inputs(_narrowed(x.q, how, turn), _narrowed(k, how, turn) + k_mean, v, x.do, x.bias, x.slopes), v_mean
 
 

@@ -202,8 +202,9 @@ def cases(draw: Callable[..., Any], kernel: Kernel, device: str, *, full_mask: b
 QUANTISED = (
     Quantisation(),
     Quantisation("e5m2", 0),
+    Quantisation("e4m3", 4, values="head"),
     Quantisation("e4m3", 3, rotated=True),
-    Quantisation("e4m3", 16, rotated=True, columns=True, centred=True),
+    Quantisation("e4m3", 16, rotated=True, values="columns", centred=True),
 )
 
 

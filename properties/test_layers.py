@@ -29,7 +29,7 @@ TOP = "conventions engine pytest_plugin fuzzing identify recording reporting ben
 MAY_IMPORT = {
     "verify.kernels": {*ORDER[: ORDER.index("registry") + 1], "kernels"},
     "verify.oracles": {*ORDER[: ORDER.index("exact") + 1], "oracles"},
-    "verify.reports": {"records", "measure", "reports"},
+    "verify.reports": {"errors", "records", "measure", "reports"},
     "verify.properties": {
         *ORDER,
         *"engine pytest_plugin cli benching identify recording reporting oracles kernels properties reports".split(),

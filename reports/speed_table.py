@@ -10,24 +10,31 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from verify.reports.markdown import page
+from verify.reports import pages
 
 BASELINE = "sdpa-flash"
 FIGURES = ("ms", "tflops", "rmse")
 
 
-def table(report: dict[str, Any], *, style: box.Box = box.SIMPLE_HEAD) -> Table:
-    """A line for each problem and kernel, forward and backward; style=rich.box.MARKDOWN for a page."""
-    shown = Table(title="speed, beside the error of the same call" if style is not box.MARKDOWN else None, box=style)
-    names = [f"{which} {what}" for which in ("fwd", "bwd") for what in ("TFLOP/s", "x flash", "x best", "RMSE")]
-    for name in ("problem", "kernel", *names):
-        heading = name if style is box.MARKDOWN else name.replace(" ", "\n", 1)
-        shown.add_column(heading, justify="left" if name in ("problem", "kernel") else "right", no_wrap=True)
+HEADINGS = ["problem", "kernel", *(f"{w} {x}" for w in ("fwd", "bwd") for x in ("TFLOP/s", "x flash", "x best", "RMSE"))]
+
+
+def rows(report: dict[str, Any]) -> list[list[str]]:
+    """A line for each problem and kernel, forward and backward."""
+    both = ("forward", "backward")
+    return [[row["problem"], row["kernel"], *(c for w in both for c in _cells(report, row, w))] for row in report["rows"]]
+
+
+def table(report: dict[str, Any]) -> Table:
+    """The table for a terminal."""
+    shown = Table(title="speed, beside the error of the same call", box=box.SIMPLE_HEAD)
+    for name in HEADINGS:
+        left: Any = "left" if name in pages.LEFT else "right"
+        shown.add_column(name.replace(" ", "\n", 1), justify=left, no_wrap=True)
     before = None
-    for row in report["rows"]:
-        cells = [cell for which in ("forward", "backward") for cell in _cells(report, row, which)]
-        shown.add_row(row["problem"] if row["problem"] != before or style is box.MARKDOWN else "", row["kernel"], *cells)
-        before = row["problem"]
+    for problem, *cells in rows(report):
+        shown.add_row(problem if problem != before else "", *cells)
+        before = problem
     return shown
 
 
@@ -41,7 +48,7 @@ def _cells(report: dict[str, Any], row: dict[str, Any], which: str) -> list[str]
     return [f"{own['tflops']:.0f}", *relative, f"{own['rmse']:.2e}"]
 
 
-def footnotes(report: dict[str, Any]) -> str:
+def footnotes(report: dict[str, Any]) -> list[str]:
     """What a figure is, what was not measured and why, and what can change a number."""
     lines = [
         "TFLOP/s: 4 B H N^2 D operations forward, half where causal, 2.5 times that backward, over the median of"
@@ -53,12 +60,12 @@ def footnotes(report: dict[str, Any]) -> str:
     reasons = dict.fromkeys((kernel, which, found["reason"]) for kernel, which, found in measured if "reason" in found)
     lines += [f"not measured: {kernel} {which}: {reason}" for kernel, which, reason in reasons]
     lines += [f"unavailable: {entry['kernel']}: {entry['reason']}" for entry in report["unavailable"]]
-    return "\n".join([*lines, ", ".join(f"{name} {value}" for name, value in report["environment"].items())])
+    return [*lines, ", ".join(f"{name} {value}" for name, value in report["environment"].items())]
 
 
 def write(report: dict[str, Any], folder: Path) -> None:
     """speed.md and speed.csv beside the stored speed.json."""
-    written = page("Speed", table(report, style=box.MARKDOWN), footnotes(report))
+    written = pages.markdown("Speed", HEADINGS, rows(report), footnotes(report))
     (folder / "speed.md").write_text(written, encoding="utf-8")
     with (folder / "speed.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)

@@ -19,21 +19,23 @@ class Quantisation:
     """Q, K and V as the kernel narrows them by itself: each divided by amax / largest of its group and rounded to `format`.
     Keys that no query sees are in no group.
 
-    `rows`: how many rows of one head share a scale; 0 a whole head, None the whole tensor. `columns`: in V, each column of a head
-    has a scale instead. `rotated`: Q and K are first padded to a power of two of columns and multiplied by signs times Hadamard
-    (verify/quantisation.py). `centred`: K and V are first freed of their mean over the keys of a head; V's is added to the
-    output, K's to the LSE (out does not depend on it: SageAttention, arXiv 2410.02367, section 4.2).
+    `rows`: how many rows of one head share a scale; 0 a whole head, None the whole tensor. `values`: in V, as `rows` says, or a
+    `head`, or each of its `columns`. `rotated`: Q and K are first padded to a power of two of columns and multiplied by signs
+    times Hadamard (verify/quantisation.py). `centred`: K and V are first freed of their mean over the keys of a head; V's is added
+    to the output, K's to the LSE (out does not depend on it: SageAttention, arXiv 2410.02367, section 4.2).
     """
 
     format: str = "e4m3"
     rows: int | None = None
     rotated: bool = False
-    columns: bool = False
+    values: str = "rows"
     centred: bool = False
 
     def __post_init__(self) -> None:
         if self.format not in ("e4m3", "e5m2"):
             raise VerifyError(f"quantisation format={self.format!r}: e4m3 or e5m2")
+        if self.values not in ("rows", "head", "columns"):
+            raise VerifyError(f"quantisation values={self.values!r}: rows, head or columns share a scale of V")
         if self.rows is not None and self.rows < 0:
             raise VerifyError(f"quantisation rows={self.rows}: rows of a head that share a scale, 0 for all, None for the tensor")
 

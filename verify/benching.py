@@ -71,7 +71,7 @@ def run_bench(
                 path.write_text(json.dumps(report, indent=1), encoding="utf-8")
     speed_table.write(report, out)
     console.print(speed_table.table(report))
-    console.print(speed_table.footnotes(report), markup=False)
+    console.print("\n".join(speed_table.footnotes(report)), markup=False)
     console.print(f"written: {out}/speed.json, .md, .csv{speed_table.plot(report, out)}", markup=False)
 
 

@@ -151,23 +151,40 @@ def masks(len_q: Annotated[int, typer.Option(min=1)] = 4, len_k: Annotated[int, 
 
 @app.command()
 def report(
+    *,
     draws: Annotated[
-        int | None, typer.Option(min=1, help="draws of the inputs, the same for every row; default 4, on the CPU 2")
+        int | None, typer.Option(min=1, help="draws of the inputs, the same for every row; default by table")
     ] = None,
-    problem: Annotated[str | None, typer.Option(help="a problem id; default: B1 H16 N8192 D128, on the CPU reduced")] = None,
-    recipe: Annotated[str, typer.Option(help="the inputs")] = "outliers(0.001,10)",
+    problem: Annotated[str | None, typer.Option(help="one problem's table instead of the report")] = None,
+    recipe: Annotated[str, typer.Option(help="the inputs of that problem")] = "outliers(0.001,10)",
+    section: Annotated[list[str] | None, typer.Option(help="only this table of the report; may be repeated")] = None,
     kernel: Annotated[list[str] | None, typer.Option(help="only this kernel (name or file); may be repeated")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="fp16, bf16, fp32; may be repeated")] = None,
-    out: Annotated[Path, typer.Option(help="folder for table.md, table.csv and table.json")] = Path("verify-report"),
+    stored: Annotated[Path | None, typer.Option("--from", help="a table.json: measure nothing, write its tables again")] = None,
+    compare: Annotated[tuple[Path, Path] | None, typer.Option(help="OLD.json NEW.json: what moved between two reports")] = None,
+    out: Annotated[Path, typer.Option(help="folder for table.md, .tex, .csv, .json and plots")] = Path("verify-report"),
     device: Device = None,
 ) -> None:
-    """Regenerate the RMSE table: total = input rounding + kernel arithmetic, beside what the declared arithmetic predicts."""
+    """Regenerate the RMSE tables: total = input rounding + kernel arithmetic, beside what the declared arithmetic predicts."""
+    if compare is not None or stored is not None:
+        return _stored_report(stored, compare, out)
     from verify.reporting import run_report
 
-    device = environment.prepare(device)
-    run_report(
-        device, problem=problem, recipe=recipe, targets=kernel or [], dtypes=dtype or [], draws=draws, out=out, console=console
-    )
+    chosen: dict[str, Any] = {"targets": kernel or [], "dtypes": dtype or [], "sections": section or [], "draws": draws}
+    run_report(environment.prepare(device), problem=problem, recipe=recipe, **chosen, out=out, console=console)
+
+
+def _stored_report(path: Path | None, compare: tuple[Path, Path] | None, out: Path) -> None:
+    """What needs neither a GPU nor torch."""
+    from verify.reports import comparison, rmse_pages, stored
+
+    if compare is not None:
+        old, new = (stored.load(file, rmse_table.SCHEMA) for file in compare)
+        console.print(comparison.table(old, new))
+        for line in comparison.only_in_one(old, new):
+            console.print(line, markup=False)
+    if path is not None:
+        rmse_pages.show(stored.load(path, rmse_table.SCHEMA), out, console)
 
 
 @app.command()

@@ -68,7 +68,8 @@ class Operands:
             pairs.append((size, narrowed(moved, how.format, how.rows, columns=columns) + STEPS * UNIT["fp32"] * (size + moved)))
         q, k = (pair[1].expand(t.shape) for pair, t in zip(pairs, (x.q, x.k), strict=True))
         moved = (x.v - means[1]).abs()
-        lost = narrowed(moved.mT, how.format, 1).mT if how.columns else narrowed(moved, how.format, how.rows)
+        by_column, rows = how.values == "columns", 0 if how.values == "head" else how.rows
+        lost = narrowed(moved.mT, how.format, 1).mT if by_column else narrowed(moved, how.format, rows)
         return cls(q, k, lost + STEPS * UNIT["fp32"] * (x.v.abs() + moved), pairs[0], pairs[1], means[1])
 
 

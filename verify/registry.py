@@ -145,12 +145,13 @@ def _origin(fn: Callable[..., Any]) -> str:
     return f"{code.co_filename}:{code.co_firstlineno}" if code else repr(fn)
 
 
-def load_bundled() -> None:
-    """Register the bundled kernels and those of installed packages (entry points in the group `attention_verify.kernels`).
+def load_bundled(*also: str) -> None:
+    """Register the bundled kernels, those of `also` (other files of kernels/) and those of installed packages (entry points in
+    the group `attention_verify.kernels`).
 
     One that cannot be imported is listed in UNAVAILABLE with the reason.
     """
-    for stem in BUNDLED:
+    for stem in (*BUNDLED, *also):
         _attempt(stem.replace("_", "-"), functools.partial(importlib.import_module, f"verify.kernels.{stem}"))
     for entry in importlib.metadata.entry_points(group="attention_verify.kernels"):
         _attempt(entry.name, entry.load)

@@ -1,40 +1,82 @@
-"""`verify report`: measure every kernel's RMSE on the same draws, split into input rounding and kernel arithmetic.
+"""`verify report`: measure every kernel's RMSE on the same draws, split into input rounding, quantisation and own arithmetic.
 
-total              kernel's out against exact attention of the unrounded inputs (what FlashAttention-3's Table 3 prints)
-input rounding     exact attention of the rounded inputs against exact attention of the unrounded ones
-kernel arithmetic  kernel's out against exact attention of the rounded inputs
-expected           the emulation of the kernel's declared arithmetic against exact attention of the rounded inputs
+total              kernel's result against exact attention of the unrounded inputs (what FlashAttention-3's Table 3 prints)
+input              exact attention of the values that the kernel multiplies (rounded, quantised) against that of the unrounded
+kernel arithmetic  kernel's result against exact attention of the values that it multiplies
+expected           the emulation of the kernel's declared arithmetic against the same
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import Progress
+from torch import Tensor
 
 from verify import environment, registry
-from verify.arithmetic import Arithmetic
-from verify.case import Case
+from verify.arithmetic import Arithmetic, Quantisation
+from verify.case import Case, Inputs
 from verify.errors import VerifyError
 from verify.exact import Exact
 from verify.finding import Finding
 from verify.guard import call
 from verify.measure import measure
 from verify.oracles import dense, rounded
+from verify.oracles.formats import dequantised
 from verify.problem import Problem
 from verify.recipes import Recipe
-from verify.reports import rmse_table
+from verify.registry import Kernel
+from verify.reports import rmse_pages, rmse_table, stored
 
-PAPER_SHAPE = "b1.h16.q8192.k8192.d128.fp16.full"
-REDUCED = "b1.h2.q512.k512.d128.fp16.full"
-DRAWS = {"cuda": 4, "cpu": 2}
 DTYPES = ("fp16", "bf16")
+ALSO = ("fp8_choices", "fa3_wheel")
+"""Kernels of the report beside the bundled ones: each choice of quantisation by itself, other people's."""
+EMULATED = 4
+"""Draws of which the expected error is worked out: an emulation costs ten times as much as all else."""
+AHEAD = 4
+"""Draws that are made while the GPU measures others."""
+Figures = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Section:
+    """One table: problems (their dtype is replaced by each of DTYPES) and recipes, crossed."""
+
+    name: str
+    title: str
+    problems: tuple[str, ...]
+    recipes: tuple[str, ...] = ("outliers(0.001,10)",)
+    draws: int = 4
+
+
+def _sections(heads: int, length: int, draws: int, few: int) -> tuple[Section, ...]:
+    """The report of so many heads and such a length: FlashAttention-3's Table 3, and what it does not show."""
+    half = length // 4
+    shape = f"b1.h{heads}.q{{0}}.k{{0}}.d{{1}}.fp16.{{2}}".format
+    lengths = [length >> n for n in range(4, 0, -1)]
+    inputs = ("normal", "uniform", "one_sign", "sink", "hot_channel", "shift(90)", "rising")
+    return (
+        Section("table3", "FlashAttention-3's Table 3: RMSE of out", (shape(length, 128, "full"),), draws=draws),
+        Section("lengths", "RMSE of out by length", tuple(shape(n, 128, "full") for n in lengths), draws=few),
+        Section(
+            "shapes",
+            "RMSE of out by head dim and mask",
+            (shape(half, 64, "full"), shape(half, 256, "full"), shape(half, 128, "causal_lower_right")),
+            draws=few,
+        ),
+        Section("inputs", "RMSE of out by inputs", (shape(half, 128, "full"),), inputs, draws=few),
+        Section(
+            "gradients", "RMSE of dq, dk, dv", (shape(half, 128, "full.grads"),), ("normal", "outliers(0.001,10)"), draws=few
+        ),
+    )
+
+
+SECTIONS = {"cuda": _sections(16, 8192, 32, 4), "cpu": _sections(2, 512, 2, 1)}
 
 
 def run_report(
@@ -44,99 +86,132 @@ def run_report(
     recipe: str,
     targets: list[str],
     dtypes: list[str],
+    sections: list[str],
     draws: int | None,
     out: Path,
     console: Console,
 ) -> None:
-    """Measure, print the table and write table.md, table.csv, table.json below `out`.
+    """Measure, print the tables and write table.md, .tex, .csv, .json and plots below `out`.
 
-    Raises VerifyError for a bad id, an unknown kernel or a folder that cannot be written, before anything is measured.
+    Raises VerifyError for a bad id, an unknown kernel or section or a folder that cannot be written, before anything is measured.
     """
-    shape, family = Problem.parse(problem or (PAPER_SHAPE if device == "cuda" else REDUCED)), Recipe.parse(recipe)
-    wanted = dtypes or list(DTYPES if problem is None else (shape.dtype,))
-    problems = [shape.but(dtype=name) for name in wanted]
-    registry.load_bundled()
+    chosen = (
+        [Section("problem", f"RMSE of {problem}", (str(Problem.parse(problem)),), (str(Recipe.parse(recipe)),))]
+        if problem
+        else []
+    )
+    chosen = chosen or _named(SECTIONS[device], sections)
+    wanted = dtypes or ([Problem.parse(problem).dtype] if problem else list(DTYPES))
+    registry.load_bundled(*ALSO)
     kernels = [k for t in targets for k in registry.find(t)] or list(registry.REGISTRY.values())
     path = writable(out / "table.json")
     report: dict[str, Any] = {
-        "schema": 1,
-        "problem": str(shape),
-        "recipe": str(family),
-        "draws": draws or DRAWS[device],
+        "schema": rmse_table.SCHEMA,
         "reduced": problem is None and device == "cpu",
         "environment": environment.describe(device),
-        "rows": [],
         "unsupported": [
             {"kernel": name, "dtype": "", "reason": reason} for name, reason in registry.UNAVAILABLE.items() if not targets
         ],
+        "sections": [{"name": s.name, "title": s.title, "rows": []} for s in chosen],
     }
-    _measure(report, Case(shape, family), problems, kernels, device, path, console)
-    rmse_table.write(report, out)
-    console.print(rmse_table.table(report))
-    console.print(rmse_table.footnotes(report), markup=False)
-    console.print(f"written: {', '.join(str(out / f'table.{suffix}') for suffix in ('md', 'csv', 'json'))}", markup=False)
-
-
-def _measure(
-    report: dict[str, Any],
-    case: Case,
-    problems: list[Problem],
-    kernels: list[registry.Kernel],
-    device: str,
-    path: Path,
-    console: Console,
-) -> None:
-    """Fill in the report's rows, a draw at a time, and store it after every figure."""
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    chosen = [replace(s, draws=draws or s.draws) for s in chosen]
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("measuring", total=report["draws"] * len(problems) * len(kernels))
-        for seed in range(report["draws"]):
-            for name, dtype, figures in _draw(replace(case, seed=seed), problems, kernels, device):
-                progress.update(task, advance=1, description=f"draw {seed}: {name} {dtype}")
+        steps = [len(s.problems) * len(s.recipes) * s.draws for s in chosen]
+        task = progress.add_task("measuring", total=sum(steps))
+        for section, place in zip(chosen, report["sections"], strict=True):
+            for label in _fill(report, place["rows"], section, wanted, kernels, device):
+                progress.update(task, advance=1, description=f"{section.name}: {label}")
+                stored.save(report, path)
+    rmse_pages.show(report, out, console)
+
+
+def _named(sections: tuple[Section, ...], names: list[str]) -> list[Section]:
+    known = {s.name: s for s in sections}
+    if wrong := [name for name in names if name not in known]:
+        raise VerifyError(f"section {wrong[0]!r} is unknown: one of {', '.join(known)}")
+    return [known[name] for name in names] or list(sections)
+
+
+def _fill(
+    report: dict[str, Any], rows: list[dict[str, Any]], section: Section, dtypes: list[str], kernels: list[Kernel], device: str
+) -> Iterator[str]:
+    """Append the figures of a section to its rows, a draw at a time; what was just measured is given back."""
+    found: dict[tuple[str, ...], dict[str, Any]] = {}
+    shapes = [(Problem.parse(p), Recipe.parse(r)) for p in section.problems for r in section.recipes]
+    for shape, recipe in shapes:
+        problems = [shape.but(dtype=dtype) for dtype in dtypes]
+        for seed, drawn in enumerate(_drawn(shape, recipe, section.draws)):
+            inputs = drawn.map(lambda t: t.to(device))
+            for kernel, problem, tensor, figures in _measured(inputs, problems, kernels, device, emulated=seed < EMULATED):
                 if isinstance(figures, str):
-                    reason = {"kernel": name, "dtype": dtype, "reason": figures}
+                    reason = {"kernel": kernel, "dtype": problem.dtype, "reason": figures}
                     report["unsupported"] += [reason] if reason not in report["unsupported"] else []
-                else:
-                    row = rows.setdefault((name, dtype), {"kernel": name, "dtype": dtype, "draws": []})
-                    row["draws"].append(figures)
-                report["rows"] = list(rows.values())
-                path.write_text(json.dumps(report, indent=1), encoding="utf-8")
+                    continue
+                key = (kernel, str(problem), str(recipe), tensor)
+                if key not in found:
+                    names = ("kernel", "problem", "recipe", "tensor")
+                    found[key] = dict(zip(names, key, strict=True)) | {"dtype": problem.dtype, "draws": []}
+                    rows.append(found[key])
+                found[key]["draws"].append(figures)
+            yield f"{shape}/{recipe}, draw {seed + 1} of {section.draws}"
+    rows.sort(key=lambda row: dtypes.index(row["dtype"]))
 
 
-def _draw(
-    case: Case, problems: list[Problem], kernels: list[registry.Kernel], device: str
-) -> Iterator[tuple[str, str, dict[str, float] | str]]:
-    """(kernel, dtype, its figures on this draw, or why there are none)"""
-    wide = case.problem.but(dtype="fp64")
-    drawn = case.draw().map(lambda t: t.to(device))
-    unrounded = dense.exact(wide, drawn).out
+def _drawn(shape: Problem, recipe: Recipe, draws: int) -> Iterator[Inputs]:
+    """The unrounded inputs of each draw; a few are made ahead, by threads (NumPy's generators let go of the interpreter)."""
+    with ThreadPoolExecutor(AHEAD) as pool:
+        waiting = [pool.submit(Case(shape, recipe, seed).draw) for seed in range(min(AHEAD, draws))]
+        for seed in range(draws):
+            if seed + AHEAD < draws:
+                waiting.append(pool.submit(Case(shape, recipe, seed + AHEAD).draw))
+            yield waiting.pop(0).result()
+
+
+def _measured(
+    drawn: Inputs, problems: list[Problem], kernels: list[Kernel], device: str, *, emulated: bool
+) -> Iterator[tuple[str, Problem, str, Figures | str]]:
+    """(kernel, problem, tensor, its figures on this draw; or why there are none)"""
+    unrounded = dense.exact(problems[0].but(dtype="fp64"), drawn)
     for problem in problems:
         inputs = drawn.rounded(problem.dtype)
-        exact = dense.exact(problem, inputs)
-        emulated: dict[Arithmetic, Exact] = {}
+        exact: dict[Quantisation | None, tuple[Exact, Figures]] = {}
+        honest: dict[Arithmetic, Exact] = {}
         for kernel in kernels:
-            reason = kernel.unsupported(problem, device)
-            if reason:
-                yield kernel.name, problem.dtype, reason
+            if reason := kernel.unsupported(problem, device):
+                yield kernel.name, problem, "", reason
                 continue
             arithmetic = replace(kernel.numerics(problem, device), summation="nearest")  # ten times as fast, the same RMSE
-            if arithmetic not in emulated:
-                emulated[arithmetic] = rounded.emulate(problem, inputs, arithmetic)
+            how = arithmetic.quantised
+            if how not in exact:
+                multiplied = dequantised(problem, inputs, how) if how else inputs
+                answer = dense.exact(problem, multiplied)
+                exact[how] = answer, {n: measure(t, getattr(unrounded, n)).rmse for n, t in _tensors(problem, answer).items()}
+            if emulated and arithmetic not in honest:
+                honest[arithmetic] = rounded.emulate(problem, inputs, arithmetic)
             try:
-                result = call(kernel, problem, inputs).out
+                result = call(kernel, problem, inputs)
             except Finding as finding:
-                yield kernel.name, problem.dtype, finding.sentence
+                yield kernel.name, problem, "", finding.sentence
                 continue
-            yield kernel.name, problem.dtype, _figures(result, unrounded, exact.out, emulated[arithmetic].out)
+            reference, rounding = exact[how]
+            for name, got in _tensors(problem, result).items():
+                figures = _figures(got, getattr(unrounded, name), getattr(reference, name)) | {"input": rounding[name]}
+                if emulated:
+                    figures["expected"] = measure(getattr(honest[arithmetic], name), getattr(reference, name)).rmse
+                yield kernel.name, problem, name, figures
 
 
-def _figures(out: torch.Tensor, unrounded: torch.Tensor, exact: torch.Tensor, emulated: torch.Tensor) -> dict[str, float]:
-    own = measure(out, exact)
+def _tensors(problem: Problem, result: Any) -> dict[str, Tensor]:
+    """What a problem is reported by."""
+    names = ("dq", "dk", "dv") if problem.grads else ("out",)
+    return {name: getattr(result, name) for name in names if getattr(result, name) is not None}
+
+
+def _figures(got: Tensor, unrounded: Tensor, reference: Tensor) -> Figures:
+    own = measure(got, reference)
     return {
-        "total": measure(out, unrounded).rmse,
-        "input": measure(exact, unrounded).rmse,
+        "total": measure(got, unrounded).rmse,
         "arithmetic": own.rmse,
-        "expected": measure(emulated, exact).rmse,
         "alpha": own.alpha,
         "bias": own.bias,
         "max": own.max_abs,

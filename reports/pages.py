@@ -1,0 +1,28 @@
+"""A table and its footnotes as a page of markdown or LaTeX (booktabs)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tabulate import tabulate
+
+LEFT = ("kernel", "inputs", "tensor", "problem")
+"""Columns of words."""
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], style: str) -> str:
+    align = ["left" if name in LEFT else "right" for name in headings]
+    return tabulate(rows, headings, tablefmt=style, colalign=align if rows else None, disable_numparse=True)
+
+
+def markdown(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> str:
+    """A heading, the table, a list of notes."""
+    listed = "".join(f"- {note}\n" for note in notes)
+    return f"## {title}\n\n{_table(headings, rows, 'pipe')}\n" + (f"\n{listed}" if listed else "")
+
+
+def latex(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table environment with a caption."""
+    caption = title.replace("_", r"\_").replace("%", r"\%").replace("#", r"\#").replace("&", r"\&")
+    body = _table(headings, rows, "latex_booktabs")
+    return f"\\begin{{table}}\n\\centering\n\\caption{{{caption}}}\n{body}\n\\end{{table}}\n"
