@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -122,20 +121,6 @@ def test_ctrl_c_keeps_what_was_measured(folder: Path) -> None:
     assert "interrupted; what follows was measured before" in output, error
     assert "no finding in" in output
     assert sum(1 for _ in read(folder / "cut")) >= 20
-
-
-def test_report_writes_its_three_files(folder: Path) -> None:
-    made = command(
-        folder, "report", "--problem", "b1.h2.q40.k40.d16.fp16.full", "--draws", "2", "--kernel", "naive", "--kernel", "sdpa-math"
-    )
-    assert made.returncode == 0, made.stderr
-    stored = json.loads((folder / "verify-report" / "table.json").read_text())
-    assert [(row["kernel"], len(row["draws"])) for row in stored["rows"]] == [("naive", 2), ("sdpa-math", 2)]
-    for row in stored["rows"]:
-        for draw in row["draws"]:
-            assert abs(draw["input"] - draw["arithmetic"]) <= draw["total"] <= draw["input"] + draw["arithmetic"]
-    assert (folder / "verify-report" / "table.md").read_text().count("\n|") == 4
-    assert len((folder / "verify-report" / "table.csv").read_text().splitlines()) == 1 + 4
 
 
 def test_masks_and_kernels_are_listed(folder: Path) -> None:

@@ -138,7 +138,7 @@ def test_v_of_ones_gives_ones_to_the_rounding_of_p(how: Quantisation) -> None:
 
 
 def test_a_query_of_zeros_gives_the_mean_of_what_it_sees() -> None:
-    """P is 1 for every visible key and V's small integers are exact in e4m3, and so is their sum: it shows which keys were seen."""
+    """P is 1 for every visible key, and V's small integers are exact in e4m3, as is their sum: it shows which keys were seen."""
     case = Case.parse("b2.h2.q70.k200.d64.bf16.causal_lower_right&padding(180,3)/normal#1")
     x, p = case.inputs(DEVICE), case.problem
     v = torch.randint(-7, 8, x.v.shape, generator=torch.Generator().manual_seed(1)).to(x.v)

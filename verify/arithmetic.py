@@ -21,8 +21,8 @@ class Quantisation:
 
     `rows`: how many rows of one head share a scale; 0 a whole head, None the whole tensor. `values`: in V, as `rows` says, or a
     `head`, or each of its `columns`. `rotated`: Q and K are first padded to a power of two of columns and multiplied by signs
-    times Hadamard (verify/quantisation.py). `centred`: K and V are first freed of their mean over the keys of a head; V's is added
-    to the output, K's to the LSE (out does not depend on it: SageAttention, arXiv 2410.02367, section 4.2).
+    times Hadamard (verify/quantisation.py). `centred`: K and V are first freed of their mean over the keys of a head; V's is
+    added to the output, K's to the LSE (out does not depend on it: SageAttention, arXiv 2410.02367, section 4.2).
     """
 
     format: str = "e4m3"

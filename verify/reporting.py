@@ -76,7 +76,7 @@ def _sections(heads: int, length: int, draws: int, few: int) -> tuple[Section, .
     )
 
 
-SECTIONS = {"cuda": _sections(16, 8192, 32, 4), "cpu": _sections(2, 512, 2, 1)}
+SECTIONS = {"cuda": _sections(16, 8192, 32, 4), "cpu": _sections(1, 512, 2, 1)}
 
 
 def run_report(
