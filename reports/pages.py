@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from tabulate import tabulate
 
+WIDTH = 170
+"""Columns of a terminal that the widest table needs."""
 LEFT = ("kernel", "inputs", "tensor", "problem")
 """Columns of words."""
 

@@ -9,8 +9,8 @@ from typing import Any
 from rich.console import Console
 
 from verify.errors import VerifyError
-from verify.reports import pages, rmse_plot
-from verify.reports.rmse_table import cells, footnotes, table, title
+from verify.reports import comparison, pages, rmse_plot, stored
+from verify.reports.rmse_table import SCHEMA, cells, footnotes, table, title
 
 
 def show(report: dict[str, Any], folder: Path, console: Console) -> None:
@@ -33,6 +33,16 @@ def show(report: dict[str, Any], folder: Path, console: Console) -> None:
     console.print(f"written: {', '.join(str(folder / f'table.{kind}') for kind in ('md', 'tex', 'csv'))}{plots}", markup=False)
     if others := [section["title"] for section in sections[1:]]:
         console.print(f"there, too: {'; '.join(others)}", markup=False)
+
+
+def from_stored(path: Path | None, compare: tuple[Path, Path] | None, folder: Path, console: Console) -> None:
+    """Compare two stored reports; render one. Raises VerifyError for a file that is no report of this version."""
+    if compare is not None:
+        old, new = (stored.load(file, SCHEMA) for file in compare)
+        console.print(comparison.table(old, new))
+        console.print("\n".join(comparison.only_in_one(old, new)), markup=False)
+    if path is not None:
+        show(stored.load(path, SCHEMA), folder, console)
 
 
 def _write(report: dict[str, Any], sections: list[dict[str, Any]], folder: Path) -> None:

@@ -16,8 +16,6 @@ from scipy import stats
 from verify.reports import pages
 
 SCHEMA = 2
-WIDTH = 170
-"""Columns that the widest table needs."""
 CONFIDENCE = 0.95
 PAPER = {
     "naive": ("baseline FP16", 3.2e-4),

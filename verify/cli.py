@@ -15,7 +15,7 @@ from rich.table import Table
 
 from verify import environment
 from verify.errors import VerifyError
-from verify.reports import rmse_table
+from verify.reports.pages import WIDTH
 
 app = typer.Typer(
     add_completion=False,
@@ -24,8 +24,8 @@ app = typer.Typer(
     help="Decide whether an attention kernel is right.",
 )
 console = Console(highlight=False)
-if console.width < rmse_table.WIDTH:  # a narrow terminal or a pipe: long lines wrap there, cells must not be cut
-    console = Console(highlight=False, width=rmse_table.WIDTH)
+if console.width < WIDTH:  # a narrow terminal or a pipe: long lines wrap there, cells must not be cut
+    console = Console(highlight=False, width=WIDTH)
 
 Target = Annotated[str, typer.Argument(help="a kernel's name, path/to/file.py or path/to/file.py::name")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is a GPU")]
@@ -167,24 +167,13 @@ def report(
 ) -> None:
     """Regenerate the RMSE tables: total = input rounding + kernel arithmetic, beside what the declared arithmetic predicts."""
     if compare is not None or stored is not None:
-        return _stored_report(stored, compare, out)
+        from verify.reports import rmse_pages
+
+        return rmse_pages.from_stored(stored, compare, out, console)
     from verify.reporting import run_report
 
     chosen: dict[str, Any] = {"targets": kernel or [], "dtypes": dtype or [], "sections": section or [], "draws": draws}
     run_report(environment.prepare(device), problem=problem, recipe=recipe, **chosen, out=out, console=console)
-
-
-def _stored_report(path: Path | None, compare: tuple[Path, Path] | None, out: Path) -> None:
-    """What needs neither a GPU nor torch."""
-    from verify.reports import comparison, rmse_pages, stored
-
-    if compare is not None:
-        old, new = (stored.load(file, rmse_table.SCHEMA) for file in compare)
-        console.print(comparison.table(old, new))
-        for line in comparison.only_in_one(old, new):
-            console.print(line, markup=False)
-    if path is not None:
-        rmse_pages.show(stored.load(path, rmse_table.SCHEMA), out, console)
 
 
 @app.command()
