@@ -6,6 +6,7 @@ import os
 import random
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -152,9 +153,7 @@ def masks(len_q: Annotated[int, typer.Option(min=1)] = 4, len_k: Annotated[int, 
 @app.command()
 def report(
     *,
-    draws: Annotated[
-        int | None, typer.Option(min=1, help="draws of the inputs, the same for every row; default by table")
-    ] = None,
+    draws: Annotated[int | None, typer.Option(min=1, help="draws, the same for every row; default by table")] = None,
     problem: Annotated[str | None, typer.Option(help="one problem's table instead of the report")] = None,
     recipe: Annotated[str, typer.Option(help="the inputs of that problem")] = "outliers(0.001,10)",
     section: Annotated[list[str] | None, typer.Option(help="only this table of the report; may be repeated")] = None,
@@ -167,9 +166,7 @@ def report(
 ) -> None:
     """Regenerate the RMSE tables: total = input rounding + kernel arithmetic, beside what the declared arithmetic predicts."""
     if compare is not None or stored is not None:
-        from verify.reports import rmse_pages
-
-        return rmse_pages.from_stored(stored, compare, out, console)
+        return import_module("verify.reports.rmse_pages").from_stored(stored, compare, out, console)
     from verify.reporting import run_report
 
     chosen: dict[str, Any] = {"targets": kernel or [], "dtypes": dtype or [], "sections": section or [], "draws": draws}
