@@ -157,14 +157,14 @@ def gradients(
     if q.numel() and v.numel():
         delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
         loads = {name: launch.operand(t) for name, t in (("q", q), ("do", do), ("k", k), ("v", v))}
-        sums = {"do": loads["do"], "out": launch.operand(out)}
+        sums = {"do": launch.operand(loads["do"], tma=launch.tma), "out": launch.operand(out, tma=launch.tma)}
         blocks = triton.cdiv(len_q, BLOCK_ROWS[0])
         _rows[(blocks * batch * heads,)](
-            **{name: descriptor(t, *BLOCK_ROWS) if launch.plain else t for name, t in sums.items()},
+            **{name: descriptor(t, *BLOCK_ROWS) if launch.tma else t for name, t in sums.items()},
             **strides(sums),
             **{"lse": lse, "dlse": dlse.contiguous(), "delta": delta, "lse2": lse2},
             **{"heads": heads, "blocks": blocks, "len_q": len_q, "dim_v": dim_v},
-            KIND=(WHOLE if launch.plain else GENERAL).value,
+            KIND=(WHOLE if launch.tma else GENERAL).value,
             INTERPRET=INTERPRET,
             BLOCK_M=BLOCK_ROWS[0],
             BLOCK_D=BLOCK_ROWS[1],

@@ -194,6 +194,11 @@ def checked(
     return problem
 
 
+def _room(like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """With rows that TMA can address."""
+    return like.new_empty((*shape[:3], -(-shape[3] // 8) * 8))[..., : shape[3]]
+
+
 class Shape(NamedTuple):
     """The sizes of a call, `group` query heads to a key head, by the names of the kernels' arguments."""
 
@@ -263,18 +268,23 @@ class Launch:
         return next(size for size in sorted(self.tiles["forward"]) if max(self.shape.dim_qk, self.shape.dim_v) <= size)
 
     @functools.cached_property
+    def tma(self) -> bool:
+        """Whether tensors of this dtype are moved by TMA where they can be."""
+        return has_tma(self.q.device) and self.q.dtype != torch.float32
+
+    @functools.cached_property
     def plain(self) -> bool:
         """Whether nothing but rules and a positive scale changes a score, and TMA loads and stores the tensors."""
-        return has_tma(self.q.device) and self.flags == 0 and self.scale > 0 and self.q.dtype != torch.float32
+        return self.tma and self.flags == 0 and self.scale > 0
 
-    def operand(self, t: torch.Tensor) -> torch.Tensor:
-        """The tensor as the kernels load it: a copy where TMA is used and cannot load it."""
-        return self.room(t.shape).copy_(t) if self.plain and not _describable(t) else t
+    def operand(self, t: torch.Tensor, *, tma: bool | None = None) -> torch.Tensor:
+        """The tensor as a kernel that uses TMA (default: where the problem is plain) loads it: a copy where TMA cannot."""
+        used = self.plain if tma is None else tma
+        return _room(t, t.shape).copy_(t) if used and not _describable(t) else t
 
     def room(self, shape: Sequence[int]) -> torch.Tensor:
         """Where a kernel can store: contiguous, or with rows that TMA can address."""
-        columns = -(-shape[3] // 8) * 8 if self.plain else shape[3]
-        return self.q.new_empty((*shape[:3], columns))[..., : shape[3]]
+        return _room(self.q, shape) if self.plain else self.q.new_empty(shape)
 
     @functools.cached_property
     def kind(self) -> int:
