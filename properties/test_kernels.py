@@ -10,7 +10,7 @@ from verify.case import Case
 from verify.engine import Budget, hunt, judge, replay_command
 from verify.properties.laws import PROPERTIES, Property
 from verify.properties.strategies import options
-from verify.pytest_plugin import JUDGED, Run
+from verify.pytest_plugin import JUDGED, PATIENCE, Run
 from verify.records import Record
 
 _started: list[float] = []
@@ -26,7 +26,8 @@ def test_kernel_holds(run: Run, target: str, law: Property, request: pytest.Fixt
         pytest.skip(f"{target}: {why}")
     seconds = config.getoption("--seconds")
     judged = config.getoption("--cases") or (None if seconds else JUDGED[run.device])
-    budget = Budget(judged, None if seconds is None else _share(seconds, request))
+    patience = None if config.getoption("--cases") else PATIENCE
+    budget = Budget(judged, patience if seconds is None else _share(seconds, request))
     result = hunt(kernel, law, run.device, budget=budget, seed=config.getoption("--draw-seed"), record=run.record)
     if result.finding:
         case, finding = result.finding

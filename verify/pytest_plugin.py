@@ -14,7 +14,9 @@ from verify.errors import VerifyError
 from verify.records import Journal, Record, read
 
 JUDGED = {"cpu": 40, "cuda": 60}
-"""Cases judged for each kernel and property in a plain `pytest` run."""
+"""Cases judged for each kernel and property in a plain `pytest` run, ..."""
+PATIENCE = 25.0
+"""... or as many as so many seconds allow: an interpreted kernel is slow. The closing table says how many it were."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
