@@ -36,7 +36,9 @@ from verify.reports import rmse_pages, rmse_table, stored
 DTYPES = ("fp16", "bf16")
 ALSO = ("fp8_choices", "fa3_wheel")
 """Kernels of the report beside the bundled ones: each choice of quantisation by itself, other people's."""
-EMULATED = 4
+CHOICE = "fp8-"
+"""How the names of kernels/fp8_choices.py begin: they are of interest in two tables."""
+EMULATED = 3
 """Draws of which the expected error is worked out: an emulation costs ten times as much as all else."""
 AHEAD = 4
 """Draws that are made while the GPU measures others."""
@@ -45,23 +47,26 @@ Figures = dict[str, float]
 
 @dataclass(frozen=True)
 class Section:
-    """One table: problems (their dtype is replaced by each of DTYPES) and recipes, crossed."""
+    """One table: problems (in each of these dtypes) and recipes, crossed; with each choice of FP8 quantisation, or without."""
 
     name: str
     title: str
     problems: tuple[str, ...]
     recipes: tuple[str, ...] = ("outliers(0.001,10)",)
     draws: int = 4
+    dtypes: tuple[str, ...] = DTYPES
+    choices: bool = False
 
 
 def _sections(heads: int, length: int, draws: int, few: int) -> tuple[Section, ...]:
     """The report of so many heads and such a length: FlashAttention-3's Table 3, and what it does not show."""
     half = length // 4
     shape = f"b1.h{heads}.q{{0}}.k{{0}}.d{{1}}.fp16.{{2}}".format
-    lengths = [length >> n for n in range(4, 0, -1)]
+    lengths, whole = [length >> n for n in range(4, 0, -1)], shape(length, 128, "full")
     inputs = ("normal", "uniform", "one_sign", "sink", "hot_channel", "shift(90)", "rising")
     return (
-        Section("table3", "FlashAttention-3's Table 3: RMSE of out", (shape(length, 128, "full"),), draws=draws),
+        Section("table3", "FlashAttention-3's Table 3: RMSE of out", (whole,), draws=draws, dtypes=("fp16",), choices=True),
+        Section("table3-bf16", "The same on inputs in BF16", (whole,), draws=draws, dtypes=("bf16",)),
         Section("lengths", "RMSE of out by length", tuple(shape(n, 128, "full") for n in lengths), draws=few),
         Section(
             "shapes",
@@ -69,14 +74,14 @@ def _sections(heads: int, length: int, draws: int, few: int) -> tuple[Section, .
             (shape(half, 64, "full"), shape(half, 256, "full"), shape(half, 128, "causal_lower_right")),
             draws=few,
         ),
-        Section("inputs", "RMSE of out by inputs", (shape(half, 128, "full"),), inputs, draws=few),
+        Section("inputs", "RMSE of out by inputs", (shape(half, 128, "full"),), inputs, few, ("fp16",), choices=True),
         Section(
             "gradients", "RMSE of dq, dk, dv", (shape(half, 128, "full.grads"),), ("normal", "outliers(0.001,10)"), draws=few
         ),
     )
 
 
-SECTIONS = {"cuda": _sections(16, 8192, 32, 4), "cpu": _sections(1, 512, 2, 1)}
+SECTIONS = {"cuda": _sections(16, 8192, 32, 2), "cpu": _sections(1, 512, 2, 1)}
 
 
 def run_report(
@@ -95,13 +100,10 @@ def run_report(
 
     Raises VerifyError for a bad id, an unknown kernel or section or a folder that cannot be written, before anything is measured.
     """
-    chosen = (
-        [Section("problem", f"RMSE of {problem}", (str(Problem.parse(problem)),), (str(Recipe.parse(recipe)),))]
-        if problem
-        else []
-    )
-    chosen = chosen or _named(SECTIONS[device], sections)
-    wanted = dtypes or ([Problem.parse(problem).dtype] if problem else list(DTYPES))
+    found = _chosen(SECTIONS[device], problem, recipe, sections)
+    wanted = [
+        replace(s, draws=draws or s.draws, dtypes=tuple(dtypes) or s.dtypes, choices=s.choices or bool(targets)) for s in found
+    ]
     registry.load_bundled(*ALSO)
     kernels = [k for t in targets for k in registry.find(t)] or list(registry.REGISTRY.values())
     path = writable(out / "table.json")
@@ -112,20 +114,23 @@ def run_report(
         "unsupported": [
             {"kernel": name, "dtype": "", "reason": reason} for name, reason in registry.UNAVAILABLE.items() if not targets
         ],
-        "sections": [{"name": s.name, "title": s.title, "rows": []} for s in chosen],
+        "sections": [{"name": s.name, "title": s.title, "rows": []} for s in wanted],
     }
-    chosen = [replace(s, draws=draws or s.draws) for s in chosen]
     with Progress(console=console, transient=True) as progress:
-        steps = [len(s.problems) * len(s.recipes) * s.draws for s in chosen]
+        steps = [len(s.problems) * len(s.recipes) * s.draws for s in wanted]
         task = progress.add_task("measuring", total=sum(steps))
-        for section, place in zip(chosen, report["sections"], strict=True):
-            for label in _fill(report, place["rows"], section, wanted, kernels, device):
+        for section, place in zip(wanted, report["sections"], strict=True):
+            for label in _fill(report, place["rows"], section, kernels, device):
                 progress.update(task, advance=1, description=f"{section.name}: {label}")
                 stored.save(report, path)
     rmse_pages.show(report, out, console)
 
 
-def _named(sections: tuple[Section, ...], names: list[str]) -> list[Section]:
+def _chosen(sections: tuple[Section, ...], problem: str | None, recipe: str, names: list[str]) -> list[Section]:
+    """The one problem that was asked for, or the sections of these names, or all."""
+    if problem is not None:
+        shape, family = Problem.parse(problem), Recipe.parse(recipe)
+        return [Section("problem", f"RMSE of {shape}", (str(shape),), (str(family),), dtypes=(shape.dtype,), choices=True)]
     known = {s.name: s for s in sections}
     if wrong := [name for name in names if name not in known]:
         raise VerifyError(f"section {wrong[0]!r} is unknown: one of {', '.join(known)}")
@@ -133,13 +138,14 @@ def _named(sections: tuple[Section, ...], names: list[str]) -> list[Section]:
 
 
 def _fill(
-    report: dict[str, Any], rows: list[dict[str, Any]], section: Section, dtypes: list[str], kernels: list[Kernel], device: str
+    report: dict[str, Any], rows: list[dict[str, Any]], section: Section, kernels: list[Kernel], device: str
 ) -> Iterator[str]:
     """Append the figures of a section to its rows, a draw at a time; what was just measured is given back."""
     found: dict[tuple[str, ...], dict[str, Any]] = {}
+    kernels = [k for k in kernels if section.choices or not k.name.startswith(CHOICE)]
     shapes = [(Problem.parse(p), Recipe.parse(r)) for p in section.problems for r in section.recipes]
     for shape, recipe in shapes:
-        problems = [shape.but(dtype=dtype) for dtype in dtypes]
+        problems = [shape.but(dtype=dtype) for dtype in section.dtypes]
         for seed, drawn in enumerate(_drawn(shape, recipe, section.draws)):
             inputs = drawn.map(lambda t: t.to(device))
             for kernel, problem, tensor, figures in _measured(inputs, problems, kernels, device, emulated=seed < EMULATED):
@@ -154,7 +160,7 @@ def _fill(
                     rows.append(found[key])
                 found[key]["draws"].append(figures)
             yield f"{shape}/{recipe}, draw {seed + 1} of {section.draws}"
-    rows.sort(key=lambda row: dtypes.index(row["dtype"]))
+    rows.sort(key=lambda row: section.dtypes.index(row["dtype"]))
 
 
 def _drawn(shape: Problem, recipe: Recipe, draws: int) -> Iterator[Inputs]:
