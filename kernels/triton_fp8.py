@@ -149,7 +149,7 @@ def _seen(problem: Problem, launch: Launch) -> torch.Tensor | None:
 def attend(launch: Launch, x: Quantised, out: torch.Tensor, lse: torch.Tensor) -> None:
     """Fill out [B,H,Q,Dv] and lse [B,H,Q] from operands in 8 bits."""
     tile = _tile(launch.dim)
-    programs, arguments = launch.common(tile, by_keys=False)
+    programs, arguments = launch.common(launch.kind, tile, by_keys=False)
     _forward[(programs,)](
         q=descriptor(x.q, tile.rows, launch.dim),
         k=descriptor(x.k, tile.keys, launch.dim),

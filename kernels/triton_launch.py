@@ -46,11 +46,8 @@ TMA = {
 """16-bit formats through TMA, by the padded head dim; chosen on an H200. dK and dV share a pass (`keys`)
 where the registers hold both sums.
 """
-TMA_WHOLE = TMA | {
-    "forward": TMA["forward"] | {64: Tiles(64, 128, 4, 2)},
-    "rows": TMA["rows"] | {64: Tiles(64, 64, 4, 2)},
-}
-"""The same where nothing is hidden."""
+TMA_WHOLE = {"forward": TMA["forward"] | {64: Tiles(64, 128, 4, 2)}, "keys": {128: TMA["keys"][128]}}
+"""Where nothing is hidden, for the passes that are faster with a kernel of their own for it."""
 LARGEST = 128
 """Rows or keys of the largest tile."""
 POINTERS = {
@@ -258,9 +255,13 @@ class Launch:
     @property
     def tiles(self) -> dict[str, dict[int, Tiles]]:
         """Tile sizes by pass and head dim: they depend on neither batch nor lengths nor layouts."""
-        if self.plain:
-            return TMA_WHOLE if self.kind == WHOLE.value else TMA
-        return SINGLE if self.q.dtype == torch.float32 else POINTERS
+        return TMA if self.plain else SINGLE if self.q.dtype == torch.float32 else POINTERS
+
+    def kernel(self, name: str) -> tuple[int, Tiles]:
+        """The kind of kernel of a pass, and its tile."""
+        whole = TMA_WHOLE.get(name, {}).get(self.dim) if self.kind == WHOLE.value else None
+        kind = RULES.value if self.kind == WHOLE.value and whole is None else self.kind
+        return kind, INTERPRETED if INTERPRET else whole or self.tiles[name][self.dim]
 
     @functools.cached_property
     def dim(self) -> int:
@@ -298,7 +299,7 @@ class Launch:
             return [("keys", {"DK": True, "DV": True})]
         return [("dk", {"DK": True, "DV": False}), ("dv", {"DK": False, "DV": True})]
 
-    def common(self, tile: Tiles, *, by_keys: bool, flags: int = 0) -> tuple[int, dict[str, Any]]:
+    def common(self, kind: int, tile: Tiles, *, by_keys: bool, flags: int = 0) -> tuple[int, dict[str, Any]]:
         """(how many programs: one per block of rows, or of keys; the arguments that all kernels of this tile take)"""
         batch, heads, group, len_q, len_k, *_ = self.shape
         table = plan(self.rules, batch, len_q, len_k, tile[:2], self.q.device, by_keys=by_keys)
@@ -321,7 +322,7 @@ class Launch:
             "before": self.scale if linear else math.copysign(1.0, self.scale),
             "factor": LOG2E.value if linear else abs(self.scale) * LOG2E.value,
             "softcap": self.softcap,
-            "KIND": self.kind,
+            "KIND": kind,
             "INTERPRET": INTERPRET,
             "BLOCK_M": tile.rows,
             "BLOCK_N": tile.keys,
@@ -335,17 +336,17 @@ class Launch:
     def run(
         self,
         function: Any,
-        kind: str,
+        name: str,
         loads: dict[str, torch.Tensor],
         stores: dict[str, torch.Tensor],
         others: dict[str, torch.Tensor | float],
         flags: int = 0,
         **constants: bool,
     ) -> None:
-        """Launch `kind`, a program per block of rows or of keys. loads: `operand`s; stores: `room`."""
-        tile = INTERPRETED if INTERPRET else self.tiles[kind][self.dim]
-        programs, arguments = self.common(tile, by_keys=kind in ("keys", "dk", "dv"), flags=flags)
-        rows = {name: tile.keys if name in ("k", "v", "dk", "dv") else tile.rows for name in loads | stores}
+        """Launch the pass `name`, a program per block of rows or of keys. loads: `operand`s; stores: `room`."""
+        kind, tile = self.kernel(name)
+        programs, arguments = self.common(kind, tile, by_keys=name in ("keys", "dk", "dv"), flags=flags)
+        rows = {tensor: tile.keys if tensor in ("k", "v", "dk", "dv") else tile.rows for tensor in loads | stores}
         function[(programs,)](
             **{n: descriptor(t, rows[n], self.dim) if self.plain else t for n, t in (loads | stores).items()},
             **strides(loads),
