@@ -13,14 +13,13 @@ import triton
 import triton.language as tl
 
 from verify.arithmetic import Arithmetic
+from verify.kernels.triton_checks import DTYPES, as_rules, checked, refusal
 from verify.kernels.triton_fa2_backward import gradients
-from verify.kernels.triton_launch import DTYPES, RUNTIME, Launch, checked, quiet
-from verify.kernels.triton_tiles import INTERPRET, LN2, dot, load, nth, power, rounded, scores, store, walk
+from verify.kernels.triton_launch import RUNTIME, Launch, quiet
+from verify.kernels.triton_tiles import LN2, dot, load, nth, power, rounded, scores, store, walk
 from verify.masks import Mask
 from verify.problem import Problem
 from verify.registry import kernel
-
-LARGEST_DIM = 256
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -111,28 +110,10 @@ class _Attention(torch.autograd.Function):
 
 def supports(problem: Problem, device: str) -> str | None:
     """None, or in one sentence why not."""
-    checks = [
-        (problem.dtype not in DTYPES, f"dtype={problem.dtype}: takes {', '.join(DTYPES)}"),
-        (
-            max(problem.dim_qk, problem.dim_v) > LARGEST_DIM,
-            f"dim_qk={problem.dim_qk}, dim_v={problem.dim_v}: at most {LARGEST_DIM}",
-        ),
-        (
-            device == "cpu" and not INTERPRET,
-            "needs Triton's interpreter on the CPU: set TRITON_INTERPRET=1 before importing triton",
-        ),
-        (
-            device == "cpu" and triton.__version__.startswith("3.6."),
-            f"the interpreter of Triton {triton.__version__} cannot count to a number it has loaded: take 3.7 or later, or a GPU",
-        ),
-        (device == "cuda" and INTERPRET, "Triton's interpreter is on: unset TRITON_INTERPRET before importing triton"),
-    ]
-    return next((sentence for wrong, sentence in checks if wrong), None)
+    return refusal(problem, device, tuple(DTYPES))
 
 
 @kernel(name="triton-fa2", arithmetic=Arithmetic(exp="fused", deterministic=True), supports=supports)
 def triton_fa2(q, k, v, *, problem, mask, bias, slopes, scale, softcap):
     """Masks as rules where the problem leaves the choice and all of them are rules for Triton; `dense` comes as a tensor."""
-    rules = problem.mask_as == "rule" and "dense" not in problem.mask.names
-    mask = problem.mask if rules else mask
-    return attention(q, k, v, mask=mask, bias=bias, slopes=slopes, scale=scale, softcap=softcap)
+    return attention(q, k, v, mask=as_rules(problem, mask), bias=bias, slopes=slopes, scale=scale, softcap=softcap)

@@ -14,8 +14,9 @@ import triton.language as tl
 
 from verify.arithmetic import Arithmetic, Quantisation
 from verify.errors import VerifyError
+from verify.kernels.triton_checks import as_rules, checked, refusal
 from verify.kernels.triton_fp8_quantise import ROWS, Quantised, quantise
-from verify.kernels.triton_launch import RUNTIME, Launch, Tiles, checked, descriptor, has_tma, quiet
+from verify.kernels.triton_launch import RUNTIME, Launch, Tiles, descriptor, has_tma, quiet
 from verify.kernels.triton_tiles import (
     GENERAL,
     INTERPRET,
@@ -115,8 +116,8 @@ def attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """q [B,H,Q,D], k [B,Hk,K,D], v [B,Hk,K,Dv] in fp16 or bf16, any strides -> out [B,H,Q,Dv], lse float32 [B,H,Q].
 
-    how: what is quantised how; rows: None, 0 or 128, and with 128 a scale of V for its head or columns. All else as
-    triton_fa2.attention has it. Raises VerifyError for what it cannot compute.
+    how: what is quantised how; rows: None, 0 or 128, and with 128 a scale of V for its head or columns. An infinite or NaN value
+    reaches whoever shares its scale. All else as triton_fa2.attention has it. Raises VerifyError for what it cannot compute.
     """
     if how.rows not in (None, 0, ROWS) or (how.rows and how.values == "rows"):
         raise VerifyError(
@@ -141,8 +142,8 @@ def _seen(problem: Problem, launch: Launch) -> torch.Tensor | None:
     if launch.seen is not None:
         seen = launch.seen.any(2).any(1)[:, None, :, None].expand(-1, -1, problem.len_k, -1)
     if launch.bias is not None:
-        open_ = (launch.bias != float("-inf")).any(2).any(1)[:, None, :, None]
-        seen = open_ if seen is None else seen & open_
+        not_hidden = (launch.bias != float("-inf")).any(2).any(1)[:, None, :, None]
+        seen = not_hidden if seen is None else seen & not_hidden
     return None if seen is None else seen.expand(-1, -1, problem.len_k, -1)
 
 
@@ -181,25 +182,11 @@ def chosen(how: Quantisation, softcap: float) -> Quantisation:
 
 def supports(problem: Problem, device: str) -> str | None:
     """None, or in one sentence why not."""
-    checks = [
-        (problem.dtype not in ("fp16", "bf16"), f"dtype={problem.dtype}: takes fp16, bf16"),
-        (
-            max(problem.dim_qk, problem.dim_v) > max(TILES),
-            f"dim_qk={problem.dim_qk}, dim_v={problem.dim_v}: at most {max(TILES)}",
-        ),
-        (problem.grads, "forward only"),
-        (
-            device == "cpu" and not INTERPRET,
-            "needs Triton's interpreter on the CPU: set TRITON_INTERPRET=1 before importing triton",
-        ),
-        (
-            device == "cpu" and triton.__version__.startswith("3.6."),
-            f"the interpreter of Triton {triton.__version__} cannot count to a number it has loaded: take 3.7 or later, or a GPU",
-        ),
-        (device == "cuda" and INTERPRET, "Triton's interpreter is on: unset TRITON_INTERPRET before importing triton"),
-        (device == "cuda" and not has_tma(torch.device("cuda")), "needs a Hopper GPU: TMA, tensor cores for FP8"),
-    ]
-    return next((sentence for wrong, sentence in checks if wrong), None)
+    if problem.grads:
+        return "forward only"
+    if sentence := refusal(problem, device, ("fp16", "bf16")):
+        return sentence
+    return None if device == "cpu" or has_tma(torch.device(device)) else "needs a Hopper GPU: TMA, tensor cores for FP8"
 
 
 def arithmetic(how: Quantisation) -> Any:
@@ -224,6 +211,5 @@ def arithmetic(how: Quantisation) -> Any:
 @kernel(name="triton-fp8", arithmetic=arithmetic(BEST), supports=supports)
 def triton_fp8(q, k, v, *, problem, mask, bias, slopes, scale, softcap, how=BEST):
     """Masks as rules where the problem leaves the choice and all of them are rules for Triton; `dense` comes as a tensor."""
-    rules = problem.mask_as == "rule" and "dense" not in problem.mask.names
-    mask = problem.mask if rules else mask
+    mask = as_rules(problem, mask)
     return attention(q, k, v, how=how, mask=mask, bias=bias, slopes=slopes, scale=scale, softcap=softcap)

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -12,12 +12,10 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from verify.errors import VerifyError
 from verify.kernels.triton_tiles import BIAS, GENERAL, INTERPRET, LOG2E, MASK, RULES, SLOPES, SOFTCAP, WHOLE
-from verify.masks import FULL, KINDS, Mask
+from verify.masks import KINDS, Mask
 from verify.problem import Problem
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 RUNTIME = [f"{tensor}_{axis}" for tensor in ("q", "k", "v", "do", "out", "mask", "bias") for axis in "bhrc"]
 RUNTIME += "q k v do out dq dk dv dbias mask bias slopes integers terms plan plan_b lse lse2 dlse delta".split()
 RUNTIME += "batch heads group blocks len_q len_k dim_qk dim_v flags".split()
@@ -147,48 +145,6 @@ def _describable(t: torch.Tensor) -> bool:
     strides = [stride * t.itemsize for n, stride in zip(t.shape[:3], t.stride()[:3], strict=True) if n > 1]
     dense = t.stride(3) == 1 or t.shape[3] == 1
     return dense and t.data_ptr() % 16 == 0 and all(stride > 0 and stride % 16 == 0 and stride < 2**40 for stride in strides)
-
-
-def checked(
-    name: str,
-    supports: Callable[[Problem, str], str | None],
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    mask: Mask | torch.Tensor | None,
-    bias: torch.Tensor | None,
-    slopes: torch.Tensor | None,
-) -> Problem:
-    """The problem of these tensors, its mask the rules. Raises VerifyError, naming the value, where they do not belong together
-    or kernel `name` does not support it.
-    """
-    rules = mask if isinstance(mask, Mask) else FULL
-    if "dense" in rules.names:
-        raise VerifyError(f"{name}: mask={mask}: dense is not a rule for Triton; hand it over as a boolean tensor")
-    named = {"q": q, "k": k, "v": v, "mask": None if isinstance(mask, Mask) else mask, "bias": bias, "slopes": slopes}
-    tensors = {tensor: t for tensor, t in named.items() if t is not None}
-    for tensor, t in tensors.items():
-        rank, right = (1 if tensor == "slopes" else 4), {"mask": torch.bool, "slopes": torch.float32}.get(tensor, q.dtype)
-        checks = [
-            (t.dim() != rank, f"{tensor}.shape={[*t.shape]}: {rank} dimensions, not {t.dim()}"),
-            (t.dtype != right, f"{tensor}.dtype={t.dtype}: {right}, as q is {q.dtype}"),
-            (t.device != q.device, f"{tensor}.device={t.device}: all on one device, q is on {q.device}"),
-        ]
-        if sentence := next((sentence for wrong, sentence in checks if wrong), None):
-            raise VerifyError(f"{name}: {sentence}")
-    (batch, heads, len_q, dim_qk), (_, heads_kv, len_k, dim_v) = q.shape, v.shape
-    wanted = {"k": (batch, heads_kv, len_k, dim_qk), "v": (batch, heads_kv, len_k, dim_v), "slopes": (heads,)}
-    for tensor, t in tensors.items():
-        shape = wanted.get(tensor, (batch, heads, len_q, dim_qk if tensor == "q" else len_k))
-        if not all(n == m or (n == 1 and tensor in ("mask", "bias")) for n, m in zip(t.shape, shape, strict=True)):
-            raise VerifyError(f"{name}: {tensor}.shape={[*t.shape]}: {[*shape]}, or 1 where a mask or bias is broadcast")
-    dtype = next((label for label, kind in DTYPES.items() if kind == q.dtype), str(q.dtype))
-    sizes: dict[str, Any] = {"heads_q": heads, "heads_kv": heads_kv, "len_q": len_q, "len_k": len_k}
-    problem = Problem(batch=batch, **sizes, dim_qk=dim_qk, dim_v=dim_v, dtype=dtype, mask=rules)
-    if sentence := supports(problem, q.device.type):
-        raise VerifyError(f"{name}: {sentence}")
-    return problem
 
 
 def _room(like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:

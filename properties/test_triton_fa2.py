@@ -32,8 +32,9 @@ import triton.language as tl
 from verify.kernels import triton_fa2 as fa2
 from verify.kernels import triton_fa2_backward as backward
 from verify.kernels import triton_launch
+from verify.kernels.triton_tiles import INTERPRET
 
-DEVICE = "cpu" if fa2.INTERPRET else "cuda"
+DEVICE = "cpu" if INTERPRET else "cuda"
 
 
 def transposed(t: Tensor) -> Tensor:
@@ -137,7 +138,7 @@ def test_every_kernel_compiles_for_hopper() -> None:
     assert not [line for line in lines if line[8].strip()]
 
 
-@pytest.mark.skipif(fa2.INTERPRET, reason="needs a GPU: nothing is compiled for the interpreter")
+@pytest.mark.skipif(INTERPRET, reason="needs a GPU: nothing is compiled for the interpreter")
 def test_one_kernel_serves_all_problems_of_a_size() -> None:
     """Masks, options, lengths, dims, strides and pointers compile nothing anew: three kinds of three passes, and dO * out."""
     functions = (fa2._forward, backward._rows, backward._by_keys, backward._by_rows)
@@ -157,7 +158,7 @@ def test_one_kernel_serves_all_problems_of_a_size() -> None:
     assert compiled() - before <= 10
 
 
-@pytest.mark.skipif(fa2.INTERPRET, reason="needs a GPU: the interpreter would copy 4 GiB")
+@pytest.mark.skipif(INTERPRET, reason="needs a GPU: the interpreter would copy 4 GiB")
 def test_offsets_beyond_int32() -> None:
     """Batch entries more than 2^31 elements apart."""
     far = 2**31 + 64
@@ -223,7 +224,7 @@ def product(x, y, out, N: tl.constexpr):
     tl.store(out + at, tl.dot(tl.load(x + at), tl.load(y + at)))
 
 
-@pytest.mark.skipif(not fa2.INTERPRET, reason="only Triton's interpreter is wrong, and it is off where there is a GPU")
+@pytest.mark.skipif(not INTERPRET, reason="only Triton's interpreter is wrong, and it is off where there is a GPU")
 def test_the_interpreters_bf16_dot_is_still_wrong() -> None:
     """When this fails, Triton has mended it (wrong in 3.6 to 3.9): take the BF16 detours out of kernels/triton_fa2.py."""
     ones, out = torch.ones(16, 16, dtype=torch.bfloat16), torch.zeros(16, 16)
