@@ -20,6 +20,7 @@ ROWS = [
     {"kernel": "mine", "problem": "b1.h2.q64.k64.d8.bf16.full", "forward": {"ms": 1.0, "tflops": 400.0, "rmse": 2e-3}},
     {"kernel": "theirs", "problem": "b1.h2.q64.k64.d8.bf16.full", "forward": {"reason": "out of memory"}},
 ]
+ROWS[1]["stages"] = {"quantise": 0.2, "attention": 0.8}
 REPORT = {"schema": 1, "repeats": 3, "rows": ROWS, "unavailable": [], "environment": {"device": "a GPU"}}
 
 
@@ -28,6 +29,10 @@ def test_ratios_and_reasons(tmp_path: Path) -> None:
     page = (tmp_path / "speed.md").read_text(encoding="utf-8")
     mine = next(line for line in page.splitlines() if " mine " in line)
     assert [cell.strip() for cell in mine.split("|")[3:7]] == ["400", "2.00", "1.00", "2.00e-03"]
+    assert (
+        "mine, b1.h2.q64.k64.d8.bf16.full: quantise 0.200 ms, attention 0.800 ms, attention alone 500 TFLOP/s, 2.50 x sdpa-flash"
+        in page
+    )
     assert "not measured: theirs forward: out of memory" in page
     with (tmp_path / "speed.csv").open(encoding="utf-8") as file:
         lines = list(csv.DictReader(file))

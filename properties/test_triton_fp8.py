@@ -190,3 +190,13 @@ def test_what_it_cannot_compute_is_said_before_any_launch() -> None:
         fp8.attention(half, half, half, scale=1.0, how=Quantisation("e4m3", 64))
     with pytest.raises(VerifyError, match=r"triton-fp8: k.shape=\[1, 2, 8, 8\]"):
         fp8.attention(half, half[..., :8], half, scale=1.0)
+
+
+def test_its_stages_are_its_parts() -> None:
+    case = Case.parse("b1.h4:2.q70.k150.d64.bf16.causal_lower_right/normal#1")
+    x, p = case.inputs(DEVICE), case.problem
+    nothing = {"mask": None, "bias": None, "slopes": None, "softcap": 0.0}
+    parts = fp8.stages(x.q, x.k, x.v, problem=p, scale=p.softmax_scale, **nothing)
+    assert list(parts) == ["quantise", "attention"]
+    assert torch.equal(parts["quantise"]().q.view(torch.uint8), made(case)[2].q.view(torch.uint8))
+    assert parts["attention"]() is None

@@ -48,6 +48,19 @@ def _cells(report: dict[str, Any], row: dict[str, Any], which: str) -> list[str]
     return [f"{own['tflops']:.0f}", *relative, f"{own['rmse']:.2e}"]
 
 
+def _stages(report: dict[str, Any], row: dict[str, Any]) -> str:
+    """The parts of a forward, in ms; of `attention` also how fast it is."""
+    others = {
+        r["kernel"]: r["forward"]["tflops"] for r in report["rows"] if r["problem"] == row["problem"] and "tflops" in r["forward"]
+    }
+    parts = [f"{name} {ms:.3f} ms" for name, ms in row["stages"].items()]
+    if "attention" in row["stages"]:
+        speed = row["forward"]["tflops"] * row["forward"]["ms"] / row["stages"]["attention"]
+        ratios = [f"{speed / tflops:.2f} x {kernel}" for kernel, tflops in others.items() if kernel != row["kernel"]]
+        parts.append(f"attention alone {speed:.0f} TFLOP/s, {', '.join(ratios)}")
+    return f"{row['kernel']}, {row['problem']}: {', '.join(parts)}"
+
+
 def footnotes(report: dict[str, Any]) -> list[str]:
     """What a figure is, what was not measured and why, and what can change a number."""
     lines = [
@@ -56,6 +69,7 @@ def footnotes(report: dict[str, Any]) -> list[str]:
         f"x flash: against {BASELINE} in this run; x best: against the fastest of this run",
         "RMSE: of out, and of dq, dk, dv together, in the first batch entry, against FP64 attention of the same N(0,1) inputs",
     ]
+    lines += [_stages(report, row) for row in report["rows"] if row.get("stages")]
     measured = [(r["kernel"], which, r[which]) for r in report["rows"] for which in ("forward", "backward") if which in r]
     reasons = dict.fromkeys((kernel, which, found["reason"]) for kernel, which, found in measured if "reason" in found)
     lines += [f"not measured: {kernel} {which}: {reason}" for kernel, which, reason in reasons]

@@ -31,6 +31,8 @@ from verify.reports import speed_table
 
 DIMS, LENGTHS, TOKENS, HIDDEN = (64, 128, 256), (512, 1024, 2048, 4096, 8192, 16384), 16384, 2048
 MASKS = ("full", "causal_lower_right")
+ALSO = ("fa3_wheel",)
+"""Other people's kernels, where they are installed."""
 REPEATS = 15
 AHEAD = 20_000_000
 """Cycles that the GPU waits before the first measured call: the launches queue up, and the host's time is not measured."""
@@ -54,7 +56,7 @@ def run_bench(
     """
     if device != "cuda":
         raise VerifyError(f"device={device}: speed is measured with CUDA events, on a GPU")
-    registry.load_bundled()
+    registry.load_bundled(*ALSO)
     kernels = [k for t in targets for k in registry.find(t)] or list(registry.REGISTRY.values())
     path = writable(out / "speed.json")
     problems = [
@@ -105,6 +107,9 @@ def _measured(problem: Problem, kernels: list[Kernel], device: str, *, forward_o
                 rmse = (sum(e.rmse**2 * e.count for e in errors) / sum(e.count for e in errors)) ** 0.5
                 work = operations(problem) * (2.5 if direction == "backward" else 1.0)
                 row[direction] = {"ms": milliseconds, "tflops": work / milliseconds / 1e9, "rmse": rmse}
+                if kernel.stages and direction == "forward":
+                    parts = kernel.stages(drawn.q, drawn.k, drawn.v, **keywords(kernel, problem, drawn))
+                    row["stages"] = {name: _time(part) for name, part in parts.items()}
         except (Finding, RuntimeError) as error:  # out of memory is a RuntimeError
             row[direction] = {"reason": str(error).strip().splitlines()[0]}
         torch.cuda.empty_cache()

@@ -35,6 +35,7 @@ KEYWORDS = ("scale", "mask", "bias", "slopes", "softcap", "problem")
 BUNDLED = ("naive", "torch_sdpa", "triton_fa2", "triton_fp8")
 USUAL = ("fp32", "fp16", "bf16")
 Supports = Callable[[Problem, str], str | None]
+Stages = Callable[..., dict[str, Callable[[], Any]]]
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Kernel:
     empty_row: str = "zero"
     known: tuple[Known, ...] = ()
     origin: str = ""
+    stages: Stages | None = None
 
     def numerics(self, problem: Problem, device: str) -> Arithmetic:
         """The arithmetic declared for this problem on this device."""
@@ -105,16 +107,18 @@ def kernel(
     dtypes: tuple[str, ...] = USUAL,
     empty_row: str = "zero",
     known: tuple[Known, ...] = (),
+    stages: Stages | None = None,
 ) -> Any:
     """Register a kernel; usable bare or with arguments. Returns the function unchanged.
 
     `arithmetic` is a value or a function of (problem, device). `supports(problem, device)` returns None or one sentence that
     says why not. `empty_row` is what a row without a visible key gives: "zero" or "nan". `known` lists known defects: a run
-    stays green with them in sight. Raises VerifyError for an unknown keyword in the signature or a name already taken.
+    stays green with them in sight. `stages`, called like the kernel, gives the parts that `verify bench` times apart.
+    Raises VerifyError for an unknown keyword in the signature or a name already taken.
     """
     if fn is None:
         options = functools.partial(kernel, name=name, arithmetic=arithmetic, supports=supports)
-        return functools.partial(options, dtypes=dtypes, empty_row=empty_row, known=known)
+        return functools.partial(options, dtypes=dtypes, empty_row=empty_row, known=known, stages=stages)
     label = name or getattr(fn, "__name__", "kernel").replace("_", "-")
     takes = _keywords(fn, label)
     if wrong := [d for d in dtypes if d not in DTYPES]:
@@ -125,7 +129,7 @@ def kernel(
     other = REGISTRY.get(label)
     if other and other.origin != origin:
         raise VerifyError(f"kernel {label!r} is registered twice: {other.origin} and {origin}; give one another name=")
-    REGISTRY[label] = Kernel(label, fn, takes, arithmetic, supports, tuple(dtypes), empty_row, known, origin)
+    REGISTRY[label] = Kernel(label, fn, takes, arithmetic, supports, tuple(dtypes), empty_row, known, origin, stages)
     return fn
 
 
