@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 
 from verify.arithmetic import Quantisation
-from verify.kernels.triton_tiles import INTERPRET, dot, pointers, rounded, wide
+from verify.kernels.triton_launch import descriptor, loadable
+from verify.kernels.triton_tiles import INTERPRET, dot, rounded, wide
 from verify.quantisation import key_mean, rotation
 
 FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
@@ -41,56 +42,50 @@ class Quantised:
     """float32 [B,H,Q]: q^ times the mean of K, which every score of the row lacks"""
 
 
+RUNTIME = "matrix mean seen found scale toward shift heads blocks length padded group masked".split()
+RUNTIME += [f"scale_{axis}" for axis in "bhrc"]
+"""Arguments on whose values Triton must not specialise, for each kind would compile the kernels anew."""
+
+
 @triton.jit
-def _tile(x, x_at, matrix, mean, seen, b, h, heads, start, length, dim, ROTATED: tl.constexpr, CENTRED: tl.constexpr,
-          MASKED: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
+def _tile(x, matrix, mean, seen, masked, b, h, heads, start, length, ROTATED: tl.constexpr, ROWS: tl.constexpr,
+          BLOCK_D: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
     """x[b, h, start : start + ROWS] as float32 [ROWS, BLOCK_D]: turned, freed of its mean, 0 where outside or seen by none."""
     rows, columns = (start + tl.arange(0, ROWS))[:, None], tl.arange(0, BLOCK_D)[None, :]
-    known = rows < length
-    if MASKED:
-        known = (known & (tl.load(seen + b * length + rows, mask=known, other=0) != 0)) != 0
-    values = tl.load(pointers(x, x_at, b, h, rows, columns), mask=(known & (columns < dim)) != 0, other=0.0)
+    known = tl.load(seen + b * length + rows, mask=((rows < length) & (masked != 0)) != 0, other=1) != 0
+    values = x.load([b, h, start, 0]).reshape(ROWS, BLOCK_D)
     if ROTATED:
         turn = tl.load(matrix + tl.arange(0, BLOCK_D)[:, None] * BLOCK_D + columns)
         turned = dot(values, turn, tl.zeros([ROWS, BLOCK_D], tl.float32), INTERPRET)
     else:
         turned = wide(values, INTERPRET)
-    if CENTRED:
-        turned = tl.where(known, turned - tl.load(mean + (b * heads + h) * BLOCK_D + columns), 0.0)
-    return turned
+    inside = ((rows < length) & known) != 0
+    return tl.where(inside, turned - tl.load(mean + (b * heads + h) * BLOCK_D + columns), 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME)
 def _largest(
-    x, x_b, x_h, x_r, x_c, matrix, mean, seen, found, heads, blocks, length, dim,
-    ROTATED: tl.constexpr, CENTRED: tl.constexpr, MASKED: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, INTERPRET: tl.constexpr,
+    x, matrix, mean, seen, masked, found, heads, blocks, length,
+    ROTATED: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """found [B,H,blocks,BLOCK_D]: the largest magnitude in each column of each block of rows."""
-    at = tl.program_id(0).to(tl.int64)
-    b, h, start = (at // blocks // heads).to(tl.int32), (at // blocks % heads).to(tl.int32), (at % blocks).to(tl.int32) * ROWS
-    x_at = (x_b, x_h, x_r, x_c)
-    x_tile = _tile(
-        x, x_at, matrix, mean, seen, b, h, heads, start, length, dim, ROTATED, CENTRED, MASKED, ROWS, BLOCK_D, INTERPRET
-    )
-    tl.store(found + at * BLOCK_D + tl.arange(0, BLOCK_D), tl.max(tl.abs(x_tile), 0))
+    at = tl.program_id(0)
+    b, h, start = at // blocks // heads, at // blocks % heads, at % blocks * ROWS
+    x_tile = _tile(x, matrix, mean, seen, masked, b, h, heads, start, length, ROTATED, ROWS, BLOCK_D, INTERPRET)
+    tl.store(found + at.to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D), tl.max(tl.abs(x_tile), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME)
 def _narrow(
-    x, x_b, x_h, x_r, x_c, matrix, mean, seen, scale, scale_b, scale_h, scale_r, scale_c, toward, out, shift,
-    heads, blocks, length, padded, dim, group, norm,
-    ROTATED: tl.constexpr, CENTRED: tl.constexpr, MASKED: tl.constexpr, TRANSPOSED: tl.constexpr, SHIFTED: tl.constexpr,
+    x, matrix, mean, seen, masked, scale, scale_b, scale_h, scale_r, scale_c, toward, out, shift,
+    heads, blocks, length, padded, group, norm,
+    ROTATED: tl.constexpr, TRANSPOSED: tl.constexpr, SHIFTED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """out [B,H,length,BLOCK_D], or TRANSPOSED [B,H,BLOCK_D,padded], is x / scale; shift [B,H,length] = (out scale) . toward."""
-    at = tl.program_id(0).to(tl.int64)
-    bh, block = at // blocks, (at % blocks).to(tl.int32)
+    bh, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     b, h, start = (bh // heads).to(tl.int32), (bh % heads).to(tl.int32), block * ROWS
-    x_at = (x_b, x_h, x_r, x_c)
-    x_tile = _tile(
-        x, x_at, matrix, mean, seen, b, h, heads, start, length, dim, ROTATED, CENTRED, MASKED, ROWS, BLOCK_D, INTERPRET
-    )
+    x_tile = _tile(x, matrix, mean, seen, masked, b, h, heads, start, length, ROTATED, ROWS, BLOCK_D, INTERPRET)
     rows, columns = (start + tl.arange(0, ROWS))[:, None], tl.arange(0, BLOCK_D)[None, :]
     unit = tl.load(scale + b.to(tl.int64) * scale_b + h * scale_h + block * scale_r + columns * scale_c)
     narrow = rounded(tl.div_rn(x_tile, tl.broadcast_to(unit, x_tile.shape)), out.dtype.element_ty, INTERPRET)
@@ -100,12 +95,8 @@ def _narrow(
         tl.store(out + (bh * length + rows) * BLOCK_D + columns, narrow, mask=rows < length)
     if SHIFTED:
         along = tl.load(toward + (b * (heads // group) + h // group) * BLOCK_D + columns)
-        inside = start + tl.arange(0, ROWS) < length
-        tl.store(
-            shift + bh * length + start + tl.arange(0, ROWS),
-            tl.sum(wide(narrow, INTERPRET) * unit * along, 1) * norm,
-            mask=inside,
-        )
+        row = start + tl.arange(0, ROWS)
+        tl.store(shift + bh * length + row, tl.sum(wide(narrow, INTERPRET) * unit * along, 1) * norm, mask=row < length)
 
 
 @dataclass(frozen=True)
@@ -115,27 +106,30 @@ class _Operand:
     x: torch.Tensor
     how: Quantisation
     turn: torch.Tensor | None
-    mean: torch.Tensor | None
+    mean: torch.Tensor
     seen: torch.Tensor | None
     width: int
 
     def _launch(self, function, *arguments, **constants) -> None:
         batch, heads, length, _ = self.x.shape
-        nothing = self.x  # in place of what is not given; never read
+        seen = self.mean.view(torch.uint8) if self.seen is None else self.seen  # never read where nothing is hidden
         function[(triton.cdiv(length, ROWS) * batch * heads,)](
-            self.x, *self.x.stride(),
-            *(nothing if t is None else t for t in (self.turn, self.mean, self.seen)),
-            *arguments,
-            ROTATED=self.turn is not None, CENTRED=self.mean is not None, MASKED=self.seen is not None,
-            ROWS=ROWS, BLOCK_D=self.width, INTERPRET=INTERPRET, num_warps=8, **constants,
-        )  # fmt: skip
+            descriptor(self.x, ROWS, self.width),
+            *(self.mean if self.turn is None else self.turn, self.mean, seen, int(self.seen is not None), *arguments),
+            ROTATED=self.turn is not None,
+            ROWS=ROWS,
+            BLOCK_D=self.width,
+            INTERPRET=INTERPRET,
+            num_warps=8 if self.width < 256 else 16,
+            **constants,
+        )
 
     def scales(self, over: tuple[int, ...]) -> torch.Tensor:
         """Of groups that span these dimensions of [B,H,blocks,columns]: float32, 1 long there."""
-        batch, heads, length, dim = self.x.shape
+        batch, heads, length, _ = self.x.shape
         blocks = triton.cdiv(length, ROWS)
         found = torch.empty(batch, heads, blocks, self.width, dtype=torch.float32, device=self.x.device)
-        self._launch(_largest, found, heads, blocks, length, dim)
+        self._launch(_largest, found, heads, blocks, length)
         scale = found.amax(over, keepdim=True) / torch.finfo(FORMATS[self.how.format]).max
         return scale.masked_fill_(scale == 0, 1.0)
 
@@ -153,7 +147,7 @@ class _Operand:
         norm = 1.0 if self.turn is None else 1.0 / rotation(dim).shape[0]
         self._launch(
             _narrow, scale, *apart, scale if toward is None else toward, out, scale if shift is None else shift,
-            heads, triton.cdiv(length, ROWS), length, padded, dim, group, norm,
+            heads, triton.cdiv(length, ROWS), length, padded, group, norm,
             TRANSPOSED=transposed, SHIFTED=shift is not None,
         )  # fmt: skip
         return out, shift
@@ -168,22 +162,25 @@ def quantise(
     """
     turn = _turn(q.shape[3], width, q.dtype, q.device) if how.rotated else None
     norm = rotation(q.shape[3]).shape[0] ** -0.5 if how.rotated else 1.0
-    k_mean = v_mean = flags = None
+    pad, flags = torch.nn.functional.pad, None
     if how.centred:
-        k_mean, v_mean = (torch.nn.functional.pad(key_mean(t, seen), (0, width - t.shape[3])) for t in (k, v))
+        k_mean, v_mean = (pad(key_mean(t, seen), (0, width - t.shape[3])) for t in (k, v))
         k_mean = k_mean if turn is None else (k_mean.double() @ turn.double()).float()
+    else:
+        k_mean, v_mean = (torch.zeros(*t.shape[:2], 1, width, device=t.device) for t in (k, v))
     if seen is not None:
         flags = seen.expand(k.shape[0], 1, k.shape[2], 1).contiguous().view(torch.uint8)
+    q, k, v = (loadable(t) for t in (q, k, v))
+    no_mean = torch.zeros(*q.shape[:2], 1, width, device=q.device)
     over = (0, 1, 2, 3) if how.rows is None else (3,) if how.rows else (2, 3)
-    from_q, from_k = _Operand(q, how, turn, None, None, width), _Operand(k, how, turn, k_mean, flags, width)
+    from_q, from_k = _Operand(q, how, turn, no_mean, None, width), _Operand(k, how, turn, k_mean, flags, width)
     from_v = _Operand(v, how, None, v_mean, flags, width)
     q_scale, k_scale = from_q.scales(over), from_k.scales(over)
     v_scale = from_v.scales({"rows": over, "head": (2, 3), "columns": (2,)}[how.values])
-    q8, shift = from_q.narrowed(q_scale, toward=k_mean)
+    q8, shift = from_q.narrowed(q_scale, toward=k_mean if how.centred else None)
     (k8, _), (v8, _) = from_k.narrowed(k_scale), from_v.narrowed(v_scale, transposed=True)
     by_row = [(scale * norm).expand(*t.shape[:2], -1, 1).squeeze(3).contiguous() for scale, t in ((q_scale, q), (k_scale, k))]
-    added = torch.zeros_like(v_scale) if v_mean is None else v_mean
-    by_column = [t.expand(*v.shape[:2], 1, width).squeeze(2).contiguous() for t in (v_scale, added)]
+    by_column = [t.expand(*v.shape[:2], 1, width).squeeze(2).contiguous() for t in (v_scale, v_mean)]
     return Quantised(q8, k8, v8, by_row[0], by_row[1], by_column[0], by_column[1], shift)
 
 

@@ -147,6 +147,11 @@ def _describable(t: torch.Tensor) -> bool:
     return dense and t.data_ptr() % 16 == 0 and all(stride > 0 and stride % 16 == 0 and stride < 2**40 for stride in strides)
 
 
+def loadable(t: torch.Tensor) -> torch.Tensor:
+    """The tensor [B,H,n,D] as TMA can load it: a copy where it cannot."""
+    return t if _describable(t) else _room(t, t.shape).copy_(t)
+
+
 def _room(like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """With rows that TMA can address."""
     return like.new_empty((*shape[:3], -(-shape[3] // 8) * 8))[..., : shape[3]]
@@ -237,7 +242,7 @@ class Launch:
     def operand(self, t: torch.Tensor, *, tma: bool | None = None) -> torch.Tensor:
         """The tensor as a kernel that uses TMA (default: where the problem is plain) loads it: a copy where TMA cannot."""
         used = self.plain if tma is None else tma
-        return _room(t, t.shape).copy_(t) if used and not _describable(t) else t
+        return loadable(t) if used else t
 
     def room(self, shape: Sequence[int]) -> torch.Tensor:
         """Where a kernel can store: contiguous, or with rows that TMA can address."""

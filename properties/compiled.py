@@ -26,25 +26,29 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from verify.kernels import triton_launch
+from verify.kernels import triton_fp8, triton_fp8_quantise, triton_launch
 from verify.kernels.triton_fa2 import _forward
 from verify.kernels.triton_fa2_backward import _by_keys, _by_rows
+from verify.kernels.triton_fp8 import Fp8Launch
 from verify.kernels.triton_launch import Launch, Shape
 from verify.masks import FULL, Mask
 
 HOPPER = GPUTarget("cuda", 90, 32)
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.uint8: "u8"}
+TYPES |= {torch.float8_e4m3fn: "fp8e4nv"}
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 setattr(triton_launch, "has_tma", lambda device: True)  # noqa: B010 - mypy
 
 
 class Noted:
-    """In a kernel's place: keeps what it would have been launched with."""
+    """In a kernel's place: keeps what it would have been launched with, each time."""
 
-    arguments: dict[str, Any]
+    def __init__(self, function: Any) -> None:
+        self.function, self.launches = function, list[dict[str, Any]]()
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return lambda **arguments: setattr(self, "arguments", arguments)
+        names = self.function.arg_names
+        return lambda *given, **named: self.launches.append(dict(zip(names, given, strict=False)) | named)
 
 
 def launches(dtype: torch.dtype, dim: int, kind: str) -> Iterator[tuple[str, Any, dict[str, Any]]]:
@@ -61,9 +65,26 @@ def launches(dtype: torch.dtype, dim: int, kind: str) -> Iterator[tuple[str, Any
     passes += [(name, _by_keys, loads, {"dk": t, "dv": t}, found, chosen) for name, chosen in launch.passes()]
     passes += [("rows", _by_rows, loads, {"dq": t}, found | {"dbias": t}, {})]
     for name, function, operands, stores, others, chosen in passes:
-        noted = Noted()
+        noted = Noted(function)
         launch.run(noted, name, operands, stores, others, **chosen)
-        yield name, function, noted.arguments
+        yield name, function, noted.launches[0]
+
+
+def fp8_launches(dtype: torch.dtype, dim: int, kind: str) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    """The same of FP8 attention: the narrowing of Q, K and V, then the forward."""
+    t = torch.zeros(1, 2, 128, dim, dtype=dtype)
+    rules = Mask.parse("causal_lower_right") if kind == "rules" else FULL
+    launch = Fp8Launch(t, Shape(1, 2, 1, 128, 128, dim, dim), rules, None, None, None, 0.1, 20.0 if kind == "general" else 0.0)
+    places = [(triton_fp8_quantise, "_largest"), (triton_fp8_quantise, "_narrow"), (triton_fp8, "_forward")]
+    noted = [Noted(getattr(module, name)) for module, name in places]
+    for (module, name), one in zip(places, noted, strict=True):
+        setattr(module, name, one)
+    operands = triton_fp8_quantise.quantise(t, t, t, triton_fp8.BEST, dim, None)
+    triton_fp8.attend(launch, operands, t.clone(), torch.zeros(1, 2, 128))
+    for (module, name), one in zip(places, noted, strict=True):
+        setattr(module, name, one.function)
+        for arguments in one.launches:
+            yield "fp8" + name, one.function, arguments
 
 
 def compile_for_hopper(function: Any, arguments: dict[str, Any]) -> Any:
@@ -84,7 +105,7 @@ def compile_for_hopper(function: Any, arguments: dict[str, Any]) -> Any:
             constants |= {(n, i): item for i, item in enumerate(value)}
         else:
             signature[name] = "fp32" if isinstance(value, float) else "i32"
-    options = {name: arguments[name] for name in OPTIONS}
+    options = {name: arguments[name] for name in OPTIONS if name in arguments}
     return triton.compile(ASTSource(fn=function, signature=signature, constexprs=constants), target=HOPPER, options=options)
 
 
@@ -109,7 +130,8 @@ def main() -> None:
     wanted = [(torch.bfloat16, dim, kind) for dim in (64, 128, 256) for kind in ("rules", "whole")]
     wanted += [(torch.bfloat16, dim, "general") for dim in (128, 256)] + [(torch.float32, dim, "general") for dim in (64, 256)]
     for dtype, dim, kind in track(wanted, transient=True):
-        for name, function, arguments in launches(dtype, dim, kind):
+        found = [*launches(dtype, dim, kind)] + ([*fp8_launches(dtype, dim, kind)] if dtype == torch.bfloat16 else [])
+        for name, function, arguments in found:
             row = resources(compile_for_hopper(function, arguments))
             table.add_row(TYPES[dtype], str(arguments["BLOCK_D"]), kind, name, *row)
     Console(width=110).print(table)

@@ -131,11 +131,12 @@ def test_five_hundred_problems_compile_fewer_than_forty_kernels(monkeypatch: pyt
 
 
 def test_every_kernel_compiles_for_hopper() -> None:
-    """Without a GPU; and none has its products serialised by the assembler."""
+    """Without a GPU; and none has its products serialised by the assembler, but FP8's where more than a rule changes a score."""
     said = subprocess.run([sys.executable, "-m", "verify.properties.compiled"], capture_output=True, text=True, check=True).stdout
     lines = [line.split("│") for line in said.splitlines() if line.startswith("│")]
-    assert {line[4].strip() for line in lines} == {"forward", "keys", "dk", "dv", "rows"}
-    assert not [line for line in lines if line[8].strip()]
+    passes = {line[4].strip() for line in lines}
+    assert passes == {"forward", "keys", "dk", "dv", "rows", "fp8_forward", "fp8_largest", "fp8_narrow"}
+    assert {(line[4].strip(), line[3].strip()) for line in lines if line[8].strip()} <= {("fp8_forward", "general")}
 
 
 @pytest.mark.skipif(INTERPRET, reason="needs a GPU: nothing is compiled for the interpreter")
