@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from verify.kernels.triton_launch import RUNTIME, Launch, descriptor, strides
+from verify.kernels.triton_launch import RUNTIME, Launch, descriptor, loadable, strides
 from verify.kernels.triton_tiles import (
     DBIAS,
     GENERAL,
@@ -157,7 +157,7 @@ def gradients(
     if q.numel() and v.numel():
         delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
         loads = {name: launch.operand(t) for name, t in (("q", q), ("do", do), ("k", k), ("v", v))}
-        sums = {"do": launch.operand(loads["do"], tma=launch.tma), "out": launch.operand(out, tma=launch.tma)}
+        sums = {name: loadable(t) if launch.tma else t for name, t in (("do", loads["do"]), ("out", out))}
         blocks = triton.cdiv(len_q, BLOCK_ROWS[0])
         _rows[(blocks * batch * heads,)](
             **{name: descriptor(t, *BLOCK_ROWS) if launch.tma else t for name, t in sums.items()},
@@ -172,8 +172,8 @@ def gradients(
         others: dict[str, torch.Tensor | float] = {"lse2": lse2, "delta": delta, "scale": launch.scale}
         if wanted[1] or wanted[2]:
             stores = {"dk": made[1], "dv": made[2]}
-            for kind, chosen in launch.passes():
-                launch.run(_by_keys, kind, loads, stores, others, **chosen)
+            for name, chosen in launch.passes():
+                launch.run(_by_keys, name, loads, stores, others, **chosen)
         if wanted[0] or wanted[3]:
             launch.run(_by_rows, "rows", loads, {"dq": made[0]}, others | {"dbias": full}, flags=DBIAS.value if wanted[3] else 0)
     else:

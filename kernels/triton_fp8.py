@@ -7,7 +7,7 @@ V enter once, at the end, and so does its mean, which P's rounding therefore doe
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import triton
@@ -17,7 +17,7 @@ from verify.arithmetic import Arithmetic, Quantisation
 from verify.errors import VerifyError
 from verify.kernels.triton_checks import as_rules, checked, refusal
 from verify.kernels.triton_fp8_quantise import ROWS, Quantised, quantise
-from verify.kernels.triton_launch import RUNTIME, Launch, Tiles, descriptor, has_tma, quiet
+from verify.kernels.triton_launch import INTERPRETED, RUNTIME, Launch, Tiles, descriptor, has_tma, quiet
 from verify.kernels.triton_tiles import (
     GENERAL,
     INTERPRET,
@@ -45,7 +45,6 @@ TILES = {64: Tiles(64, 128, 4, 3), 128: Tiles(64, 128, 4, 3), 256: Tiles(128, 12
 """By the padded head dim; chosen on an H200."""
 GENERAL_TILES = {64: Tiles(64, 32, 4, 2), 128: Tiles(64, 32, 4, 2), 256: Tiles(64, 32, 8, 2)}
 """Where more than a rule changes a score; none spills, but the assembler serialises their products (its warning C7515)."""
-INTERPRETED = Tiles(128, 64)
 
 
 @triton.jit(do_not_specialize=[*RUNTIME, "q_groups", "k_groups", "shifted"])
@@ -99,10 +98,12 @@ def _forward(
 class Fp8Launch(Launch):
     """A launch with tiles of its own. The operands are made here, so TMA always loads them."""
 
+    whole_tiles: ClassVar[dict[str, dict[int, Tiles]]] = {"forward": TILES}
+
     @property
     def tiles(self) -> dict[str, dict[int, Tiles]]:
         """By pass and head dim."""
-        return {"forward": TILES}
+        return {"forward": TILES if self.plain else GENERAL_TILES}
 
 
 def attention(
@@ -123,7 +124,7 @@ def attention(
     reaches whoever shares its scale. All else as triton_fa2.attention has it. Raises VerifyError for what it cannot compute.
     """
     launch, narrow = _ready(q, k, v, how, mask, bias, slopes, scale, softcap)
-    out, lse = launch.room((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=torch.float32)
+    out, lse = launch.results()
     if not (out.numel() and k.shape[2]):
         return out.zero_(), lse.fill_(float("-inf"))
     with quiet(q):
@@ -168,8 +169,8 @@ def _seen(problem: Problem, launch: Launch) -> torch.Tensor | None:
 
 def attend(launch: Launch, x: Quantised, out: torch.Tensor, lse: torch.Tensor) -> None:
     """Fill out [B,H,Q,Dv] and lse [B,H,Q] from operands in 8 bits."""
-    tile = _tile(launch.dim, general=launch.kind == GENERAL.value)
-    programs, arguments = launch.common(launch.kind, tile, by_keys=False)
+    kind, tile = launch.kernel("forward")
+    programs, arguments = launch.common(kind, tile, by_keys=False)
     _forward[(programs,)](
         q=descriptor(x.q, tile.rows, launch.dim),
         k=descriptor(x.k, tile.keys, launch.dim),
@@ -188,10 +189,6 @@ def attend(launch: Launch, x: Quantised, out: torch.Tensor, lse: torch.Tensor) -
         ROWS=ROWS,
         **arguments,
     )
-
-
-def _tile(dim: int, *, general: bool) -> Tiles:
-    return INTERPRETED if INTERPRET else GENERAL_TILES[dim] if general else TILES[dim]
 
 
 def chosen(how: Quantisation, softcap: float) -> Quantisation:
@@ -213,12 +210,13 @@ def arithmetic(how: Quantisation) -> Any:
 
     def declared(problem: Problem, device: str) -> Arithmetic:
         sums = "fp22" if device == "cuda" else "fp32"
+        tile = INTERPRETED if INTERPRET else next(t for n, t in TILES.items() if max(problem.dim_qk, problem.dim_v) <= n)
         return Arithmetic(
             quantised=chosen(how, problem.softcap),
             exp="fused",
             probs=how.format,
             probs_scale=2.0**OFFSET.value,
-            tile=_tile(next(size for size in TILES if max(problem.dim_qk, problem.dim_v) <= size), general=False).keys,
+            tile=tile.keys,
             scores=sums,
             accumulate=sums,
             deterministic=True,
@@ -230,8 +228,7 @@ def arithmetic(how: Quantisation) -> Any:
 def stages(q, k, v, *, problem, mask, bias, slopes, scale, softcap):
     """`verify bench` times them apart: operands that stay, a cache of K and V, are narrowed once."""
     launch, narrow = _ready(q, k, v, BEST, as_rules(problem, mask), bias, slopes, scale, softcap)
-    operands, out = narrow(), launch.room((*q.shape[:3], v.shape[3]))
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    operands, (out, lse) = narrow(), launch.results()
     return {"quantise": narrow, "attention": lambda: attend(launch, operands, out, lse)}
 
 

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 import triton
@@ -213,6 +213,9 @@ class Launch:
         given = ((SOFTCAP, self.softcap or None), (MASK, self.seen), (BIAS, self.bias), (SLOPES, self.slopes))
         return sum(bit.value for bit, value in given if value is not None)
 
+    whole_tiles: ClassVar[dict[str, dict[int, Tiles]]] = TMA_WHOLE
+    """Those where nothing is hidden, for passes that have a kernel of their own for it."""
+
     @property
     def tiles(self) -> dict[str, dict[int, Tiles]]:
         """Tile sizes by pass and head dim: they depend on neither batch nor lengths nor layouts."""
@@ -220,9 +223,10 @@ class Launch:
 
     def kernel(self, name: str) -> tuple[int, Tiles]:
         """The kind of kernel of a pass, and its tile."""
-        whole = TMA_WHOLE.get(name, {}).get(self.dim) if self.kind == WHOLE.value else None
-        kind = RULES.value if self.kind == WHOLE.value and whole is None else self.kind
-        return kind, INTERPRETED if INTERPRET else whole or self.tiles[name][self.dim]
+        nothing_hidden = self.plain and self.rules.names == {"full"} and self.shape.len_k % LARGEST == 0
+        whole = self.whole_tiles.get(name, {}).get(self.dim) if nothing_hidden else None
+        kind = WHOLE if whole else RULES if self.plain else GENERAL
+        return kind.value, INTERPRETED if INTERPRET else whole or self.tiles[name][self.dim]
 
     @functools.cached_property
     def dim(self) -> int:
@@ -239,20 +243,18 @@ class Launch:
         """Whether nothing but rules and a positive scale changes a score, and TMA loads and stores the tensors."""
         return self.tma and self.flags == 0 and self.scale > 0
 
-    def operand(self, t: torch.Tensor, *, tma: bool | None = None) -> torch.Tensor:
-        """The tensor as a kernel that uses TMA (default: where the problem is plain) loads it: a copy where TMA cannot."""
-        used = self.plain if tma is None else tma
-        return loadable(t) if used else t
+    def operand(self, t: torch.Tensor) -> torch.Tensor:
+        """The tensor as the kernels load it: a copy where TMA is used and cannot load it."""
+        return loadable(t) if self.plain else t
 
     def room(self, shape: Sequence[int]) -> torch.Tensor:
         """Where a kernel can store: contiguous, or with rows that TMA can address."""
         return _room(self.q, shape) if self.plain else self.q.new_empty(shape)
 
-    @functools.cached_property
-    def kind(self) -> int:
-        """GENERAL, or RULES or WHOLE where the problem is plain."""
-        nothing_hidden = self.rules.names == {"full"} and self.shape.len_k % LARGEST == 0
-        return (GENERAL if not self.plain else WHOLE if nothing_hidden else RULES).value
+    def results(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Room for out [B,H,Q,Dv] and for lse [B,H,Q], float32."""
+        rows = (self.shape.batch, self.shape.heads, self.shape.len_q)
+        return self.room((*rows, self.shape.dim_v)), self.q.new_empty(rows, dtype=torch.float32)
 
     def passes(self) -> list[tuple[str, dict[str, bool]]]:
         """The passes over the keys that give dK and dV, and which of the two each gives."""

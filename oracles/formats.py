@@ -13,7 +13,7 @@ from verify.arithmetic import Quantisation
 from verify.case import TORCH_DTYPES, Inputs
 from verify.exact import by_key, from_keys, to_keys
 from verify.problem import Problem
-from verify.quantisation import key_mean, rotation, seen_keys
+from verify.quantisation import centres, rotation
 
 EIGHT_BITS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 STORED_BITS = {"fp32": 23, "fp22": 13, "tf32": 10, "exponent": 0}
@@ -131,8 +131,8 @@ def quantised(problem: Problem, inputs: Inputs, how: Quantisation) -> tuple[Inpu
     """(q, k, v as float64 tensors of what the kernel has left of them: dequantised, rotated back, K's mean added; the mean of V
     that is added to the output [B,Hk,1,Dv])
     """
-    x, seen = inputs.exact(inputs.q.device), seen_keys(problem.but(mask_as="rule"), inputs.q.device)
-    k_mean, v_mean = (key_mean(t, seen).double() * how.centred for t in (x.k, x.v))
+    x = inputs.exact(inputs.q.device)
+    seen, k_mean, v_mean = centres(problem, x, how)
     k, v = ((t - mean).masked_fill(~seen, 0.0) for t, mean in ((x.k, k_mean), (x.v, v_mean)))
     turn = _turn(problem.dim_qk, x.q.device) if how.rotated else None
     v = _narrowed(v, how) if how.values == "rows" else _scaled(v, how.format, (2,) if how.values == "columns" else (2, 3))

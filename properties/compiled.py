@@ -12,7 +12,9 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
+from unittest.mock import patch
 
 os.environ["TRITON_INTERPRET"] = "0"
 
@@ -51,12 +53,16 @@ class Noted:
         return lambda *given, **named: self.launches.append(dict(zip(names, given, strict=False)) | named)
 
 
+def _launch(of: type[Launch], dtype: torch.dtype, dim: int, kind: str) -> Launch:
+    rules = Mask.parse("causal_lower_right") if kind == "rules" else FULL
+    t, softcap = torch.zeros(1, 2, 128, dim, dtype=dtype), 20.0 if kind == "general" else 0.0
+    return of(t, Shape(1, 2, 1, 128, 128, dim, dim), rules, None, None, None, 0.1, softcap)
+
+
 def launches(dtype: torch.dtype, dim: int, kind: str) -> Iterator[tuple[str, Any, dict[str, Any]]]:
     """(pass, kernel, arguments) of one call of attention and its backward."""
-    t, row = torch.zeros(1, 2, 128, dim, dtype=dtype), torch.zeros(1, 2, 128)
-    rules = Mask.parse("causal_lower_right") if kind == "rules" else FULL
-    softcap = 20.0 if kind == "general" else 0.0
-    launch = Launch(t, Shape(1, 2, 1, 128, 128, dim, dim), rules, None, None, None, 0.1, softcap)
+    launch, row = _launch(Launch, dtype, dim, kind), torch.zeros(1, 2, 128)
+    t = launch.q
     loads = {"q": t, "do": t, "k": t, "v": t}
     found: dict[str, torch.Tensor | float] = {"lse2": row, "delta": row, "scale": 0.1}
     passes: list[tuple[str, Any, dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, Any], dict[str, bool]]] = [
@@ -72,17 +78,16 @@ def launches(dtype: torch.dtype, dim: int, kind: str) -> Iterator[tuple[str, Any
 
 def fp8_launches(dtype: torch.dtype, dim: int, kind: str) -> Iterator[tuple[str, Any, dict[str, Any]]]:
     """The same of FP8 attention: the narrowing of Q, K and V, then the forward."""
-    t = torch.zeros(1, 2, 128, dim, dtype=dtype)
-    rules = Mask.parse("causal_lower_right") if kind == "rules" else FULL
-    launch = Fp8Launch(t, Shape(1, 2, 1, 128, 128, dim, dim), rules, None, None, None, 0.1, 20.0 if kind == "general" else 0.0)
+    launch = _launch(Fp8Launch, dtype, dim, kind)
+    t = launch.q
     places = [(triton_fp8_quantise, "_largest"), (triton_fp8_quantise, "_narrow"), (triton_fp8, "_forward")]
     noted = [Noted(getattr(module, name)) for module, name in places]
-    for (module, name), one in zip(places, noted, strict=True):
-        setattr(module, name, one)
-    operands = triton_fp8_quantise.quantise(t, t, t, triton_fp8.BEST, dim, None)
-    triton_fp8.attend(launch, operands, t.clone(), torch.zeros(1, 2, 128))
-    for (module, name), one in zip(places, noted, strict=True):
-        setattr(module, name, one.function)
+    with ExitStack() as patches:
+        for (module, name), one in zip(places, noted, strict=True):
+            patches.enter_context(patch.object(module, name, one))
+        operands = triton_fp8_quantise.quantise(t, t, t, triton_fp8.BEST, dim, None)
+        triton_fp8.attend(launch, operands, *launch.results())
+    for (_, name), one in zip(places, noted, strict=True):
         for arguments in one.launches:
             yield "fp8" + name, one.function, arguments
 

@@ -16,25 +16,25 @@ from rich.progress import track
 from rich.table import Table
 
 from verify import environment
-from verify.arithmetic import Quantisation
 from verify.case import Case
+from verify.kernels.fp8_choices import CHOICES as KERNELS
+from verify.kernels.triton_fp8 import BEST
 from verify.measure import measure
 from verify.oracles import dense
 from verify.oracles.formats import dequantised
 from verify.reports.comparison import change
 from verify.reports.rmse_table import pooled
 
-BLOCKS = 128
-PAPER = Quantisation("e4m3", BLOCKS, rotated=True, values="head")
+PAPER = KERNELS["fp8-blocks-rotated"]
 CHOICES = {
-    "per tensor": Quantisation("e4m3"),
-    "per head": Quantisation("e4m3", 0),
-    "blocks": replace(PAPER, rotated=False),
+    "per tensor": KERNELS["fp8-tensor"],
+    "per head": KERNELS["fp8-head"],
+    "blocks": KERNELS["fp8-blocks"],
     "rotated, per head": replace(PAPER, rows=0),
-    "V by column": replace(PAPER, values="columns"),
+    "V by column": KERNELS["fp8-blocks-rotated-columns"],
     "centred": replace(PAPER, centred=True),
-    "both (triton-fp8)": replace(PAPER, values="columns", centred=True),
-    "both, e5m2": replace(PAPER, values="columns", centred=True, format="e5m2"),
+    "both (triton-fp8)": BEST,
+    "both, e5m2": KERNELS["fp8-e5m2"],
 }
 RECIPES = ("outliers(0.001,10)", "normal", "sink", "one_sign", "uniform", "shift(90)", "hot_channel", "rising")
 

@@ -10,9 +10,8 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
-from scipy import stats
 
-from verify.reports.rmse_table import CONFIDENCE, pooled, rows_of
+from verify.reports.rmse_table import pooled, rows_of, student
 
 COMPARED = ("total", "arithmetic")
 
@@ -23,13 +22,8 @@ def change(old: dict[str, Any], new: dict[str, Any], figure: str) -> tuple[float
     if any(min(pair) <= 0 for pair in pairs) or not pairs:
         return (1.0 if all(a == b for a, b in pairs) else math.nan), None
     logs = [math.log(b / a) for a, b in pairs]
-    mean = math.exp(sum(logs) / len(logs))
-    if len(logs) < 2:
-        return mean, None
-    if min(logs) == max(logs):
-        return mean, (mean, mean)
-    low, high = stats.ttest_1samp(logs, 0.0).confidence_interval(CONFIDENCE)
-    return mean, (math.exp(low), math.exp(high))
+    bounds = student(logs)
+    return math.exp(sum(logs) / len(logs)), bounds and (math.exp(bounds[0]), math.exp(bounds[1]))
 
 
 def verdict(found: float, bounds: tuple[float, float] | None) -> str:

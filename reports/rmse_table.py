@@ -7,6 +7,7 @@ draws being independent. Draws are the same for every row, so that rows are comp
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from rich import box
@@ -28,7 +29,6 @@ PAPER = {
 }
 """FlashAttention-3's Table 3 (arXiv 2407.08608): total RMSE, inputs in FP16, of the kernel that does what that row says."""
 PAPER_CASE = ("b1.h16.q8192.k8192.d128.fp16.full", "outliers(0.001,10)")
-FIGURES = ("total", "input", "arithmetic", "expected")
 HEADINGS = ("total", "input rounding, quantisation", "kernel arithmetic", "expected", "measured / expected", "alpha - 1", "bias")
 NOTES = (
     "total: against FP64 attention of the unrounded inputs (what the paper prints)",
@@ -43,6 +43,16 @@ def squares(row: dict[str, Any], figure: str) -> list[float]:
     return [draw[figure] ** 2 for draw in row["draws"] if figure in draw]
 
 
+def student(values: Sequence[float]) -> tuple[float, float] | None:
+    """Student's confidence interval of the mean of independent values; None where there are fewer than two."""
+    if len(values) < 2:
+        return None
+    if min(values) == max(values):
+        return values[0], values[0]
+    low, high = stats.ttest_1samp(values, 0.0).confidence_interval(CONFIDENCE)
+    return float(low), float(high)
+
+
 def pooled(row: dict[str, Any], figure: str) -> float:
     """Root mean square over the draws; NaN without any."""
     found = squares(row, figure)
@@ -51,13 +61,8 @@ def pooled(row: dict[str, Any], figure: str) -> float:
 
 def interval(row: dict[str, Any], figure: str) -> tuple[float, float] | None:
     """Confidence interval of `pooled`; None where fewer than two draws have the figure."""
-    found = squares(row, figure)
-    if len(found) < 2:
-        return None
-    if min(found) == max(found):
-        return math.sqrt(found[0]), math.sqrt(found[0])
-    low, high = stats.ttest_1samp(found, 0.0).confidence_interval(CONFIDENCE)
-    return math.sqrt(max(0.0, low)), math.sqrt(high)
+    bounds = student(squares(row, figure))
+    return bounds and (math.sqrt(max(0.0, bounds[0])), math.sqrt(bounds[1]))
 
 
 def ratio(row: dict[str, Any]) -> float:
@@ -85,7 +90,7 @@ def cells(section: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 def _figures(row: dict[str, Any]) -> list[str]:
     bounds = interval(row, "total")
     spread = f" [{bounds[0]:.2e}, {bounds[1]:.2e}]" if bounds else ""
-    parts = [f"{pooled(row, name):.2e}" for name in FIGURES[1:]]
+    parts = [f"{pooled(row, name):.2e}" for name in ("input", "arithmetic", "expected")]
     alpha, bias = (sum(draw[name] for draw in row["draws"]) / len(row["draws"]) for name in ("alpha", "bias"))
     return [f"{pooled(row, 'total'):.2e}{spread}", *parts, f"{ratio(row):.3f}", f"{alpha - 1:+.1e}", f"{bias:+.1e}"]
 

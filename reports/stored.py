@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from verify.errors import VerifyError
 
 
+def replace(path: Path, text: str) -> None:
+    """Replace a file as a whole. An OSError (a full disk) leaves what it held."""
+    beside = path.with_name(f"{path.name}.new")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
+
+
 def save(report: dict[str, Any], path: Path) -> None:
     """Replace the file. Raises VerifyError where that fails (a full disk); what it held before is still there then."""
-    part = path.with_name(path.name + ".part")
     try:
-        part.write_text(json.dumps(report, indent=1), encoding="utf-8")
-        os.replace(part, path)
+        replace(path, json.dumps(report, indent=1))
     except OSError as error:
         raise VerifyError(f"{path}: {error.strerror}; what was stored there before is kept") from error
 

@@ -6,7 +6,6 @@ arXiv 2407.08608, section 4.1). Operations: 4 B H N^2 D forward, halved where ca
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
@@ -27,7 +26,7 @@ from verify.oracles import dense
 from verify.problem import Problem
 from verify.registry import Kernel
 from verify.reporting import writable
-from verify.reports import speed_table
+from verify.reports import speed_table, stored
 
 DIMS, LENGTHS, TOKENS, HIDDEN = (64, 128, 256), (512, 1024, 2048, 4096, 8192, 16384), 16384, 2048
 MASKS = ("full", "causal_lower_right")
@@ -70,7 +69,7 @@ def run_bench(
             for row in _measured(problem, kernels, device, forward_only=forward_only):
                 progress.update(task, advance=1, description=f"{row['kernel']} {problem}")
                 report["rows"].append(row)
-                path.write_text(json.dumps(report, indent=1), encoding="utf-8")
+                stored.save(report, path)
     speed_table.write(report, out)
     console.print(speed_table.table(report))
     console.print("\n".join(speed_table.footnotes(report)), markup=False)

@@ -36,7 +36,7 @@ from verify.bounds import (
 from verify.case import Inputs
 from verify.exact import Block, by_key, from_keys, grouped
 from verify.problem import Problem
-from verify.quantisation import key_mean, rotation, seen_keys
+from verify.quantisation import centres, rotation
 
 
 @dataclass(frozen=True)
@@ -59,18 +59,18 @@ class Operands:
         how = arithmetic.quantised
         if how is None:
             return None
-        x, seen = inputs.exact(inputs.q.device), seen_keys(problem.but(mask_as="rule"), inputs.q.device)
-        means = [key_mean(t, seen).double() * how.centred for t in (x.k, x.v)]
+        x = inputs.exact(inputs.q.device)
+        _, k_mean, v_mean = centres(problem, x, how)
         pairs = []
-        for t, mean in ((x.q, x.q.new_zeros(())), (x.k, means[0])):
+        for t, mean in ((x.q, x.q.new_zeros(())), (x.k, k_mean)):
             size, moved = (s.norm(dim=-1, keepdim=True) if how.rotated else s.abs() for s in (t, t - mean))
             columns = rotation(t.shape[-1]).shape[0] if how.rotated else 1
             pairs.append((size, narrowed(moved, how.format, how.rows, columns=columns) + STEPS * UNIT["fp32"] * (size + moved)))
         q, k = (pair[1].expand(t.shape) for pair, t in zip(pairs, (x.q, x.k), strict=True))
-        moved = (x.v - means[1]).abs()
+        moved = (x.v - v_mean).abs()
         by_column, rows = how.values == "columns", 0 if how.values == "head" else how.rows
         lost = narrowed(moved.mT, how.format, 1).mT if by_column else narrowed(moved, how.format, rows)
-        return cls(q, k, lost + STEPS * UNIT["fp32"] * (x.v.abs() + moved), pairs[0], pairs[1], means[1])
+        return cls(q, k, lost + STEPS * UNIT["fp32"] * (x.v.abs() + moved), pairs[0], pairs[1], v_mean)
 
 
 class Rows:

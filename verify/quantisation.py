@@ -8,7 +8,8 @@ import random
 import torch
 from torch import Tensor
 
-from verify.case import visibility
+from verify.arithmetic import Quantisation
+from verify.case import Inputs, visibility
 from verify.problem import Problem
 
 VISIBILITIES = 2**26
@@ -38,6 +39,13 @@ def seen_keys(problem: Problem, device: torch.device) -> Tensor:
         rows = slice(start, min(start + step, problem.len_q))
         seen = seen | visibility(problem, device, rows).any(2).unsqueeze(-1)
     return seen
+
+
+def centres(problem: Problem, x: Inputs, how: Quantisation) -> tuple[Tensor, Tensor, Tensor]:
+    """(keys that some query sees [B|1,1,K,1]; what K and V, float64, are freed of [B,Hk,1,D]: 0 where they are not centred)"""
+    seen = seen_keys(problem, x.k.device)
+    k, v = (key_mean(t, seen).double() if how.centred else t.new_zeros((*t.shape[:2], 1, t.shape[3])) for t in (x.k, x.v))
+    return seen, k, v
 
 
 def key_mean(x: Tensor, seen: Tensor | None) -> Tensor:

@@ -24,6 +24,7 @@ from verify.guard import call
 from verify.measure import measure
 from verify.properties.truth import truth
 from verify.registry import Kernel
+from verify.reports import stored
 
 FILE = Path(reports.__path__[0]) / "recorded.json"
 CASES = (
@@ -130,11 +131,10 @@ def update(file: Path, machine: str, kernels: Collection[str], now: Entries) -> 
     """Replace what is recorded of these kernels on this machine, nothing else. Raises VerifyError, nothing lost, if it can't."""
     if broken := [entry for entry, figures in now.items() if math.inf in figures.values()]:
         raise VerifyError(f"{broken[0]}: an infinite error is a defect, not a record; nothing was written")
-    record, beside = read(file), file.with_name(f"{file.name}.new")
+    record = read(file)
     record[machine] = {e: figures for e, figures in record.get(machine, {}).items() if not of(kernels, [e])} | now
     try:
-        beside.write_text(text(record), encoding="utf-8")
-        beside.replace(file)
+        stored.replace(file, text(record))
     except OSError as error:
         raise VerifyError(f"{file}: {error.strerror}; make it and its folder writable. Nothing was lost") from error
 
