@@ -44,7 +44,7 @@ TMA = {
 """16-bit formats through TMA, by the padded head dim; chosen on an H200. dK and dV share a pass (`keys`)
 where the registers hold both sums.
 """
-TMA_WHOLE = {"forward": TMA["forward"] | {64: Tiles(64, 128, 4, 2)}, "keys": {128: TMA["keys"][128]}}
+TMA_WHOLE = {"forward": {64: Tiles(64, 128, 4, 2), 128: TMA["forward"][128]}}
 """Where nothing is hidden, for the passes that are faster with a kernel of their own for it."""
 LARGEST = 128
 """Rows or keys of the largest tile."""

@@ -20,7 +20,7 @@ import verify.reports
 
 PACKAGES = {p.__name__: Path(p.__path__[0]) for p in (verify, verify.kernels, verify.oracles, verify.properties, verify.reports)}
 ORDER = (
-    "errors masks problem recipes arithmetic case quantisation exact registry finding records measure"
+    "errors masks problem recipes arithmetic layouts case quantisation exact registry finding records measure"
     " bounds propagation backpropagation allowance expectation guard environment"
 ).split()
 """The vocabulary of verify/, each module importing only those before it."""

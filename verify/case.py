@@ -1,4 +1,4 @@
-"""Case = problem + recipe + seed: a dozen small values that give the same tensors everywhere and print as one line."""
+"""Case = problem + recipe + seed + layouts: a dozen small values that give the same tensors everywhere and print as one line."""
 
 from __future__ import annotations
 
@@ -10,10 +10,15 @@ import numpy as np
 import torch
 
 from verify.errors import VerifyError
+from verify.layouts import LAYOUTS, laid_out
 from verify.problem import EXAMPLE, Problem
 from verify.recipes import NORMAL, Recipe
 
 TORCH_DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+ARRANGED = ("q", "k", "v", "do", "bias")
+"""The tensors [B,H,L,D] of a case, which may lie in memory in any of verify/layouts.py's ways."""
 
 
 @dataclass(frozen=True)
@@ -52,22 +57,34 @@ def alibi_slopes(heads: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Case:
-    """What is computed, on which values. Prints and parses as ``PROBLEM/RECIPE#SEED``."""
+    """What is computed, on which values. Prints and parses as ``PROBLEM/RECIPE#SEED``, or ``PROBLEM/RECIPE#SEED@q=bshd,do=expanded``.
+
+    Raises VerifyError for an unknown layout, or of a tensor that has none.
+    """
 
     problem: Problem
     recipe: Recipe = NORMAL
     seed: int = 0
+    layouts: tuple[tuple[str, str], ...] = ()
+    """(tensor, layout) where it is not contiguous"""
+
+    def __post_init__(self) -> None:
+        for tensor, layout in self.layouts:
+            if tensor not in ARRANGED or layout not in LAYOUTS:
+                raise VerifyError(f"layout {tensor}={layout}: one of {', '.join(ARRANGED)} = one of {', '.join(LAYOUTS)}")
 
     def __str__(self) -> str:
-        return f"{self.problem}/{self.recipe}#{self.seed}"
+        arranged = ",".join(f"{tensor}={layout}" for tensor, layout in self.layouts)
+        return f"{self.problem}/{self.recipe}#{self.seed}" + (f"@{arranged}" if arranged else "")
 
     @classmethod
     def parse(cls, text: str) -> Case:
         """Inverse of str(). Raises VerifyError where the text is no id of a case."""
-        found = re.fullmatch(r"([^/#\s]+)/([^/#\s]+)#(\d+)", text)
+        found = re.fullmatch(r"([^/#\s]+)/([^/#\s]+)#(\d+)(?:@((?:\w+=\w+,?)+))?", text)
         if not found:
             raise VerifyError(f"case id {text!r} does not parse: write it like {EXAMPLE}/outliers(0.001,10)#7")
-        return cls(Problem.parse(found[1]), Recipe.parse(found[2]), int(found[3]))
+        layouts = tuple(tuple(pair.split("=")) for pair in found[4].strip(",").split(",")) if found[4] else ()
+        return cls(Problem.parse(found[1]), Recipe.parse(found[2]), int(found[3]), layouts)
 
     def draw(self) -> Inputs:
         """The unrounded values, float64 on the CPU. Bias and cotangent are N(0,1); whole numbers where the recipe's are."""
@@ -84,8 +101,10 @@ class Case:
         return Inputs(torch.from_numpy(q), torch.from_numpy(k), torch.from_numpy(v), **rest)
 
     def inputs(self, device: str = "cpu") -> Inputs:
-        """What the kernel is given: rounded to the problem's dtype, on the device."""
-        return self.draw().rounded(self.problem.dtype).map(lambda t: t.to(device))
+        """What the kernel is given: rounded to the problem's dtype, on the device, each tensor in its layout, NaN around it."""
+        rounded, layouts = self.draw().rounded(self.problem.dtype).map(lambda t: t.to(device)), dict(self.layouts)
+        present = {name: tensor for name in ARRANGED if (tensor := getattr(rounded, name)) is not None}
+        return replace(rounded, **{name: laid_out(tensor, layouts.get(name, "bhsd")) for name, tensor in present.items()})
 
 
 def visibility(problem: Problem, device: torch.device, rows: slice | None = None) -> torch.Tensor:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import traceback
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from verify.case import TORCH_DTYPES, Inputs, visibility
 from verify.finding import Finding
-from verify.measure import same
+from verify.layouts import same_memory, untouched
 from verify.problem import Problem
 from verify.registry import Kernel
 
@@ -37,7 +38,7 @@ def call(kernel: Kernel, problem: Problem, inputs: Inputs) -> Output:
     Raises Finding where it raises, returns something of another shape, dtype or device, or changes an input. With
     problem.grads, backpropagates inputs.do through out; a kernel whose out carries no graph gives no gradients.
     """
-    leaves = inputs.map(lambda t: t.detach().clone())
+    leaves = inputs.map(lambda t: same_memory(t.detach()))
     if problem.grads:
         for name in GRADIENTS:
             tensor = getattr(leaves, name)
@@ -45,7 +46,8 @@ def call(kernel: Kernel, problem: Problem, inputs: Inputs) -> Output:
                 tensor.requires_grad_()
     others = keywords(kernel, problem, leaves)
     try:
-        with warnings.catch_warnings():  # what a kernel warns of is no finding, even where pytest turns warnings into errors
+        _dirty(problem, inputs)
+        with warnings.catch_warnings(), _Poisoned():  # what a kernel warns of is no finding, even where pytest turns warnings into errors
             warnings.simplefilter("ignore")
             returned = kernel.fn(leaves.q, leaves.k, leaves.v, **others)
             out, lse = returned if isinstance(returned, tuple) else (returned, None)
@@ -100,10 +102,31 @@ def _backward(out: Tensor, leaves: Inputs) -> dict[str, Tensor]:
 
 
 def _check_unchanged(before: Inputs, after: Inputs) -> None:
-    for name in ("q", "k", "v", "do", "bias", "slopes"):
+    for name in (f.name for f in fields(Inputs)):
         old, new = getattr(before, name), getattr(after, name)
-        if old is not None and not same(old, new).all():
-            raise Finding(f"changed its input {name}")
+        if old is not None and not untouched(old, new):
+            own = "its input" if not torch.equal(old.nan_to_num(), new.nan_to_num()) else "memory beside its input"
+            raise Finding(f"changed {own} {name}")
+
+
+class _Poisoned(TorchFunctionMode):
+    """What a kernel allocates without filling it arrives full of NaN."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: ARG002
+        result = func(*args, **(kwargs or {}))
+        if func in UNFILLED and result.is_floating_point():
+            result.fill_(torch.nan)
+        return result
+
+
+UNFILLED = (torch.empty, torch.empty_like, torch.empty_strided, Tensor.new_empty, Tensor.new_empty_strided)
+
+
+def _dirty(problem: Problem, inputs: Inputs) -> None:
+    """Leave NaN in memory that the allocator is likely to hand out next, for results that are allocated out of Python's sight."""
+    for name in ("out", "lse", "q", "k", "v") if problem.grads else ("out", "lse"):
+        for dtype in {inputs.q.dtype, torch.float32}:
+            torch.full(problem.shapes[name], torch.nan, dtype=dtype, device=inputs.q.device)
 
 
 def _last_line(error: Exception) -> str:

@@ -1,0 +1,67 @@
+"""Layouts: how the values of a tensor [B,H,L,D] lie in memory. A layout is added here and nowhere else.
+
+Whatever memory is allocated beside the values holds NaN: gaps between rows, other slots of a packed buffer, a band before the
+first and after the last element. So what a kernel reads and does not own shows, whatever it multiplies it with.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BAND = 1024
+"""Elements before and after; a multiple of 16 bytes in every dtype, so that it moves no alignment."""
+GAP = 3
+"""Elements between rows that are `gapped`: odd, so that rows start at every alignment."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The shape of the buffer for a tensor [B,H,L,D], the view of it that has this shape, and elements to skip before it."""
+
+    buffer: Callable[[int, int, int, int], tuple[int, ...]]
+    view: Callable[[Tensor, tuple[int, ...]], Tensor]
+    skip: int = 0
+
+
+LAYOUTS: dict[str, Layout] = {
+    "bhsd": Layout(lambda b, h, s, d: (b, h, s, d), lambda t, shape: t),
+    "bshd": Layout(lambda b, h, s, d: (b, s, h, d), lambda t, shape: t.transpose(1, 2)),
+    "sbhd": Layout(lambda b, h, s, d: (s, b, h, d), lambda t, shape: t.permute(1, 2, 0, 3)),
+    "packed": Layout(lambda b, h, s, d: (b, s, 3, h, d), lambda t, shape: t[:, :, 1].transpose(1, 2)),
+    "odd": Layout(lambda b, h, s, d: (b, h, s, d), lambda t, shape: t, skip=1),
+    "gapped": Layout(lambda b, h, s, d: (b, h, s, d + GAP), lambda t, shape: t[..., : shape[3]]),
+    "columns": Layout(lambda b, h, s, d: (b, h, d, s), lambda t, shape: t.mT),
+    "expanded": Layout(lambda b, h, s, d: (b, 1, s, d), lambda t, shape: t.expand(shape)),
+}
+"""bhsd: contiguous. packed: K of a tensor [B,L,3,H,D]. odd: contiguous, one element off any alignment. expanded: stride 0 over the
+heads, which all have the values of the first."""
+
+
+def laid_out(x: Tensor, layout: str = "bhsd") -> Tensor:
+    """The values of x [B,H,L,D] in this layout, NaN around them. `expanded` takes those of the first head for all."""
+    kind, shape = LAYOUTS[layout], tuple(x.shape)
+    wanted = kind.buffer(*shape)
+    size = math.prod(wanted)
+    flat = torch.full((2 * BAND + kind.skip + size,), torch.nan, dtype=x.dtype, device=x.device)
+    view = kind.view(flat[BAND + kind.skip :][:size].view(wanted), shape)
+    if layout == "expanded":
+        view[:, :1].copy_(x[:, :1])
+    else:
+        view.copy_(x)
+    return view
+
+
+def same_memory(x: Tensor) -> Tensor:
+    """A copy of x with the same strides, in a copy of all the memory that x lies in, gaps and bands included."""
+    return x.new_empty(0).set_(x.untyped_storage().clone(), x.storage_offset(), x.shape, x.stride())
+
+
+def untouched(before: Tensor, after: Tensor) -> bool:
+    """Whether the memory of two tensors of one layout, gaps and bands included, is the same to the last bit."""
+    one, two = (torch.empty(0, dtype=torch.uint8, device=t.device).set_(t.untyped_storage()) for t in (before, after))
+    return bool(torch.equal(one, two))
