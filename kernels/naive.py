@@ -17,7 +17,7 @@ def standard(problem: Problem, device: str) -> Arithmetic:
 
 
 @kernel(arithmetic=standard, dtypes=DTYPES)
-def naive(q, k, v, *, scale, mask, bias, slopes, softcap):
+def naive(q, k, v, *, scale, mask, bias, slopes, softcap, dropout):
     """q [B,H,Q,D], k [B,Hk,K,D], v [B,Hk,K,Dv] of any float dtype -> (out [B,H,Q,Dv], lse [B,H,Q] float32)."""
     len_q, len_k = q.shape[2], k.shape[2]
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
@@ -35,4 +35,4 @@ def naive(q, k, v, *, scale, mask, bias, slopes, softcap):
     # the smallest finite score and a zero afterwards, not -inf: a row that sees nothing must not turn into 0/0
     p = torch.softmax(s.masked_fill(~visible, torch.finfo(s.dtype).min), dim=-1).masked_fill(~visible, 0.0)
     lse = torch.logsumexp(s.to(torch.float32 if s.dtype != torch.float64 else s.dtype).masked_fill(~visible, -torch.inf), dim=-1)
-    return p @ v, lse
+    return torch.dropout(p, dropout, train=True) @ v, lse

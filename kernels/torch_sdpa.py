@@ -69,11 +69,23 @@ SPLIT_KEYS = Known(
     lambda p, device: device == "cuda" and p.len_k > 128,
     recipes=("constant",),
 )
-KNOWN = {"math": (NO_KEYS,), "flash": (NO_POSITIVE_SCALE, SPLIT_KEYS), "cudnn": (NO_POSITIVE_SCALE, EMPTY_ROW, LOW_LSE)}
+SWALLOWS_NAN = Known(
+    "NaN scores of a row of few keys give 0: the maximum passes over them (torch 2.13, CPU)",
+    lambda p, device: device == "cpu",
+    laws=("nan",),
+)
+MORE_VALUES = Known(
+    "takes more values than keys, and leaves the rest out (torch 2.13, CPU)", lambda p, device: device == "cpu", laws=("reject",)
+)
+KNOWN = {
+    "math": (NO_KEYS,),
+    "flash": (NO_POSITIVE_SCALE, SPLIT_KEYS, SWALLOWS_NAN, MORE_VALUES),
+    "cudnn": (NO_POSITIVE_SCALE, EMPTY_ROW, LOW_LSE),
+}
 _HEADERS = {"flash": "flash", "efficient": "memory efficient", "cudnn": "cudnn"}
 
 
-def sdpa(q, k, v, *, scale, mask, bias, problem, backend):
+def sdpa(q, k, v, *, scale, mask, bias, dropout, problem, backend):
     """q [B,H,Q,D], k [B,Hk,K,D], v [B,Hk,K,Dv] -> out [B,H,Q,Dv], through one backend. SDPA does not return an LSE."""
     with sdpa_kernel([BACKENDS[backend][0]]):
         return F.scaled_dot_product_attention(
@@ -81,6 +93,7 @@ def sdpa(q, k, v, *, scale, mask, bias, problem, backend):
             k,
             v,
             attn_mask=_attn_mask(mask, bias, problem),
+            dropout_p=dropout,
             is_causal=_is_causal(problem),
             scale=scale,
             enable_gqa=problem.group > 1,
@@ -98,8 +111,8 @@ def _attn_mask(mask, bias, problem: Problem):
     return mask if bias is None else bias if mask is None else bias.masked_fill(~mask, -torch.inf)
 
 
-def supports(problem: Problem, device: str, *, backend: str) -> str | None:
-    """None, or torch's reason why this backend does not take the problem."""
+def supports(problem: Problem, device: str, *, backend: str, dropout: float = 0.0) -> str | None:
+    """None, or torch's reason why this backend does not take the problem, or not with this dropout."""
     if backend in ("efficient", "cudnn") and device == "cpu":
         return f"SDPA {backend} needs a CUDA GPU"
     shapes, dtype = problem.shapes, TORCH_DTYPES[problem.dtype]
@@ -118,7 +131,7 @@ def supports(problem: Problem, device: str, *, backend: str) -> str | None:
         attn_mask = None if _is_causal(problem) else bias if bias is not None else mask
         try:
             torch._fused_sdp_choice(
-                q, k, v, attn_mask, 0.0, _is_causal(problem), scale=problem.scale, enable_gqa=problem.group > 1
+                q, k, v, attn_mask, dropout, _is_causal(problem), scale=problem.scale, enable_gqa=problem.group > 1
             )
         except RuntimeError as error:
             return (

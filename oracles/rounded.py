@@ -42,6 +42,8 @@ class _Emulator:
     device: str
     v_mean: Tensor | None = None
     """[B,Hk,1,Dv], what V lacks"""
+    v_scale: Tensor | None = None
+    """V's scales: tensor cores see V without them"""
 
     @property
     def work(self) -> str:
@@ -106,15 +108,22 @@ class _Emulator:
         if self.arithmetic.normalized_probs:
             total = self.rounding.total(weights * later, self.work)
             p = self.store(self.working(weights * later / total.masked_fill(total == 0, 1.0)) * factor, "probs") / factor
-            out = self.product(from_keys, self.operand(p, "accumulate"), v, "accumulate")
+            out = self.weighted(p, v)
             return self.output(out, total), self.lse(unit * row_max, total), p, slope
         stored = self.store(weights * factor, "probs") / factor
         total = self.rounding.total((stored if self.arithmetic.rowsum == "rounded" else weights) * later, self.work)
-        out = self.product(from_keys, self.operand(stored, "accumulate") * later, v, "accumulate")
+        out = self.weighted(stored, v, later)
         lse = self.lse(unit * row_max, total)
         seen = self.working(lse.masked_fill(lse == -torch.inf, 0.0) / unit)
         s = s if self.rounding.repeats or not self.problem.grads else self.scores(b)[0]
         return self.output(out / total.masked_fill(total == 0, 1.0), total), lse, self.exp(s - seen, unit), slope
+
+    def weighted(self, p: Tensor, v: Tensor, later: Tensor | float = 1.0) -> Tensor:
+        """P V, tile after tile rescaled to the last maximum."""
+        p, scale = self.operand(p, "accumulate") * later, self.v_scale
+        if scale is None:
+            return self.product(from_keys, p, v, "accumulate")
+        return self.product(from_keys, p, v / scale, "accumulate") * (scale.unsqueeze(2) if scale.dim() else scale)
 
     def output(self, out: Tensor, total: Tensor) -> Tensor:
         """Stored, V's mean added where a row sees anything."""
@@ -209,10 +218,11 @@ def emulate(
 
     `rounding`: to nearest by default. `blocks`: the exact softmax of these inputs, if at hand and the kernel does not quantise.
     """
-    v_mean = None
+    v_mean = v_scale = None
     if arithmetic.quantised:
-        inputs, v_mean = quantised(problem, inputs, arithmetic.quantised)
-    emulator, shapes = _Emulator(problem, arithmetic, rounding or Nearest(), inputs.q.device.type, v_mean), problem.shapes
+        inputs, v_mean, v_scale = quantised(problem, inputs, arithmetic.quantised)
+    emulator = _Emulator(problem, arithmetic, rounding or Nearest(), inputs.q.device.type, v_mean, v_scale)
+    shapes = problem.shapes
     result = {name: torch.zeros(shapes[name], dtype=torch.float64, device=inputs.q.device) for name in ("out", "lse")}
     if problem.grads:
         result |= {

@@ -14,7 +14,10 @@ from typing import Any
 from hypothesis import strategies as st
 
 from verify.arithmetic import Arithmetic, Quantisation
-from verify.case import Case
+from verify.case import ARRANGED, Case
+from verify.finding import Finding
+from verify.guard import call
+from verify.layouts import LAYOUTS
 from verify.masks import FULL, Mask
 from verify.problem import Problem
 from verify.recipes import Recipe
@@ -34,6 +37,8 @@ RECIPES = (
     " hot_channel(30) normal(5) normal normal"
 ).split()
 """Hypothesis likes the first and the last: those that tell little (equal scores, overflow, underflow) stand between."""
+CONTIGUOUS = 8
+"""So many times as likely as another layout is that a tensor is contiguous: a case is about something else, too."""
 SCORES_AT_MOST = {"cpu": 2**17, "cuda": 2**23}
 """batch * heads * len_q * len_k: what a case may cost."""
 
@@ -44,11 +49,18 @@ class Options:
 
     taken: dict[str, tuple[Any, ...]]
     refused: dict[str, dict[str, str]]
+    layouts: dict[str, tuple[str, ...]]
+    """By tensor: those that it takes without an exception, `bhsd` several times."""
 
-    def refusal(self, *, grads: bool = False) -> str | None:
-        """Why the kernel takes no problem at all here, or none with gradients; None where it takes some."""
+    returns_lse: bool
+    """Whether it returns one."""
+
+    def refusal(self, *, grads: bool = False, lse: bool = False) -> str | None:
+        """Why the kernel takes no problem at all here, none with gradients, or returns no LSE; None where it does."""
         if not self.taken["dtype"]:
             return next(iter(self.refused["dtype"].values()))
+        if lse and not self.returns_lse:
+            return "returns no LSE"
         return self.refused["grads"].get("True") if grads else None
 
 
@@ -93,7 +105,31 @@ def options(kernel: Kernel, device: str) -> Options:
         taken[name] = tuple(kept)
         if name == "dtype" and kept:
             plain = plain.but(dtype=kept[0])
-    return Options(taken, refused)
+    layouts: dict[str, tuple[str, ...]] = {}
+    for name in ARRANGED:
+        reasons = {way: _refuses(kernel, plain, device, name, way) for way in LAYOUTS if taken["dtype"]}
+        refused |= {f"{name} {way}": {"layout": reason} for way, reason in reasons.items() if reason}
+        layouts[name] = ("bhsd",) * CONTIGUOUS + tuple(way for way, reason in reasons.items() if not reason)
+    return Options(taken, refused, layouts, bool(taken["dtype"]) and _returns_lse(kernel, plain, device))
+
+
+def _returns_lse(kernel: Kernel, plain: Problem, device: str) -> bool:
+    try:
+        return call(kernel, plain, Case(plain).inputs(device)).lse is not None
+    except Finding:
+        return True  # whatever is wrong is for a property to say
+
+
+def _refuses(kernel: Kernel, plain: Problem, device: str, tensor: str, layout: str) -> str:
+    """Why a kernel does not take a tensor in a layout: what it raises."""
+    problem = plain.but(grads=tensor == "do", bias="bhqk" if tensor == "bias" else "none")
+    if layout == "bhsd" or kernel.unsupported(problem, device):
+        return ""
+    try:
+        call(kernel, problem, Case(problem, layouts=((tensor, layout),)).inputs(device))
+    except Finding as finding:
+        return finding.sentence if finding.sentence.startswith("raised") else ""
+    return ""
 
 
 def plain_problem(kernel: Kernel, device: str) -> Problem:
@@ -145,7 +181,9 @@ def _arguments(name: str, batch: int, len_q: int, len_k: int) -> st.SearchStrate
 
 
 @st.composite
-def problems(draw: Callable[..., Any], kernel: Kernel, device: str, *, full_mask: bool = False, grads: bool = False) -> Problem:
+def problems(
+    draw: Callable[..., Any], kernel: Kernel, device: str, *, full_mask: bool = False, hides: bool = False, grads: bool = False
+) -> Problem:
     """A problem made of options that the kernel takes one at a time; a combination may still be unsupported.
 
     Every choice is drawn whether it is used or not, the mask last, so that shrinking one of them leaves the others as they are.
@@ -164,7 +202,7 @@ def problems(draw: Callable[..., Any], kernel: Kernel, device: str, *, full_mask
     if set(taken["dim_v"]) <= {PLAIN.dim_v}:  # takes no other dim_v than dim_qk
         chosen["dim_v"] = plain["dim_v"]
     dtype, mask_as = draw(st.sampled_from(taken["dtype"])), draw(st.sampled_from(taken["mask_as"] or ("rule",)))
-    kinds = frozenset(name for mask in taken["mask"] for name in mask.names)
+    kinds = frozenset(name for mask in taken["mask"] for name in mask.names) - ({"full"} if hides else set())
     mask = FULL if full_mask else draw(masks(kinds, batch, len_q, len_k))
     return Problem(
         batch=batch,
@@ -193,10 +231,15 @@ def _affordable(batch: int, heads: tuple[int, int], device: str, scores: int) ->
 
 
 @st.composite
-def cases(draw: Callable[..., Any], kernel: Kernel, device: str, *, full_mask: bool = False, grads: bool = False) -> Case:
+def cases(
+    draw: Callable[..., Any], kernel: Kernel, device: str, *, full_mask: bool = False, hides: bool = False, grads: bool = False
+) -> Case:
     """A whole case for this kernel on this device ("cpu", "cuda")."""
     recipe, seed = Recipe.parse(draw(st.sampled_from(RECIPES))), draw(st.integers(0, 999))
-    return Case(draw(problems(kernel, device, full_mask=full_mask, grads=grads)), recipe, seed)
+    problem = draw(problems(kernel, device, full_mask=full_mask, hides=hides, grads=grads))
+    ways = [(name, draw(st.sampled_from(taken))) for name, taken in options(kernel, device).layouts.items()]
+    usual = tuple((n, w) for n, w in ways if w != "bhsd" and (n in problem.shapes) and (n != "do" or grads))
+    return Case(problem, recipe, seed, usual)
 
 
 QUANTISED = (

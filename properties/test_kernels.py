@@ -21,7 +21,7 @@ def test_kernel_holds(run: Run, target: str, law: Property, request: pytest.Fixt
     if target in run.unavailable:
         pytest.skip(f"{target} is unavailable: {run.unavailable[target]}")
     kernel, config = run.kernels[target], request.config
-    if why := options(kernel, run.device).refusal(grads=law.grads):
+    if why := options(kernel, run.device).refusal(grads=law.grads, lse=law.lse):
         run.record(Record(kernel.name, law.name, "", "unsupported", why))
         pytest.skip(f"{target}: {why}")
     seconds = config.getoption("--seconds")

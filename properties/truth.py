@@ -127,10 +127,14 @@ class Truth:
 @lru_cache(maxsize=2)
 def truth(case: Case, device: str) -> Truth:
     """The truth about a case; the last two are kept, since several calls on one case follow each other."""
-    inputs = case.inputs(device)
-    better = certified.exact(case.problem, inputs) if case.problem.dtype == "fp64" else None
-    exact, uncertainty = better or (dense.exact(case.problem, inputs), None)
-    return Truth(case.problem, inputs, exact, uncertainty)
+    return about(case.problem, case.inputs(device))
+
+
+def about(problem: Problem, inputs: Inputs) -> Truth:
+    """The truth about these values (already rounded)."""
+    better = certified.exact(problem, inputs) if problem.dtype == "fp64" else None
+    exact, uncertainty = better or (dense.exact(problem, inputs), None)
+    return Truth(problem, inputs, exact, uncertainty)
 
 
 def oracle_limit(problem: Problem, inputs: Inputs) -> dict[str, Tensor]:

@@ -137,6 +137,16 @@ class Units:
         terms[f"store in {self.format[name]}"] = rounding
 
 
+def dropout_error(units: Units, p: Tensor, error: Tensor, rate: float) -> Tensor:
+    """How far a kept weight may be from p / (1 - rate) that is up to `error` from p where nothing is dropped (or so for a sum of
+    weights). The rate is rounded, subtracted from 1 and inverted in the working format; the factor and its product with P are
+    rounded to P's format.
+    """
+    steps = (rate / (1 - rate) + 2) * units.work + 2 * units.u["probs"]
+    scaled = (error + steps / (1 - steps) * (p + error)) / (1 - rate)
+    return (scaled + units.floor["probs"]).clamp(max=UNBOUNDED)
+
+
 def _amax(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, torch.inf)
 

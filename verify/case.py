@@ -57,7 +57,8 @@ def alibi_slopes(heads: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Case:
-    """What is computed, on which values. Prints and parses as ``PROBLEM/RECIPE#SEED``, or ``PROBLEM/RECIPE#SEED@q=bshd,do=expanded``.
+    """What is computed, on which values, and how they lie in memory. Prints and parses as ``PROBLEM/RECIPE#SEED``, or
+    ``PROBLEM/RECIPE#SEED@q=bshd,do=expanded``.
 
     Raises VerifyError for an unknown layout, or of a tensor that has none.
     """

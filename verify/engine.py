@@ -114,7 +114,7 @@ def judge(kernel: Kernel, law: Property, case: Case, device: str) -> Record:
     reason = kernel.unsupported(case.problem, device)
     if reason:
         return _record(kernel, law, case, "unsupported", reason)
-    known = kernel.known_defect(case, device)
+    known = kernel.known_defect(case, device, law.name)
     try:
         verdict = law.check(kernel, case, device)
     except Finding as finding:
@@ -149,7 +149,7 @@ def _chunk(hunter: _Hunter, *, seed: int) -> None:
 
     @seeded(seed)
     @config
-    @given(cases(hunter.kernel, hunter.device, full_mask=law.full_mask, grads=law.grads))
+    @given(cases(hunter.kernel, hunter.device, full_mask=law.full_mask, hides=law.hides, grads=law.grads))
     def attempt(case: Case) -> None:
         hunter.attempt(case)
 

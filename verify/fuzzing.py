@@ -21,6 +21,7 @@ from verify.errors import VerifyError
 from verify.finding import Finding
 from verify.guard import call
 from verify.masks import FULL
+from verify.properties.explain import explain, script
 from verify.properties.laws import PROPERTIES, Property
 from verify.properties.truth import Truth, truth
 from verify.records import JUDGED, Journal, Record, read
@@ -105,12 +106,14 @@ def run_fuzz(
         )
     if code == pytest.ExitCode.INTERRUPTED:
         console.print("interrupted; what follows was measured before")
-    _summary(records, target, kernels, time.monotonic() - start, folder, console)
+    _summary(records, target, kernels, device, time.monotonic() - start, folder, console)
     judged = any(r.verdict in JUDGED for r in records)
     return int(not judged or any(r.verdict in ("failed", "finding") for r in records))
 
 
-def _summary(records: list[Record], target: str, kernels: Sequence[Kernel], spent: float, folder: Path, console: Console) -> None:
+def _summary(
+    records: list[Record], target: str, kernels: Sequence[Kernel], device: str, spent: float, folder: Path, console: Console
+) -> None:
     judged = sum(r.verdict in JUDGED for r in records)
     show_run(records, write=functools.partial(console.print, markup=False, soft_wrap=True), width=console.width)
     shown = {(r.kernel, r.property): r for r in records if r.verdict in ("failed", "finding")}  # the shrunk one comes last
@@ -123,11 +126,36 @@ def _summary(records: list[Record], target: str, kernels: Sequence[Kernel], spen
         console.print(f"  law     {' '.join(law.law.split())}", markup=False)
         console.print(f"  case    {case}", markup=False)
         console.print(f"  what    {record.reason}", markup=False, soft_wrap=True)
+        kernel = next(k for k in kernels if k.name == record.kernel)
+        if path.endswith(".py"):  # what registers it, wherever its function is defined
+            kernel = replace(kernel, origin=f"{Path(path).resolve()}:1")
+        _why(kernel, case, law.name, device, console)
+        written = _write_script(kernel, case, device, folder / f"finding-{number}.py")
+        console.print(f"  script  {written}", markup=False, soft_wrap=True)
         console.print(f"  replay  {replay_command(name, law, case)}", markup=False, soft_wrap=True)
     verdict = f"{len(shown)} findings" if shown else "no finding" if judged else "NOTHING JUDGED"
     console.print(
         f"\n{', '.join(k.name for k in kernels)}: {verdict} in {judged} judged cases, {spent:.0f} s; records in {folder}"
     )
+
+
+def _why(kernel: Kernel, case: Case, law: str, device: str, console: Console) -> None:
+    """Print what explains a finding; it must not hide the finding, whatever it runs into itself."""
+    try:
+        lines = explain(kernel, case, law, device)
+    except Exception as error:
+        lines = [f"not explained: {type(error).__name__}: {error}"]
+    for number, line in enumerate(lines):
+        console.print(f"  {'' if number else 'why':7} {line}", markup=False, soft_wrap=True)
+
+
+def _write_script(kernel: Kernel, case: Case, device: str, path: Path) -> str:
+    """Write the script that shows a finding. Returns its path, or why there is none."""
+    try:
+        path.write_text(script(kernel, case, device), encoding="utf-8")
+    except Exception as error:
+        return f"none: {type(error).__name__}: {error}"
+    return str(path)
 
 
 def run_replay(kernel: Kernel, case: Case, law: str, device: str, console: Console) -> int:
@@ -147,6 +175,7 @@ def run_replay(kernel: Kernel, case: Case, law: str, device: str, console: Conso
         verdict = prop.check(kernel, case, device)
     except Finding as finding:
         console.print(f"{kernel.name} breaks {law}: {finding.sentence}", markup=False, soft_wrap=True)
+        _why(kernel, case, law, device, console)
         return 1
     blind = f"; it could not have told: {', '.join(verdict.blind_to)}" if verdict.blind_to else ""
     console.print(

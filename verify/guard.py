@@ -30,29 +30,40 @@ class Output:
     dk: Tensor | None = None
     dv: Tensor | None = None
     dbias: Tensor | None = None
+    lse_graph: bool = False
+    """Whether the LSE can be backpropagated through."""
 
 
-def call(kernel: Kernel, problem: Problem, inputs: Inputs) -> Output:
+def call(
+    kernel: Kernel,
+    problem: Problem,
+    inputs: Inputs,
+    *,
+    dropout: float = 0.0,
+    wrt: tuple[str, ...] = GRADIENTS,
+    dlse: Tensor | None = None,
+) -> Output:
     """Run a kernel on these inputs (already rounded, on its device) and check the form of its answer.
 
-    Raises Finding where it raises, returns something of another shape, dtype or device, or changes an input. With
-    problem.grads, backpropagates inputs.do through out; a kernel whose out carries no graph gives no gradients.
+    Raises Finding where it raises, returns something of another shape, dtype or device, or changes an input or memory beside it.
+    With problem.grads, backpropagates inputs.do through out, and dlse [B,H,Q] through the LSE, to the inputs of `wrt`; a kernel
+    whose out carries no graph gives no gradients.
     """
     leaves = inputs.map(lambda t: same_memory(t.detach()))
     if problem.grads:
-        for name in GRADIENTS:
+        for name in wrt:
             tensor = getattr(leaves, name)
             if tensor is not None:
                 tensor.requires_grad_()
-    others = keywords(kernel, problem, leaves)
+    others = keywords(kernel, problem, leaves, dropout=dropout)
     try:
         _dirty(problem, inputs)
-        with warnings.catch_warnings(), _Poisoned():  # what a kernel warns of is no finding, even where pytest turns warnings into errors
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(), _Poisoned():
+            warnings.simplefilter("ignore")  # what a kernel warns of is no finding, even where pytest turns warnings into errors
             returned = kernel.fn(leaves.q, leaves.k, leaves.v, **others)
             out, lse = returned if isinstance(returned, tuple) else (returned, None)
             _check_form(problem, out, lse, inputs)
-            gradients = _backward(out, leaves) if problem.grads and out.requires_grad else {}
+            gradients = _backward(out, lse, leaves, dlse) if problem.grads and out.requires_grad else {}
     except Finding:
         raise
     except Exception as error:
@@ -61,10 +72,11 @@ def call(kernel: Kernel, problem: Problem, inputs: Inputs) -> Output:
             f"raised {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}{where}"
         ) from error
     _check_unchanged(inputs, leaves)
-    return Output(out.detach(), None if lse is None else lse.detach(), **gradients)
+    graph = lse is not None and lse.requires_grad
+    return Output(out.detach(), None if lse is None else lse.detach(), **gradients, lse_graph=graph)
 
 
-def keywords(kernel: Kernel, problem: Problem, x: Inputs) -> dict[str, Any]:
+def keywords(kernel: Kernel, problem: Problem, x: Inputs, *, dropout: float = 0.0) -> dict[str, Any]:
     """What a kernel is handed beside q, k, v: of all that the problem offers, the keywords that it takes."""
     visible = None if problem.mask.names == {"full"} else visibility(problem, x.q.device)
     as_bias = visible is not None and problem.mask_as == "float"
@@ -75,6 +87,7 @@ def keywords(kernel: Kernel, problem: Problem, x: Inputs) -> dict[str, Any]:
         "bias": added.masked_fill(~visible, -torch.inf) if as_bias and visible is not None else x.bias,
         "slopes": x.slopes,
         "softcap": problem.softcap,
+        "dropout": dropout,
         "problem": problem,
     }
     return {name: offered[name] for name in kernel.takes}
@@ -95,9 +108,12 @@ def _check_form(problem: Problem, out: Any, lse: Any, inputs: Inputs) -> None:
             raise Finding(f"{name} is {tensor.dtype}, its inputs {dtype}")
 
 
-def _backward(out: Tensor, leaves: Inputs) -> dict[str, Tensor]:
-    names = [n for n in GRADIENTS if getattr(leaves, n) is not None]
-    gradients = torch.autograd.grad(out, [getattr(leaves, n) for n in names], leaves.do, materialize_grads=True)
+def _backward(out: Tensor, lse: Tensor | None, leaves: Inputs, dlse: Tensor | None) -> dict[str, Tensor]:
+    names = [n for n in GRADIENTS if getattr(leaves, n) is not None and getattr(leaves, n).requires_grad]
+    ends, cotangents = [out], [leaves.do]
+    if lse is not None and lse.requires_grad and dlse is not None:
+        ends, cotangents = [out, lse], [leaves.do, dlse.to(lse)]
+    gradients = torch.autograd.grad(ends, [getattr(leaves, n) for n in names], cotangents, materialize_grads=True)
     return {"d" + n: g for n, g in zip(names, gradients, strict=True)}
 
 
@@ -112,7 +128,7 @@ def _check_unchanged(before: Inputs, after: Inputs) -> None:
 class _Poisoned(TorchFunctionMode):
     """What a kernel allocates without filling it arrives full of NaN."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: ARG002
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         if func in UNFILLED and result.is_floating_point():
             result.fill_(torch.nan)

@@ -38,8 +38,8 @@ LAYOUTS: dict[str, Layout] = {
     "columns": Layout(lambda b, h, s, d: (b, h, d, s), lambda t, shape: t.mT),
     "expanded": Layout(lambda b, h, s, d: (b, 1, s, d), lambda t, shape: t.expand(shape)),
 }
-"""bhsd: contiguous. packed: K of a tensor [B,L,3,H,D]. odd: contiguous, one element off any alignment. expanded: stride 0 over the
-heads, which all have the values of the first."""
+"""bhsd: contiguous. packed: K of a tensor [B,L,3,H,D]. odd: contiguous, one element off any alignment. expanded: stride 0 over
+the heads, all with the values of the first."""
 
 
 def laid_out(x: Tensor, layout: str = "bhsd") -> Tensor:

@@ -8,6 +8,8 @@ lse [B,H,Q] float32. It names the keywords that it takes, and what it does not t
     bias: Tensor | None      added to the scaled scores, dtype of q, [B|1, H|1, Q, K]
     slopes: Tensor | None    ALiBi, float32 [H]: bias_ij = -slope |i + len_k - len_q - j|
     softcap: float           0 = none
+    dropout: float           probability that a weight is dropped, 0 = none; those kept are divided by 1 - dropout. Drawn anew in
+                             every call from torch's generator (torch.manual_seed), once for forward and backward
     problem: Problem         all of it; serves for `mask` where the kernel applies the rules of problem.mask itself
 """
 
@@ -31,28 +33,32 @@ from verify.problem import DTYPES, Problem
 if TYPE_CHECKING:
     from verify.case import Case  # a decorated file must load without torch
 
-KEYWORDS = ("scale", "mask", "bias", "slopes", "softcap", "problem")
+KEYWORDS = ("scale", "mask", "bias", "slopes", "softcap", "dropout", "problem")
 BUNDLED = ("naive", "torch_sdpa", "triton_fa2", "triton_fp8")
+OPTIONAL = {"fa3": "fa3_wheel", "fa3-fp8": "fa3_wheel", "flex-attention": "flex"}
+"""Kernels of other files of kernels/, which are loaded where they are asked for by name."""
 USUAL = ("fp32", "fp16", "bf16")
-Supports = Callable[[Problem, str], str | None]
+Supports = Callable[..., str | None]
 Stages = Callable[..., dict[str, Callable[[], Any]]]
 
 
 @dataclass(frozen=True)
 class Known:
-    """A known defect of a kernel: what it is, with its source, which problems can show it, and on which families of inputs (any,
-    if none is named). They are judged all the same; what they break there is counted as known, and a defect that no longer shows
-    is reported.
+    """A known defect of a kernel: what it is, with its source, which problems can show it, on which families of inputs and by
+    which properties (any, if none is named). They are judged all the same; what they break there is counted as known, and a defect that
+    no longer shows is reported.
     """
 
     what: str
     where: Callable[[Problem, str], bool]
     recipes: tuple[str, ...] = ()
+    laws: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
 class Kernel:
-    """A registered kernel. `origin` is file:line; `declared(problem, device)` returns None, or why it is not supported."""
+    """A registered kernel. `origin` is file:line; `declared(problem, device)` returns None, or why it is not supported;
+    where it takes a keyword `dropout`, it is told of dropout, too."""
 
     name: str
     fn: Callable[..., Any]
@@ -64,24 +70,26 @@ class Kernel:
     known: tuple[Known, ...] = ()
     origin: str = ""
     stages: Stages | None = None
+    tiles: tuple[int, ...] = ()
 
     def numerics(self, problem: Problem, device: str) -> Arithmetic:
         """The arithmetic declared for this problem on this device."""
         return self.arithmetic if isinstance(self.arithmetic, Arithmetic) else self.arithmetic(problem, device)
 
-    def known_defect(self, case: Case, device: str) -> str:
-        """What is known to be wrong with this kernel on such a case; empty where nothing is."""
-        possible = (k for k in self.known if not k.recipes or case.recipe.name in k.recipes)
+    def known_defect(self, case: Case, device: str, law: str) -> str:
+        """What is known to be wrong with this kernel on such a case of this property; empty where nothing is."""
+        possible = (k for k in self.known if law in (k.laws or (law,)) and case.recipe.name in (k.recipes or (case.recipe.name,)))
         return next((k.what for k in possible if k.where(case.problem, device)), "")
 
-    def unsupported(self, problem: Problem, device: str) -> str | None:
-        """Why this kernel can't do this problem on this device ("cpu", "cuda"); None where it can."""
+    def unsupported(self, problem: Problem, device: str, *, dropout: float = 0.0) -> str | None:
+        """Why this kernel can't do this problem on this device ("cpu", "cuda"), with this dropout; None where it can."""
         by_rule = "problem" in self.takes and problem.mask_as == "rule"
         needs = [
             ("bias", problem.bias in ("bhqk", "hqk", "qk") or problem.mask_as == "float"),
             ("slopes", problem.bias == "alibi"),
             ("mask", problem.mask.names != {"full"} and problem.mask_as != "float" and not by_rule),
             ("softcap", problem.softcap != 0),
+            ("dropout", dropout != 0),
             ("scale", problem.scale is not None),
         ]
         if problem.dtype not in self.dtypes:
@@ -89,7 +97,10 @@ class Kernel:
         for keyword, needed in needs:
             if needed and keyword not in self.takes:
                 return f"takes no `{keyword}`"
-        return self.declared(problem, device) if self.declared else None
+        if self.declared is None:
+            return None
+        told = {"dropout": dropout} if dropout and "dropout" in inspect.signature(self.declared).parameters else {}
+        return self.declared(problem, device, **told)
 
 
 REGISTRY: dict[str, Kernel] = {}
@@ -108,17 +119,20 @@ def kernel(
     empty_row: str = "zero",
     known: tuple[Known, ...] = (),
     stages: Stages | None = None,
+    tiles: tuple[int, ...] = (),
 ) -> Any:
     """Register a kernel; usable bare or with arguments. Returns the function unchanged.
 
     `arithmetic` is a value or a function of (problem, device). `supports(problem, device)` returns None or one sentence that
-    says why not. `empty_row` is what a row without a visible key gives: "zero" or "nan". `known` lists known defects: a run
-    stays green with them in sight. `stages`, called like the kernel, gives the parts that `verify bench` times apart.
+    says why not; one that takes a keyword `dropout` is also asked with dropout in force. `empty_row` is what a row without a
+    visible key gives: "zero" or "nan". `known` lists known defects: a run stays green with them in sight. `stages`, called like
+    the kernel, gives the parts that `verify bench` times apart.
+    `tiles`: sizes of blocks that the kernel works in; lengths around them are tried more often.
     Raises VerifyError for an unknown keyword in the signature or a name already taken.
     """
     if fn is None:
         options = functools.partial(kernel, name=name, arithmetic=arithmetic, supports=supports)
-        return functools.partial(options, dtypes=dtypes, empty_row=empty_row, known=known, stages=stages)
+        return functools.partial(options, dtypes=dtypes, empty_row=empty_row, known=known, stages=stages, tiles=tiles)
     label = name or getattr(fn, "__name__", "kernel").replace("_", "-")
     takes = _keywords(fn, label)
     if wrong := [d for d in dtypes if d not in DTYPES]:
@@ -129,7 +143,7 @@ def kernel(
     other = REGISTRY.get(label)
     if other and other.origin != origin:
         raise VerifyError(f"kernel {label!r} is registered twice: {other.origin} and {origin}; give one another name=")
-    REGISTRY[label] = Kernel(label, fn, takes, arithmetic, supports, tuple(dtypes), empty_row, known, origin, stages)
+    REGISTRY[label] = Kernel(label, fn, takes, arithmetic, supports, tuple(dtypes), empty_row, known, origin, stages, tiles)
     return fn
 
 
@@ -205,7 +219,8 @@ def find(target: str) -> list[Kernel]:
 
     Raises VerifyError for an unknown name, with the known ones, or for a bundled kernel that is unavailable, with the reason.
     """
-    load_bundled()
+    also = [OPTIONAL[target]] if target in OPTIONAL else []
+    load_bundled(*also)
     path, _, name = target.partition("::")
     if path.endswith(".py") or "/" in path:
         kernels = load_file(Path(path))
@@ -215,6 +230,7 @@ def find(target: str) -> list[Kernel]:
         kernels, name = list(REGISTRY.values()), target
     if found := [k for k in kernels if k.name == name]:
         return found
-    if name in UNAVAILABLE:
-        raise VerifyError(f"kernel {name!r} is unavailable here: {UNAVAILABLE[name]}")
+    for label in (name, *(stem.replace("_", "-") for stem in also)):
+        if label in UNAVAILABLE:
+            raise VerifyError(f"kernel {name!r} is unavailable here: {UNAVAILABLE[label]}")
     raise VerifyError(f"kernel {name!r} is unknown: one of {', '.join(k.name for k in kernels)}, or a path to a .py file")

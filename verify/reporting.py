@@ -38,9 +38,9 @@ ALSO = ("fp8_choices", "fa3_wheel")
 """Kernels of the report beside the bundled ones: each choice of quantisation by itself, other people's."""
 CHOICE = "fp8-"
 """How the names of kernels/fp8_choices.py begin: they are of interest in two tables."""
-EMULATED = 3
+EMULATED = 1
 """Draws of which the expected error is worked out: an emulation costs ten times as much as all else."""
-AHEAD = 4
+AHEAD = 12
 """Draws that are made while the GPU measures others."""
 Figures = dict[str, float]
 

@@ -1,0 +1,107 @@
+"""Findings that explain: what is wrong on a failing case and what is right, where it is wrong, and at which stage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from verify.case import Case, visibility
+from verify.expectation import DIRECTIONS
+from verify.finding import Finding
+from verify.problem import Problem
+from verify.properties.script import script
+from verify.properties.stages import by_elimination, stages
+from verify.properties.trial import CALLS, Trial, ample, memory, strides, tried, unsteady
+from verify.registry import Kernel
+
+__all__ = ["explain", "script"]
+
+
+def explain(kernel: Kernel, case: Case, law: str, device: str) -> list[str]:
+    """Facts about a case that breaks this law, one a line: what is wrong and what is right, where, and the likely stage."""
+    try:
+        trial, calls = tried(kernel, case, device)
+    except Finding as finding:
+        return [f"the call itself fails: {finding.sentence}", *_likely(strides(kernel, case, device, ""))]
+    right = ", ".join(name for name in trial.names if name not in trial.wrong) or "none"
+    lines = [f"wrong: {', '.join(trial.wrong) or 'none'}; right: {right}"]
+    lines += _where(trial, trial.wrong[0]) if trial.wrong else ()
+    if wavering := list(unsteady(trial, calls)):
+        found, told_on = wavering, []
+    elif not trial.wrong and law not in ("oracle", "gradients", "repeat"):
+        return [*lines, f"this very case is right: what breaks {law} is another call that it makes"]
+    elif not trial.wrong:
+        found, told_on = [f"state kept between calls, or a race (the same case is right in {CALLS} calls now)"], []
+    else:
+        found, told_on = _stages(trial)
+    return [*lines, *_likely(found), *told_on]
+
+
+def _stages(trial: Trial) -> tuple[list[str], list[str]]:
+    """The likely stages, and the case on which they were told apart where it is another."""
+    name = trial.wrong[0]
+    if around := [*strides(trial.kernel, trial.case, trial.known.device, name), *memory(trial, name)]:
+        return around, []
+    larger = ample(trial)
+    if larger and (found := stages(larger)):
+        return found, [f"told on {larger.case}"]
+    return stages(trial) or by_elimination(trial), []
+
+
+def _likely(found: list[str]) -> list[str]:
+    return [f"likely stage: {stage}" for stage in found]
+
+
+def _where(trial: Trial, name: str) -> Iterator[str]:
+    """The first wrong element, and what all of them have in common."""
+    got, p = trial.got(name), trial.known.problem
+    bad = trial.off(name, got)
+    if not bad.any():
+        assert trial.expected is not None
+        (mine, honest), found = trial.expected.rmse(name, got), trial.expected.surprise(name, got)
+        what = DIRECTIONS.get(found.what, f"too much {found.what}") if found else "off on the whole"
+        yield f"{name}: no element is farther off than allowed, but {what}: RMSE {mine:.2e}, expected {honest:.2e}"
+        return
+    at = tuple(bad.nonzero()[0].tolist())
+    value, exact = got[at].item(), trial.want(name)[at].item()
+    yield f"{name}: {int(bad.sum())} of {bad.numel()} elements wrong, the first at {list(at)}: {value:.6g}, exact {exact:.6g}"
+    word, length = ("key", p.len_k) if name in ("dk", "dv") else ("row", p.len_q)
+    for tile in (tile for tile in trial.tiles if tile < length):
+        number, within = divmod(at[2], tile)
+        yield f"{word} {at[2]} is number {within} of tile {number} ({length} {word}s in tiles of {tile})"
+        last = length - length % tile
+        if last < length and not bad[:, :, :last].any():
+            yield f"all wrong {word}s lie in the last, partial tile of {tile}: {last}-{length - 1}"
+    yield _edge(trial, word, at)
+    yield from _common(bad, p, name)
+
+
+def _edge(trial: Trial, word: str, at: tuple[int, ...]) -> str:
+    """What the mask leaves of this row or key."""
+    p = trial.known.problem
+    cpu, entry = torch.device("cpu"), at[0] if p.mask.batch_sizes() else 0
+    seen = visibility(p, cpu, slice(at[2], at[2] + 1))[entry, 0, 0] if word == "row" else visibility(p, cpu)[entry, 0, :, at[2]]
+    found, other, of = seen.nonzero().flatten().tolist(), *(("key", p.len_k) if word == "row" else ("row", p.len_q))
+    verb = "sees" if word == "row" else "is seen by"
+    if not found:
+        return f"{word} {at[2]} {verb} no {other}"
+    gaps = "" if len(found) == found[-1] - found[0] + 1 else f", {len(found)} in all"
+    alone = [str(tile) for tile in trial.tiles if found[-1] % tile == 0 and found[-1]]
+    edge = f"; the last of them is alone in its tile of {', '.join(alone)}" if alone else ""
+    return f"{word} {at[2]} {verb} {other}s {found[0]}-{found[-1]} of {of}{gaps}{edge}"
+
+
+def _common(bad: Tensor, p: Problem, name: str) -> Iterator[str]:
+    """What the heads and batch entries of the wrong elements have in common."""
+    entries, heads = (sorted({int(n) for n in bad.nonzero()[:, axis]}) for axis in (0, 1))
+    if 0 not in entries:
+        yield f"only batch entries > 0 are wrong: {entries}"
+    grouped = p.group > 1 and name not in ("dk", "dv") and bad.shape[1] == p.heads_q
+    if grouped:
+        yield f"query head {heads[0]} uses key head {heads[0] // p.group} (h // {p.group})"
+    if grouped and all(head % p.group for head in heads):
+        yield f"only heads beyond the first of their group are wrong: {heads}"
+    elif 0 not in heads:
+        yield f"only heads > 0 are wrong: {heads}"

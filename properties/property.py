@@ -1,0 +1,109 @@
+"""Property: a law as a short function. It raises a Finding where the law is broken; its docstring is the law in symbols."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from verify.bounds import Allowance
+from verify.case import Case
+from verify.finding import Finding
+from verify.guard import Output, call
+from verify.measure import same
+from verify.properties.truth import Truth
+from verify.properties.verdict import compare
+from verify.registry import Kernel
+
+
+@dataclass
+class Verdict:
+    """The law held. `unsupported` says why nothing was judged; `blind_to` what the case could not have seen;
+    `bitwise` whether two results that must agree agreed to the last bit; `measured` errors over what was expected and proved."""
+
+    unsupported: str | None = None
+    blind_to: list[str] = field(default_factory=list)
+    bitwise: bool | None = None
+    measured: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Property:
+    """A law, and what its cases must be: without a mask, with one that hides something, with gradients; and whether it needs the
+    LSE.
+    """
+
+    name: str
+    law: str
+    check: Callable[[Kernel, Case, str], Verdict]
+    full_mask: bool = False
+    hides: bool = False
+    grads: bool = False
+    lse: bool = False
+
+
+PROPERTIES: dict[str, Property] = {}
+TENSORS = ("out", "lse", "dv", "dq", "dk", "dbias")
+
+
+def holds(
+    *, full_mask: bool = False, hides: bool = False, grads: bool = False, lse: bool = False
+) -> Callable[[Callable[..., Verdict]], Callable[..., Verdict]]:
+    """Register a function (kernel, case, device) -> Verdict as a property, by its name."""
+
+    def register(check: Callable[..., Verdict]) -> Callable[..., Verdict]:
+        name = check.__name__.replace("_", "-")
+        PROPERTIES[name] = Property(name, (check.__doc__ or "").strip(), check, full_mask, hides, grads, lse)
+        return check
+
+    return register
+
+
+def rng(case: Case) -> np.random.Generator:
+    """What a law draws for itself, from the case's seed."""
+    return np.random.Generator(np.random.Philox(case.seed))
+
+
+def limits(kernel: Kernel, known: Truth) -> dict[str, Allowance]:
+    """How far this kernel may be from that truth."""
+    return known.allowances(kernel.numerics(known.problem, known.device))
+
+
+def answer(kernel: Kernel, known: Truth) -> Output:
+    """What the kernel makes of it."""
+    return call(kernel, known.problem, known.inputs)
+
+
+def both(one: Allowance, two: Allowance | Tensor) -> Allowance:
+    """How far two results may be apart: each off by its own allowance, or by that and what is known of the difference."""
+    other = two.limit if isinstance(two, Allowance) else two
+    return Allowance(one.limit + other, one.terms | {"the other": other.expand_as(one.limit)})
+
+
+def agree(one: Output, two: Output, allowed: dict[str, Allowance], against: str, names: tuple[str, ...] = TENSORS) -> bool:
+    """Whether two outputs for the same exact answer agree to the last bit. Raises a Finding where they are farther apart than
+    twice the allowance.
+    """
+    bitwise = True
+    for name in names:
+        got, want = getattr(one, name), getattr(two, name)
+        if got is not None and want is not None:
+            compare(name, got, want, allowed[name], against=against, times=2)
+            bitwise &= bool(same(got, want).all())
+    return bitwise
+
+
+def doubled(name: str, got: Tensor, once: Tensor, factor: float, against: str) -> bool:
+    """Whether got = factor * once to the last bit, where neither overflows and their last places are normal numbers. `factor` is a
+    power of two.
+    """
+    form, want = torch.finfo(once.dtype), once.double() * factor
+    inside = (want.abs() <= form.max) & (torch.minimum(want.abs(), once.abs().double()) >= form.tiny / form.eps)
+    wrong = inside & (got.double() != want)
+    if wrong.any():
+        at = tuple(wrong.nonzero()[0].tolist())
+        raise Finding(f"{name}{list(at)} = {got[at].item():.9g}, {factor:g} times {against} {once[at].item():.9g}: must be exact")
+    return True
