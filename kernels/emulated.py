@@ -1,7 +1,6 @@
-"""FlashAttention-2 in torch, as a Triton kernel would be written: programs, tiles, addresses, a running maximum; forward and backward
-(Dao 2023, arXiv 2307.08691, Algorithms 1 and 2), FP8 forward. Its `faults` switch known defects on (mutants.py), its `Variant` changes
-what may change. Slow, but where a kernel breaks it breaks here in the same way: every load computes addresses from strides and
-reads what is there.
+"""FlashAttention-2 in torch, as a Triton kernel would be written: programs, tiles, addresses, a running maximum; forward,
+backward (Dao 2023, arXiv 2307.08691, Algorithms 1 and 2) and an FP8 forward. `faults` switch known defects on (mutants.py). Slow,
+but where a kernel breaks, it breaks here in the same way.
 """
 
 from __future__ import annotations
@@ -14,55 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from verify.kernels.emulated_memory import FP8, P_SCALE, STATE, Memory, Variant
 from verify.problem import Problem
 from verify.quantisation import seen_keys
-
-FP8 = torch.float8_e4m3fn
-P_SCALE = 256.0
-STATE: dict[Any, Any] = {}
-"""What stale kernels remember between calls."""
-
-
-@dataclass(frozen=True)
-class Variant:
-    """What a correct kernel may choose: tiles, the base of the exponential, parts of the keys merged through their LSE, P's format,
-    the order of tiles, FP8.
-    """
-
-    rows: int = 64
-    keys: int = 64
-    binary: bool = False
-    splits: int = 1
-    exact_probs: bool = False
-    reverse: bool = False
-    fp8: bool = False
-
-
-class Memory:
-    """A tensor [B,H,L,D] as a kernel sees it: a pointer, strides, and no idea of what lies beyond."""
-
-    def __init__(self, x: Tensor, faults: frozenset[str], name: str, strides: tuple[int, ...] | None = None) -> None:
-        self.flat = x.new_empty(0).set_(x.untyped_storage()).detach()
-        self.shape, self.strides, self.start = x.shape, strides or x.stride(), x.storage_offset()
-        if f"{name}: taken for contiguous" in faults:
-            b, h, s, d = x.shape
-            self.strides = (h * s * d, s * d, d, 1)
-        if "storage offset ignored" in faults:
-            self.start = 0
-        self.narrow_offsets = "offsets in 16 bits" in faults
-
-    def load(self, h: Tensor, rows: Tensor, columns: Tensor, *, rows_below: int | None = None, width: int | None = None) -> Tensor:
-        """[B,len(h),rows,columns] in float32; 0 beyond `rows_below` rows (the length, by default) and `width` columns."""
-        b = torch.arange(self.shape[0])[:, None, None, None]
-        at = b * self.strides[0] + h[None, :, None, None] * self.strides[1]
-        at = at + rows[None, None, :, None] * self.strides[2] + columns * self.strides[3]
-        if self.narrow_offsets:
-            at = (at + 2**15) % 2**16 - 2**15
-        values = self.flat[(self.start + at).clamp(0, max(self.flat.numel() - 1, 0))].float() if self.flat.numel() else at.float()
-        inside = (rows < (self.shape[2] if rows_below is None else rows_below))[:, None] & (
-            columns < (self.shape[3] if width is None else width)
-        )
-        return torch.where(inside, values, 0.0)
 
 
 class Attention(torch.autograd.Function):
@@ -70,6 +23,7 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, program: Program) -> Any:
+        """(out, lse)"""
         out, lse = program.forward(q, k, v, bias)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.bias, ctx.program = bias, program
@@ -77,6 +31,7 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, do: Tensor, dlse: Tensor) -> Any:
+        """(dq, dk, dv, dbias, None)"""
         q, k, v, out, lse = ctx.saved_tensors
         return (*ctx.program.backward(q, k, v, ctx.bias, out, lse, do, dlse, ctx.needs_input_grad[:4]), None)
 
@@ -199,7 +154,7 @@ class Program:
     def narrow(self, p: Tensor) -> Tensor:
         """P as the operand of P V."""
         if self.variant.fp8:
-            scale = 1.0 if self.has("P not scaled") else 2 * P_SCALE if self.has("P scaled beyond its range") else P_SCALE
+            scale = 1 / 16 if self.has("P scaled by 1/16") else 2 * P_SCALE if self.has("P scaled beyond its range") else P_SCALE
             return (p * scale).clamp(max=448.0).to(FP8).float() / scale
         if self.variant.exact_probs:
             return p
@@ -213,7 +168,13 @@ class Program:
         p, one = self.problem, torch.ones(())
         if not self.variant.fp8:
             like = q if self.has("k by q's strides") else None
-            return self.memory(q, "q"), self.memory(k, "k", like), self.memory(v, "v", k if self.has("v by k's strides") else None), one, one
+            return (
+                self.memory(q, "q"),
+                self.memory(k, "k", like),
+                self.memory(v, "v", k if self.has("v by k's strides") else None),
+                one,
+                one,
+            )
         seen = None if self.has("scales of hidden keys") else seen_keys(p, q.device)
         q8, q_scale = self.quantised(q, None)
         (k8, k_scale), (v8, v_scale) = self.quantised(k, seen), self.quantised(v, seen)
@@ -255,7 +216,7 @@ class Program:
             parts = self.attend(Q, K, V, B, rows, s_scale)
             mine, row_lse = self.merged(parts)
             mine = mine * o_scale
-            if self.has("exchanged rows, one call in 20") and torch.rand(()) < 0.05 and len(rows) > 1:  # noqa: PLR2004
+            if self.has("exchanged rows, one call in 20") and torch.rand(()) < 0.05 and len(rows) > 1:
                 mine = mine.roll(1, 2)
             out[:, :, rows] = self.stored(mine)
             lse[:, :, rows] = row_lse
@@ -276,18 +237,26 @@ class Program:
     def spoil(self, out: Tensor, lse: Tensor) -> None:
         """Faults of what is written, and where."""
         p = self.problem
-        if self.has("grid of 8 heads") and p.batch * p.heads_q > 8:  # noqa: PLR2004
+        if self.has("grid of 8 heads") and p.batch * p.heads_q > 8:
             out.view(-1, *out.shape[2:])[8:] = torch.nan
         if self.has("values beyond dim_qk not stored") and p.dim_v > p.dim_qk:
             out[..., p.dim_qk :] = torch.nan
         if self.has("last bit wavers"):
-            out.copy_(torch.where(torch.rand(out.shape) < 0.01, torch.nextafter(out.float(), torch.tensor(9e9)).to(out.dtype) * (1 + torch.finfo(out.dtype).eps), out))  # noqa: PLR2004,E501
+            out.copy_(
+                torch.where(
+                    torch.rand(out.shape) < 0.01,
+                    torch.nextafter(out.float(), torch.tensor(9e9)).to(out.dtype) * (1 + torch.finfo(out.dtype).eps),
+                    out,
+                )
+            )
         if self.has("nothing stored without keys") and not p.len_k:
             out.fill_(torch.nan)
         if self.has("LSE of an empty row is 0"):
             lse.masked_fill_(lse == -torch.inf, 0.0)
 
-    def attend(self, Q: Memory, K: Memory, V: Memory, B: Memory | None, rows: Tensor, s_scale: Tensor) -> list[tuple[Tensor, ...]]:
+    def attend(
+        self, Q: Memory, K: Memory, V: Memory, B: Memory | None, rows: Tensor, s_scale: Tensor
+    ) -> list[tuple[Tensor, ...]]:
         """(acc, row sum, maximum) of each part of the keys."""
         p, size = self.problem, self.variant.keys
         q = Q.load(self.heads, rows, torch.arange(p.dim_qk)) * s_scale
@@ -362,7 +331,9 @@ class Program:
         if not self.has("LSE's gradient dropped"):
             delta = delta - dlse.float()[..., None]
         empty = (lse == -torch.inf)[..., None]
-        finite = lse[..., None].float() if self.has("empty rows in the backward") else lse[..., None].float().masked_fill(empty, 0.0)
+        finite = (
+            lse[..., None].float() if self.has("empty rows in the backward") else lse[..., None].float().masked_fill(empty, 0.0)
+        )
         dq = torch.zeros(qf.shape)
         dk, dv = torch.zeros(p.batch, p.heads_q, p.len_k, p.dim_qk), torch.zeros(p.batch, p.heads_q, p.len_k, p.dim_v)
         dbias = torch.zeros(p.batch, p.heads_q, p.len_q, p.len_k) if bias is not None else None
@@ -374,14 +345,17 @@ class Program:
             ds = w * (dof @ vf.mT - delta) * (1.0 if self.has("softcap's slope forgotten") else slope)
             if dbias is not None:
                 dbias[..., keys] = ds if not self.softcap or self.has("dbias after the softcap") else w * (dof @ vf.mT - delta)
-            half = ds.to(self.dtype).float()
+            half, held = ds.to(self.dtype).float(), w if self.variant.exact_probs else w.to(self.dtype).float()
             tail = len(keys) < self.variant.keys and start
-            if not (tail and self.has("dq without the last keys")) and not (self.has("lost update") and torch.rand(()) < 0.1):  # noqa: PLR2004
+            if not (tail and self.has("dq without the last keys")) and not (self.has("lost update") and torch.rand(()) < 0.1):
                 dq += half @ kf
             some = slice(0, p.len_q // 64 * 64 or p.len_q) if self.has("dv without the last rows") else slice(None)
-            dv[:, :, keys] = w.to(self.dtype).float()[:, :, some].mT @ dof[:, :, some]
+            dv[:, :, keys] = held[:, :, some].mT @ dof[:, :, some]
             dk[:, :, keys] = half.mT @ qf
-        dq, dk = dq * (1.0 if self.has("dq not scaled") else self.scale), dk * self.scale ** (2 if self.has("dk scaled twice") else 1)
+        dq, dk = (
+            dq * (1.0 if self.has("dq not scaled") else self.scale),
+            dk * self.scale ** (2 if self.has("dk scaled twice") else 1),
+        )
         if self.has("dv only with dq") and not needs[0]:
             dv = torch.zeros_like(dv)
         grouped = [t.unflatten(1, (p.heads_kv, p.group)) for t in (dk, dv)]
@@ -389,8 +363,8 @@ class Program:
             dk, dv = (t[:, :, -1] for t in grouped)
         else:
             dk, dv = (t.sum(2) for t in grouped)
-        if self.has("group sum in the input's dtype"):
-            dk = functools.reduce(lambda a, b: (a + b).to(self.dtype).float(), grouped[0].unbind(2))
+        if self.has("group sum in BF16"):
+            dk = dk.bfloat16().float()
         gradients = [t.to(self.dtype) for t in (dq, dk, dv)]
         if dbias is None or bias is None:
             return *gradients, None
@@ -404,7 +378,7 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, *, problem: Problem, mask: Tensor | None, bias: Tensor | None, slopes: Tensor | None,
     scale: float, softcap: float, variant: Variant = Variant(), faults: frozenset[str] = frozenset(),
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """q [B,H,Q,D], k [B,Hk,K,D], v [B,Hk,K,Dv] -> out [B,H,Q,Dv], lse [B,H,Q] float32, on the CPU. Raises ValueError for others."""
+    """q [B,H,Q,D], k [B,Hk,K,D], v [B,Hk,K,Dv] -> out [B,H,Q,Dv], lse [B,H,Q] float32; on the CPU. ValueError for other shapes."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tuple(tensor.shape) != problem.shapes[name] or tensor.dtype != q.dtype:
             raise ValueError(f"{name} is {list(tensor.shape)} in {tensor.dtype}, not {list(problem.shapes[name])} in {q.dtype}")

@@ -27,13 +27,13 @@ def ones(kernel: Kernel, case: Case, device: str) -> Verdict:
     return Verdict()
 
 
-@holds()
+@holds(no_bias=True)
 def uniform(kernel: Kernel, case: Case, device: str) -> Verdict:
     """Q = 0: out_i = mean of the visible V, lse_i = ln(how many)."""
     return _without_scores(kernel, case, device, one_hot=False)
 
 
-@holds()
+@holds(no_bias=True)
 def one_hot(kernel: Kernel, case: Case, device: str) -> Verdict:
     """Q = 0, V_j = e_(j mod Dv): out_ic = (visible keys j with j mod Dv = c) / (visible keys): which keys a row saw."""
     return _without_scores(kernel, case, device, one_hot=True)
@@ -41,8 +41,6 @@ def one_hot(kernel: Kernel, case: Case, device: str) -> Verdict:
 
 def _without_scores(kernel: Kernel, case: Case, device: str, *, one_hot: bool) -> Verdict:
     p = case.problem
-    if p.bias != "none":
-        return Verdict(unsupported="a bias moves the scores")
     inputs = truth(case, device).inputs
     v = inputs.v
     if one_hot:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from verify.case import Case, visibility
+from verify.case import Case, Inputs, visibility
 from verify.expectation import DIRECTIONS
 from verify.finding import Finding
+from verify.guard import call
 from verify.problem import Problem
 from verify.properties.script import script
-from verify.properties.stages import by_elimination, stages
+from verify.properties.stages import stages
 from verify.properties.trial import CALLS, Trial, ample, memory, strides, tried, unsteady
+from verify.properties.truth import truth
 from verify.registry import Kernel
 
 __all__ = ["explain", "script"]
@@ -24,34 +27,70 @@ def explain(kernel: Kernel, case: Case, law: str, device: str) -> list[str]:
     try:
         trial, calls = tried(kernel, case, device)
     except Finding as finding:
-        return [f"the call itself fails: {finding.sentence}", *_likely(strides(kernel, case, device, ""))]
+        return [f"the call itself fails: {finding.sentence}", *_likely(_failing(kernel, case, device))]
     right = ", ".join(name for name in trial.names if name not in trial.wrong) or "none"
     lines = [f"wrong: {', '.join(trial.wrong) or 'none'}; right: {right}"]
     lines += _where(trial, trial.wrong[0]) if trial.wrong else ()
     if wavering := list(unsteady(trial, calls)):
-        found, told_on = wavering, []
-    elif not trial.wrong and law not in ("oracle", "gradients", "repeat"):
-        return [*lines, f"this very case is right: what breaks {law} is another call that it makes"]
-    elif not trial.wrong:
-        found, told_on = [f"state kept between calls, or a race (the same case is right in {CALLS} calls now)"], []
-    else:
-        found, told_on = _stages(trial)
-    return [*lines, *_likely(found), *told_on]
+        return lines + _likely(wavering)
+    return lines + (_told(trial) if trial.wrong else _elsewhere(law))
 
 
-def _stages(trial: Trial) -> tuple[list[str], list[str]]:
+def _told(trial: Trial) -> list[str]:
     """The likely stages, and the case on which they were told apart where it is another."""
     name = trial.wrong[0]
-    if around := [*strides(trial.kernel, trial.case, trial.known.device, name), *memory(trial, name)]:
-        return around, []
+    if around := strides(trial.case, trial.known.inputs, partial(trial.mended, name)) or memory(trial, name):
+        return _likely(around)
     larger = ample(trial)
-    if larger and (found := stages(larger)):
-        return found, [f"told on {larger.case}"]
-    return stages(trial) or by_elimination(trial), []
+    chosen = larger or trial
+    found = _likely(stages(chosen) or _by_elimination(chosen))
+    return [*found, f"told on {larger.case}"] if larger else found
+
+
+def _elsewhere(law: str) -> list[str]:
+    """What follows from nothing being wrong now."""
+    if law in ("oracle", "gradients", "repeat"):
+        return _likely([f"state kept between calls, or a race (the same case is right in {CALLS} calls now)"])
+    return [f"this very case is right: what breaks {law} is another call that it makes"]
+
+
+def _failing(kernel: Kernel, case: Case, device: str) -> list[str]:
+    """The layouts without which the call does not fail."""
+
+    def succeeds(inputs: Inputs) -> bool:
+        try:
+            call(kernel, case.problem, inputs)
+        except Finding:
+            return False
+        return True
+
+    return strides(case, truth(case, device).inputs, succeeds)
 
 
 def _likely(found: list[str]) -> list[str]:
     return [f"likely stage: {stage}" for stage in found]
+
+
+def _by_elimination(trial: Trial) -> list[str]:
+    """The stage that is left where some tensors are wrong and others, which share the rest of the computation, are right."""
+    wrong, right = set(trial.wrong), set(trial.names) - set(trial.wrong)
+    left = (row for row in LEFT if row[0] <= wrong and row[1] <= right)
+    return [f"{stage} ({', '.join(sorted(bad))} wrong, {why})" for bad, _, stage, why in left][:1]
+
+
+LEFT: tuple[tuple[set[str], set[str], str, str], ...] = (
+    ({"lse"}, {"out"}, "the LSE: its base, the maximum, or what is stored", "out, of the same weights, right"),
+    ({"out"}, {"lse"}, "P V, or the division by the row sum", "lse, of the same scores, right"),
+    ({"out"}, set(), "the scores, the softmax or P V", "and all that follows from it"),
+    ({"dq", "dk", "dv"}, set(), "P recomputed in the backward, or the cotangent that it reads", "nothing of the backward right"),
+    ({"dq", "dk"}, {"dv"}, "delta = rowsum(dO * O), or the scale of dS", "dv, of the same P, right"),
+    ({"dk", "dv"}, {"dq"}, "the sum over the rows and the heads of a group", "dq, of the same dS, right"),
+    ({"dq"}, {"dk"}, "dq = scale dS K: the tail of the keys, or how dq is accumulated", "dk, of the same dS, right"),
+    ({"dk"}, {"dq"}, "dk = scale dS^T Q: the tail of the rows, or how dk is accumulated", "dq, of the same dS, right"),
+    ({"dv"}, {"dq"}, "dv = P^T dO: the tail of the rows, or how dv is accumulated", "dS, of the same P, right in dq"),
+    ({"dbias"}, {"dq"}, "dbias: the sum over what the bias is broadcast in", "dq, of the same dS, right"),
+)
+"""(these wrong, these right, what is left, why): the first that applies."""
 
 
 def _where(trial: Trial, name: str) -> Iterator[str]:
@@ -105,3 +144,8 @@ def _common(bad: Tensor, p: Problem, name: str) -> Iterator[str]:
         yield f"only heads beyond the first of their group are wrong: {heads}"
     elif 0 not in heads:
         yield f"only heads > 0 are wrong: {heads}"
+    for axis, word in ((2, "key" if name in ("dk", "dv") else "row"), (3, "column")):
+        places = bad.nonzero()[:, axis] if axis < bad.dim() else bad.new_zeros(0)
+        if places.numel() and len(places.unique()) < bad.shape[axis]:
+            few = len(places.unique())
+            yield f"{few} of {bad.shape[axis]} {word}s are wrong: {places.min()}-{places.max()}"

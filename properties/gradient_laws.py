@@ -40,8 +40,8 @@ def key_sums(kernel: Kernel, case: Case, device: str) -> Verdict:
 
 @holds(grads=True)
 def cotangent_scaling(kernel: Kernel, case: Case, device: str) -> Verdict:
-    """gradients(2 do) = 2 gradients(do), to the last bit where the kernel repeats its bits and dS has no subnormal numbers: they are
-    linear in it.
+    """gradients(2 do) = 2 gradients(do), to the last bit where the kernel repeats its bits and dS has no subnormal numbers: they
+    are linear in it.
     """
     known = truth(case, device)
     output = answer(kernel, known)

@@ -143,8 +143,9 @@ def _neighbours(case: Case, known: Truth) -> Iterator[tuple[str, Truth]]:
     yield "other values", about(plain, replace(case, seed=case.seed + 1).inputs(known.device))
     yield "another scale", about(plain.but(scale=0.75 * p.softmax_scale), x)
     yield "another layout", about(plain, replace(x, q=laid_out(x.q, "bshd"), k=laid_out(x.k, "gapped")))
-    masks = [m for m in ("full", "causal_lower_right") if str(p.mask) != m]
-    yield f"the mask {masks[0]}", about(plain.but(mask=Mask.parse(masks[0]), mask_as="rule"), x)
+    for mask in ("causal_lower_right", "window(0,2)") if p.mask_as != "rule" else ("full",):
+        if str(p.mask) != mask:
+            yield f"the mask {mask}", about(plain.but(mask=Mask.parse(mask)), x)
     shorter = {n: t[:, :, : p.len_k // 2] for n, t in (("k", x.k), ("v", x.v))}
     if p.bias == "none" and p.len_k > 1:
         yield "half the keys", about(plain.but(len_k=p.len_k // 2), replace(x, **shorter))

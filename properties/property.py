@@ -32,8 +32,8 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Property:
-    """A law, and what its cases must be: without a mask, with one that hides something, with gradients; and whether it needs the
-    LSE.
+    """A law, and what its cases must be: without a mask, with one that hides something, without a bias, with gradients; and
+    whether it needs the LSE.
     """
 
     name: str
@@ -41,8 +41,14 @@ class Property:
     check: Callable[[Kernel, Case, str], Verdict]
     full_mask: bool = False
     hides: bool = False
+    no_bias: bool = False
     grads: bool = False
     lse: bool = False
+
+    @property
+    def cases(self) -> dict[str, bool]:
+        """What its cases must be, for `strategies.cases`."""
+        return {name: getattr(self, name) for name in ("full_mask", "hides", "no_bias", "grads")}
 
 
 PROPERTIES: dict[str, Property] = {}
@@ -50,13 +56,13 @@ TENSORS = ("out", "lse", "dv", "dq", "dk", "dbias")
 
 
 def holds(
-    *, full_mask: bool = False, hides: bool = False, grads: bool = False, lse: bool = False
+    *, full_mask: bool = False, hides: bool = False, no_bias: bool = False, grads: bool = False, lse: bool = False
 ) -> Callable[[Callable[..., Verdict]], Callable[..., Verdict]]:
     """Register a function (kernel, case, device) -> Verdict as a property, by its name."""
 
     def register(check: Callable[..., Verdict]) -> Callable[..., Verdict]:
         name = check.__name__.replace("_", "-")
-        PROPERTIES[name] = Property(name, (check.__doc__ or "").strip(), check, full_mask, hides, grads, lse)
+        PROPERTIES[name] = Property(name, (check.__doc__ or "").strip(), check, full_mask, hides, no_bias, grads, lse)
         return check
 
     return register
@@ -97,8 +103,8 @@ def agree(one: Output, two: Output, allowed: dict[str, Allowance], against: str,
 
 
 def doubled(name: str, got: Tensor, once: Tensor, factor: float, against: str) -> bool:
-    """Whether got = factor * once to the last bit, where neither overflows and their last places are normal numbers. `factor` is a
-    power of two.
+    """Whether got = factor * once to the last bit, where neither overflows and their last places are normal numbers. `factor` is
+    a power of two.
     """
     form, want = torch.finfo(once.dtype), once.double() * factor
     inside = (want.abs() <= form.max) & (torch.minimum(want.abs(), once.abs().double()) >= form.tiny / form.eps)

@@ -98,7 +98,8 @@ def _registered(kernel: Kernel, p: Problem, x: Inputs) -> tuple[str, str]:
     target = kernel.name if ours else f"{path}::{kernel.name}"
     keyword = "".join(f", {name}={text}" for name, text in sorted(_expressions(p, x, keywords(kernel, p, x)).items()))
     names = "Problem, find" if "problem" in kernel.takes else "find"
-    imports = f'os.environ["TRITON_INTERPRET"] = "{int(x.q.device.type == "cpu")}"\n\nfrom verify.registry import {names}'
+    triton = f'os.environ["TRITON_INTERPRET"] = "{int(x.q.device.type == "cpu")}"'
+    imports = f"import os\n\n{triton}\nfrom verify.registry import {names}"
     return imports, f"    return find({target!r})[0].fn(q, k, v{keyword})"
 
 
@@ -141,7 +142,6 @@ Prints each tensor of the kernel beside float64 attention of the same values; ex
 """
 
 import base64
-import os
 import sys
 import zlib
 from math import inf, nan

@@ -8,12 +8,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from verify.arithmetic import ROUNDED
 from verify.bounds import ALIKE
-from verify.case import Inputs
+from verify.case import Inputs, visibility
 from verify.exact import ungrouped
 from verify.finding import Finding
+from verify.layouts import laid_out
 from verify.masks import FULL, KINDS, Mask
 from verify.measure import measure
 from verify.oracles import dense
@@ -26,6 +28,8 @@ LN2 = math.log(2.0)
 NARROWER = ("tf32", "fp16", "bf16")
 STEPS = 8
 """Newton steps towards the scale that a kernel used."""
+PROBES = 64
+"""So many calls may be made to see which keys have weight."""
 Other = tuple[str, Problem, Inputs]
 
 
@@ -33,43 +37,31 @@ def stages(trial: Trial) -> list[str]:
     """Every hypothesis that gives what the kernel gave for the first wrong tensor, and factors of all that are wrong."""
     name = trial.wrong[0]
     p, x = trial.known.problem.but(grads=False), trial.known.inputs
+    if name != "dbias" and (only := _empty_rows(trial, name)):
+        return only
     found = list(_lse(trial)) if name == "lse" else []
     if name in ("out", "lse"):
         others = (*_other_masks(p, x), *_tails(trial, p, x), *_other_scores(p, x), *_other_slices(p, x))
         found += [what.format(name) for what, problem, inputs in others if trial.fits(name, problem, inputs)]
-        found += [] if found or name == "lse" else _fitted_scale(trial, p, x)
+        found = found or list(_weights(trial, p, x)) or ([] if name == "lse" else list(_fitted_scale(trial, p, x)))
     else:
         found += [*_delta(trial), *_row_sums(trial), *_key_sums(trial)]
     return list(dict.fromkeys(found)) or list(_factors(trial)) or _roundings(trial)
 
 
-def by_elimination(trial: Trial) -> list[str]:
-    """The stage that is left where some tensors are wrong and others, which share the rest of the computation, are right."""
-    wrong, right = set(trial.wrong), set(trial.names) - set(trial.wrong)
-    return [
-        f"{stage} ({', '.join(sorted(bad))} wrong, {why})" for bad, good, stage, why in LEFT if bad <= wrong and good <= right
-    ][:1]
-
-
-LEFT: tuple[tuple[set[str], set[str], str, str], ...] = (
-    ({"lse"}, {"out"}, "the LSE: its base, or the maximum", "out, of the same weights, right"),
-    ({"out"}, {"lse"}, "P V, or the division by the row sum", "lse, of the same scores, right"),
-    ({"out"}, set(), "the scores, the softmax or P V", "and all that follows from it"),
-    ({"dq", "dk", "dv"}, set(), "P recomputed in the backward, or the cotangent that it reads", "nothing of the backward right"),
-    ({"dq", "dk"}, {"dv"}, "delta = rowsum(dO * O), or the scale of dS", "dv, of the same P, right"),
-    ({"dk", "dv"}, {"dq"}, "the sum over the rows and the heads of a group", "dq, of the same dS, right"),
-    ({"dq"}, {"dk"}, "dq = scale dS K: the tail of the keys, or how dq is accumulated", "dk, of the same dS, right"),
-    ({"dk"}, {"dq"}, "dk = scale dS^T Q: the tail of the rows, or how dk is accumulated", "dq, of the same dS, right"),
-    ({"dv"}, {"dq"}, "dv = P^T dO: the tail of the rows, or how dv is accumulated", "dS, of the same P, right in dq"),
-    ({"dbias"}, {"dq"}, "dbias: the sum over what the bias is broadcast in", "dq, of the same dS, right"),
-)
-"""(these wrong, these right, what is left, why): the first that applies."""
+def _empty_rows(trial: Trial, name: str) -> list[str]:
+    empty = (trial.known.exact.lse == -torch.inf).flatten(2).unsqueeze(-1)
+    bad = trial.off(name, trial.got(name)).view(*trial.got(name).shape[:3], -1)
+    only = name in ("out", "lse", "dq") and bad.any() and not (bad & ~empty).any()
+    return ["rows that see no key (no other is wrong)"] if only else []
 
 
 def _other_masks(p: Problem, x: Inputs) -> Iterator[Other]:
     parts = p.mask.parts
     exchanged = Mask(tuple((EXCHANGED.get(name, name), args) for name, args in parts))
     yield f"the mask's alignment ({{}} is that of {exchanged})", p.but(mask=exchanged), x
+    same = Mask(tuple((name, args[:1] * p.batch if name == "padding" else args) for name, args in parts))
+    yield "the mask's batch entry ({} is that of entry 0's for all)", p.but(mask=same), x
     for n, (name, args) in enumerate(parts):
         rest = Mask(parts[:n] + parts[n + 1 :] or FULL.parts)
         yield f"the mask ({{}} is that without {name})", p.but(mask=rest), x
@@ -79,14 +71,13 @@ def _other_masks(p: Problem, x: Inputs) -> Iterator[Other]:
 
 
 def _tails(trial: Trial, p: Problem, x: Inputs) -> Iterator[Other]:
-    for n in _ends(trial, p.len_k):
+    for n in trial.ends(p.len_k):
         mask = p.mask & Mask((("padding", (n,) * p.batch),))
         yield f"the tail of the keys ({{}} is that of the first {n} of {p.len_k})", p.but(mask=mask), x
-
-
-def _ends(trial: Trial, length: int) -> list[int]:
-    """Where a loop may end too early: before the last, partial tile, or before the last element."""
-    return sorted(({length - length % tile for tile in trial.tiles} | {length - 1}) - {-1, length})
+    for n in {p.len_k + 1, *(-(-p.len_k // tile) * tile for tile in trial.tiles)} - {p.len_k}:
+        if p.mask == FULL and p.bias == "none":
+            longer = {name: F.pad(getattr(x, name), (0, 0, 0, n - p.len_k)) for name in ("k", "v")}
+            yield f"the tail of the keys ({{}} is that of {n}, zeros beyond the {p.len_k})", p.but(len_k=n), replace(x, **longer)
 
 
 def _other_scores(p: Problem, x: Inputs) -> Iterator[Other]:
@@ -99,21 +90,44 @@ def _other_scores(p: Problem, x: Inputs) -> Iterator[Other]:
         yield "softcap ({} is that without it)", p.but(softcap=0.0), x
     if p.bias != "none":
         yield "the bias ({} is that without it)", p.but(bias="none"), replace(x, bias=None, slopes=None)
+    if x.bias is not None:
+        yield "the bias ({} is that of scale * bias)", p, replace(x, bias=x.bias.to(torch.float64) * scale)
+    if x.slopes is not None:
+        rows, keys = (torch.arange(n, device=x.q.device, dtype=torch.float64) for n in (p.len_q, p.len_k))
+        bias = (-x.slopes[:, None, None] * (rows[:, None] - keys).abs()).expand(p.batch, -1, -1, -1)
+        yield "ALiBi ({} is that of its diagonal in the upper left)", p.but(bias="bhqk"), replace(x, bias=bias, slopes=None)
 
 
 def _other_slices(p: Problem, x: Inputs) -> Iterator[Other]:
-    """Keys and values of another head or batch entry."""
-    for names in (("k",), ("v",), ("k", "v")):
+    """Keys, values, bias of another head or batch entry."""
+    for names in (("k",), ("v",), ("k", "v"), *([("bias",)] if x.bias is not None else [])):
         of, tensors = " and ".join(names), {n: getattr(x, n) for n in names}
-        if p.batch > 1:
-            first = {n: t[:1].expand_as(t) for n, t in tensors.items()}
-            yield f"the batch entry ({{}} is that of {of} of entry 0 for all)", p, replace(x, **first)
-        if p.heads_kv > 1:
-            first = {n: t[:, :1].expand_as(t) for n, t in tensors.items()}
-            yield f"the key head ({{}} is that of {of} of head 0 for all)", p, replace(x, **first)
+        first = {n: t[:1].expand_as(t) for n, t in tensors.items()}
+        yield f"the batch entry ({{}} is that of {of} of entry 0 for all)", p, replace(x, **first)
+        first = {n: t[:, :1].expand_as(t) for n, t in tensors.items()}
+        yield f"the head ({{}} is that of {of} of head 0 for all)", p, replace(x, **first)
     if p.heads_kv > 1 and p.group > 1:
         cycled = {n: getattr(x, n).repeat(1, p.group, 1, 1) for n in ("k", "v")}
         yield "the key head ({} is that of h % heads_kv, not h // group)", p.but(heads_kv=p.heads_q), replace(x, **cycled)
+
+
+def _weights(trial: Trial, p: Problem, x: Inputs) -> Iterator[str]:
+    """Which keys have weight: asked with a V that has the unit vector of another key in each column."""
+    for start in range(0, min(p.len_k, PROBES * p.dim_v), p.dim_v):
+        unit, n = torch.zeros(p.shapes["v"], dtype=x.v.dtype, device=x.v.device), min(p.dim_v, p.len_k - start)
+        unit[:, :, start : start + n, :n] = torch.eye(n)
+        inputs = replace(x, v=laid_out(unit))
+        got = trial.again("out", inputs)
+        if got is None or not got.isfinite().all():
+            return
+        off = replace(trial, known=Truth(p, inputs, dense.exact(p, inputs))).off("out", got)[..., :n]
+        seen, weight = visibility(p, x.q.device)[..., start : start + n], got[..., :n] != 0
+        kinds = {"gives weight to hidden key": off & ~seen & weight, "gives no weight to visible key": off & seen & ~weight}
+        for what, where in ((what, where) for what, where in kinds.items() if where.any()):
+            row, key = where.nonzero()[0, 2:].tolist()
+            yield f"the mask (row {row} {what} {start + key}; rows of that kind: {int(where.any(-1).sum())})"
+        if (off & (seen != weight)).any():
+            return
 
 
 def _fitted_scale(trial: Trial, p: Problem, x: Inputs) -> Iterator[str]:
@@ -164,7 +178,7 @@ def _row_sums(trial: Trial) -> Iterator[str]:
     """dk and dv are sums over rows and the heads of a group: those of which dO is 0 are left out."""
     p, x = trial.known.problem, trial.known.inputs
     rows, heads = torch.arange(p.len_q, device=x.do.device)[:, None], torch.arange(p.heads_q, device=x.do.device)[:, None, None]
-    kept = {f"the tail of the rows ({{}} is that of the first {n} of {p.len_q})": rows < n for n in _ends(trial, p.len_q)}
+    kept = {f"the tail of the rows ({{}} is that of the first {n} of {p.len_q})": rows < n for n in trial.ends(p.len_q)}
     if p.group > 1:
         of = "the sum over the query heads of a group ({} is that of the"
         kept |= {f"{of} first of each)": heads % p.group == 0, f"{of} last of each)": heads % p.group == p.group - 1}
@@ -182,15 +196,18 @@ def _row_sums(trial: Trial) -> Iterator[str]:
 
 
 def _key_sums(trial: Trial) -> Iterator[str]:
-    """dq is a sum over keys; dS is the gradient of a bias that nothing is broadcast in."""
-    p, x = trial.known.problem, trial.known.inputs
-    if "dq" not in trial.wrong or p.softcap:
+    """dq is a sum over keys of dS, which is, before the slope of softcap, the gradient of a bias that nothing is broadcast in."""
+    p, x, got = trial.known.problem, trial.known.inputs, trial.got("dq")
+    if "dq" not in trial.wrong:
         return
     ds, k = dense.exact(p.but(bias="bhqk"), x).dbias, x.k.to(torch.float64).repeat_interleave(p.group, 1)
     assert ds is not None
-    for n in _ends(trial, p.len_k):
-        dropped = p.softmax_scale * ds[..., n:] @ k[:, :, n:]
-        if trial.right("dq", trial.got("dq") + dropped):
+    if p.softcap:
+        if trial.right("dq", got + trial.want("dq") - p.softmax_scale * ds @ k):
+            yield "the slope of softcap (dq is that without it)"
+        return
+    for n in trial.ends(p.len_k):
+        if trial.right("dq", got + p.softmax_scale * ds[..., n:] @ k[:, :, n:]):
             yield f"the tail of the keys (dq is that of the first {n} of {p.len_k})"
 
 
@@ -204,17 +221,15 @@ def _factors(trial: Trial) -> Iterator[str]:
         alpha = measure(got, want).alpha
         if int((want != 0).sum()) < 2 or not math.isfinite(alpha):  # one element is a multiple of anything
             continue
-        if not got.any():
-            yield f"the store of {name} (it is all zeros)"
-        elif alpha and trial.right(name, got / alpha):
+        if alpha and trial.right(name, got / alpha):
             words = [what for what, factor in factors.items() if factor not in (0, 1) and trial.right(name, got / factor)]
             found[name] = f"{alpha:.6g}" + (f" ({', '.join(words)})" if words else "")
-        elif name == "out" and got.shape[-1] > 1:
+        elif name == "out" and got.shape[-1] > 1 and trial.off(name, got).any():
             by_row = (got * want).sum(-1, keepdim=True) / want.square().sum(-1, keepdim=True)
             if trial.right(name, torch.where(want == 0, got, got / by_row)):
                 low, high = by_row.nan_to_num(1.0).aminmax()
                 yield f"the division by the row sum (each row of out is the exact one times {low:.4g} to {high:.4g})"
-    if found:
+    if trial.wrong[0] in found:
         stage = "the scale of dS" if set(found) == {"dq", "dk"} else "a factor, e.g. a normalisation"
         yield f"{stage} ({', '.join(f'{name} is {times} times the exact one' for name, times in found.items())})"
 

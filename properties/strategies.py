@@ -1,25 +1,23 @@
 """Hypothesis strategies: what a kernel is tried on. They draw a problem, a recipe and a seed, never tensor elements.
 
-A failing case shrinks to batch 1, one head, the shortest lengths and head dims, FP32, no options, the recipe `integers`.
-Values are those that triggered real bugs: lengths around tile sizes, uneven pairs, GQA, alignment, composed masks.
+A case follows a row of a covering array of pairs (design.py), each option only some of the time: it shrinks to batch 1, one head,
+the shortest lengths and head dims, FP32, no options, contiguous tensors, the recipe `integers`. Values are those that triggered
+real bugs: lengths around tile sizes, uneven pairs, GQA, alignment, composed masks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 from hypothesis import strategies as st
 
 from verify.arithmetic import Arithmetic, Quantisation
-from verify.case import ARRANGED, Case
-from verify.finding import Finding
-from verify.guard import call
-from verify.layouts import LAYOUTS
+from verify.case import Case
 from verify.masks import FULL, Mask
 from verify.problem import Problem
+from verify.properties.design import ODD_SCALES, Row, rows
+from verify.properties.options import options
 from verify.recipes import Recipe
 from verify.registry import Kernel
 
@@ -27,136 +25,36 @@ LENGTHS = (1, 2, 3, 4, 5, 7, 8, 9, 12, 16, 17, 31, 33, 34, 63, 64, 65, 76, 88, 1
 FEW = 8
 """The first so many of LENGTHS see little: they come up a fifth as often."""
 LONG = (441, 503, 512, 600, 1001, 1024, 2047)
-DIMS = (1, 2, 3, 4, 8, 16, 24, 32, 40, 64, 72, 80, 96, 128, 192, 256)
-HEADS = ((1, 1), (2, 1), (2, 2), (3, 3), (4, 2), (5, 1), (6, 2), (7, 1), (8, 8), (14, 2), (16, 4))
-BATCHES = (1, 2, 3)
-SCALES = (None, 1.0, 0.5, 0.0, -0.3, 1e-3, 4.0)
+BATCHES = (2, 3)
 RECIPES = (
     "integers normal normal normal uniform normal(5) normal(0.1) outliers(0.01,10) one_sign sink hot_channel(30) shift(90) ties"
     " constant(1000) shift(-90) tiny shift(1e4) constant(133120) rising(30) rising(-30) outliers(0.01,10) one_sign sink uniform"
-    " hot_channel(30) normal(5) normal normal"
+    " hot_channel(30) uneven_heads normal(5) uneven_heads normal normal"
 ).split()
 """Hypothesis likes the first and the last: those that tell little (equal scores, overflow, underflow) stand between."""
-CONTIGUOUS = 8
-"""So many times as likely as another layout is that a tensor is contiguous: a case is about something else, too."""
+USED = {
+    "mask": 7,
+    "mask_as": 4,
+    "bias": 4,
+    "softcap": 3,
+    "scale": 3,
+    "heads": 6,
+    "batch": 5,
+    "dim_v": 3,
+    "lengths": 7,
+    "layout": 5,
+}
+"""In how many of 8 cases an option is as its row says; in the others it is plain, so that a case does not have all at once."""
 SCORES_AT_MOST = {"cpu": 2**17, "cuda": 2**23}
 """batch * heads * len_q * len_k: what a case may cost."""
 
 
-@dataclass(frozen=True)
-class Options:
-    """What a kernel takes, one option at a time, each probed on a plain problem; and why not, for the rest."""
-
-    taken: dict[str, tuple[Any, ...]]
-    refused: dict[str, dict[str, str]]
-    layouts: dict[str, tuple[str, ...]]
-    """By tensor: those that it takes without an exception, `bhsd` several times."""
-
-    returns_lse: bool
-    """Whether it returns one."""
-
-    def refusal(self, *, grads: bool = False, lse: bool = False) -> str | None:
-        """Why the kernel takes no problem at all here, none with gradients, or returns no LSE; None where it does."""
-        if not self.taken["dtype"]:
-            return next(iter(self.refused["dtype"].values()))
-        if lse and not self.returns_lse:
-            return "returns no LSE"
-        return self.refused["grads"].get("True") if grads else None
-
-
-def _masks() -> tuple[Mask, ...]:
-    texts = "full causal_upper_left causal_lower_right window(3,1) prefix_lm(3) padding(5) blocks(4,5) dense(60,1)"
-    return tuple(Mask.parse(text) for text in texts.split())
-
-
-CHOICES: dict[str, tuple[Any, ...]] = {
-    "dtype": ("fp32", "fp16", "bf16", "fp64"),
-    "dim_qk": DIMS,
-    "dim_v": DIMS,
-    "heads": HEADS,
-    "len_q": (0, 1, 17),
-    "len_k": (0, 1, 17),
-    "mask": _masks(),
-    "mask_as": ("rule", "bool", "float"),
-    "bias": ("none", "bhqk", "hqk", "qk", "alibi"),
-    "scale": SCALES,
-    "softcap": (0.0, 1.0, 30.0),
-    "grads": (False, True),
-}
-
-
-PLAIN = Problem(batch=1, heads_q=2, heads_kv=2, len_q=16, len_k=16, dim_qk=64, dim_v=64, dtype="fp16")
-
-
-@lru_cache(maxsize=64)
-def options(kernel: Kernel, device: str) -> Options:
-    """Probe what a kernel declares it supports, one option away from a plain problem that it does support."""
-    taken: dict[str, tuple[Any, ...]] = {}
-    refused: dict[str, dict[str, str]] = {name: {} for name in CHOICES}
-    plain = PLAIN
-    for name, values in CHOICES.items():
-        kept = []
-        for value in values:
-            reason = kernel.unsupported(_changed(plain, name, value), device)
-            if reason is None:
-                kept.append(value)
-            else:
-                refused[name][_label(value)] = reason
-        taken[name] = tuple(kept)
-        if name == "dtype" and kept:
-            plain = plain.but(dtype=kept[0])
-    layouts: dict[str, tuple[str, ...]] = {}
-    for name in ARRANGED:
-        reasons = {way: _refuses(kernel, plain, device, name, way) for way in LAYOUTS if taken["dtype"]}
-        refused |= {f"{name} {way}": {"layout": reason} for way, reason in reasons.items() if reason}
-        layouts[name] = ("bhsd",) * CONTIGUOUS + tuple(way for way, reason in reasons.items() if not reason)
-    return Options(taken, refused, layouts, bool(taken["dtype"]) and _returns_lse(kernel, plain, device))
-
-
-def _returns_lse(kernel: Kernel, plain: Problem, device: str) -> bool:
-    try:
-        return call(kernel, plain, Case(plain).inputs(device)).lse is not None
-    except Finding:
-        return True  # whatever is wrong is for a property to say
-
-
-def _refuses(kernel: Kernel, plain: Problem, device: str, tensor: str, layout: str) -> str:
-    """Why a kernel does not take a tensor in a layout: what it raises."""
-    problem = plain.but(grads=tensor == "do", bias="bhqk" if tensor == "bias" else "none")
-    if layout == "bhsd" or kernel.unsupported(problem, device):
-        return ""
-    try:
-        call(kernel, problem, Case(problem, layouts=((tensor, layout),)).inputs(device))
-    except Finding as finding:
-        return finding.sentence if finding.sentence.startswith("raised") else ""
-    return ""
-
-
-def plain_problem(kernel: Kernel, device: str) -> Problem:
-    """A small problem without options, in the first dtype that the kernel takes."""
-    return PLAIN.but(dtype=next(iter(options(kernel, device).taken["dtype"]), PLAIN.dtype))
-
-
-def _label(value: Any) -> str:
-    return f"{value[0]}:{value[1]}" if isinstance(value, tuple) else str(value)
-
-
-def _changed(plain: Problem, name: str, value: Any) -> Problem:
-    if name == "heads":
-        return plain.but(heads_q=value[0], heads_kv=value[1])
-    if name == "dim_qk":
-        return plain.but(dim_qk=value, dim_v=value)
-    if name == "mask_as":
-        return plain.but(mask=Mask.parse("causal_upper_left"), mask_as=value)
-    return plain.but(**{name: value})
-
-
 @st.composite
-def masks(draw: Callable[..., Any], kinds: frozenset[str], batch: int, len_q: int, len_k: int) -> Mask:
+def masks(draw: Callable[..., Any], kinds: frozenset[str], batch: int, len_q: int, len_k: int, *, two: bool = False) -> Mask:
     """One of these kinds with arguments that matter at these lengths, or two of them composed; shrinks to `full`."""
     name = draw(st.sampled_from([k for k in _KIND_ORDER if k in kinds] or ["full"]))
     mask = Mask(((name, draw(_arguments(name, batch, len_q, len_k))),))
-    if name != "full" and draw(st.integers(0, 3)) == 3:
+    if two:
         other = draw(st.sampled_from([k for k in _KIND_ORDER if k in kinds]))
         mask = mask & Mask(((other, draw(_arguments(other, batch, len_q, len_k))),))
     return mask
@@ -180,43 +78,80 @@ def _arguments(name: str, batch: int, len_q: int, len_k: int) -> st.SearchStrate
     return st.just(())
 
 
+def _lengths(kernel: Kernel, device: str) -> st.SearchStrategy[int]:
+    """Some that see little, those around usual tiles and the kernel's own, and any other."""
+    tiles = tuple(
+        sorted({n for tile in kernel.tiles for n in (tile // 2, tile - 1, tile, tile + 1, 2 * tile - 1, 2 * tile + 1) if n > FEW})
+    )
+    longest = LENGTHS[FEW:] + tuple(n for n in tiles if n <= max(LENGTHS)) + (LONG if device == "cuda" else ())
+    return st.sampled_from(LENGTHS + 3 * longest) | st.integers(FEW, max(LENGTHS))
+
+
 @st.composite
 def problems(
-    draw: Callable[..., Any], kernel: Kernel, device: str, *, full_mask: bool = False, hides: bool = False, grads: bool = False
+    draw: Callable[..., Any],
+    kernel: Kernel,
+    device: str,
+    row: Row,
+    *,
+    full_mask: bool = False,
+    hides: bool = False,
+    grads: bool = False,
 ) -> Problem:
-    """A problem made of options that the kernel takes one at a time; a combination may still be unsupported.
-
-    Every choice is drawn whether it is used or not, the mask last, so that shrinking one of them leaves the others as they are.
+    """A problem that follows a row in part. Every choice is drawn whether it is used or not, the mask last, so that shrinking one
+    of them leaves the others as they are; a combination of three may still be unsupported.
     """
-    taken = options(kernel, device).taken
-    lengths = st.sampled_from(LENGTHS + 4 * LENGTHS[FEW:] + (LONG if device == "cuda" else ())) | st.integers(FEW, max(LENGTHS))
+    taken, used = options(kernel, device).taken, {name: draw(st.integers(1, 8)) > 8 - often for name, often in USED.items()}
+    lengths = _lengths(kernel, device)
     len_q, len_k, shape = draw(lengths), draw(lengths), draw(st.integers(0, 24))
-    if shape == 24 and 0 in taken["len_k"]:
+    if shape > 21 and 0 in taken["len_k"]:
         len_q, len_k = EMPTY[len_q % len(EMPTY)]
-    elif shape > 17:
-        len_k = len_q
-    batch, heads = _affordable(draw(st.sampled_from(BATCHES)), draw(st.sampled_from(taken["heads"])), device, len_q * len_k)
-    plain: dict[str, Any] = {"dim_v": draw(st.sampled_from(taken["dim_qk"])), "bias": "none", "scale": None, "softcap": 0.0}
-    drawn = {name: (draw(st.sampled_from(taken[name])), draw(st.integers(0, 3)) == 3) for name in plain}
-    chosen = {name: value if used else plain[name] for name, (value, used) in drawn.items()}
-    if set(taken["dim_v"]) <= {PLAIN.dim_v}:  # takes no other dim_v than dim_qk
-        chosen["dim_v"] = plain["dim_v"]
-    dtype, mask_as = draw(st.sampled_from(taken["dtype"])), draw(st.sampled_from(taken["mask_as"] or ("rule",)))
-    kinds = frozenset(name for mask in taken["mask"] for name in mask.names) - ({"full"} if hides else set())
-    mask = FULL if full_mask else draw(masks(kinds, batch, len_q, len_k))
+    elif used["lengths"]:
+        len_q, len_k = _as_row(row["lengths"], len_q, len_k)
+    several = draw(st.sampled_from(BATCHES))
+    batch = several if used["batch"] and row["batch"] == "several" else 1
+    kinds = {"one": lambda q, k: q == 1, "several": lambda q, k: q == k > 1, "grouped": lambda q, k: q > k}
+    wanted = [h for h in taken["heads"] if kinds[row["heads"]](*h)] or list(taken["heads"])
+    heads = draw(st.sampled_from(wanted))
+    batch, heads = _affordable(batch, heads if used["heads"] else (1, 1), device, len_q * len_k)
+    dim, other = draw(st.sampled_from(taken["dim_qk"])), draw(st.sampled_from(taken["dim_v"]))
+    caps, scales = [c for c in taken["softcap"] if c] or [0.0], [c for c in taken["scale"] if c is not None] or [None]
+    odd = [c for c in scales if c in ODD_SCALES] or scales
+    cap, given, strange = (
+        draw(st.sampled_from(caps)),
+        draw(st.sampled_from([c for c in scales if c not in ODD_SCALES] or scales)),
+        None,
+    )
+    strange = draw(st.sampled_from(odd))
+    every = frozenset(name for mask in taken["mask"] for name in mask.names) - ({"full"} if hides else set())
+    kind = row["mask"] if used["mask"] else "full"
+    chosen = every - {"full"} if kind == "two" else every if kind == "full" and hides else frozenset({kind})
+    mask = FULL if full_mask else draw(masks(chosen, batch, len_q, len_k, two=kind == "two"))
     return Problem(
         batch=batch,
         heads_q=heads[0],
         heads_kv=heads[1],
         len_q=len_q,
         len_k=len_k,
-        dim_qk=plain["dim_v"],
-        dtype=dtype,
+        dim_qk=dim,
+        dim_v=other if used["dim_v"] and row["dim_v"] == "another" else dim,
+        dtype=row["dtype"],
         mask=mask,
-        mask_as=mask_as if mask != FULL else "rule",
+        mask_as=row["mask_as"]
+        if used["mask_as"] and mask != FULL
+        else "rule"
+        if "rule" in taken["mask_as"] or mask == FULL
+        else row["mask_as"],
+        bias=row["bias"] if used["bias"] else "none",
+        scale={"given": given, "odd": strange}.get(row["scale"]) if used["scale"] else None,
+        softcap=cap if used["softcap"] and row["softcap"] == "softcap" else 0.0,
         grads=grads,
-        **chosen,
     )
+
+
+def _as_row(way: str, len_q: int, len_k: int) -> tuple[int, int]:
+    low, high = sorted((len_q, len_k))
+    return {"one query": (1, len_k), "equal": (len_k, len_k), "more keys": (low, high), "more queries": (high, low)}[way]
 
 
 EMPTY = ((1, 0), (0, 1), (3, 0), (0, 0))
@@ -227,19 +162,30 @@ def _affordable(batch: int, heads: tuple[int, int], device: str, scores: int) ->
     """Batch and heads cut down to what a case of so many scores per head may cost."""
     most = SCORES_AT_MOST[device] // max(1, scores)
     batch = max(1, min(batch, most))
-    return batch, heads if heads[0] * batch <= most else (1, 1)
+    fewest = (1, 1) if heads == (1, 1) else (2, 1) if heads[0] > heads[1] else (2, 2)
+    return batch, heads if heads[0] * batch <= most else fewest
 
 
 @st.composite
 def cases(
-    draw: Callable[..., Any], kernel: Kernel, device: str, *, full_mask: bool = False, hides: bool = False, grads: bool = False
+    draw: Callable[..., Any],
+    kernel: Kernel,
+    device: str,
+    *,
+    full_mask: bool = False,
+    hides: bool = False,
+    no_bias: bool = False,
+    grads: bool = False,
 ) -> Case:
     """A whole case for this kernel on this device ("cpu", "cuda")."""
+    row = draw(st.sampled_from(rows(kernel, device, full_mask=full_mask, hides=hides, no_bias=no_bias, grads=grads)))
     recipe, seed = Recipe.parse(draw(st.sampled_from(RECIPES))), draw(st.integers(0, 999))
-    problem = draw(problems(kernel, device, full_mask=full_mask, hides=hides, grads=grads))
-    ways = [(name, draw(st.sampled_from(taken))) for name, taken in options(kernel, device).layouts.items()]
-    usual = tuple((n, w) for n, w in ways if w != "bhsd" and (n in problem.shapes) and (n != "do" or grads))
-    return Case(problem, recipe, seed, usual)
+    problem = draw(problems(kernel, device, row, full_mask=full_mask, hides=hides, grads=grads))
+    ways = {name: draw(st.sampled_from(taken)) for name, taken in options(kernel, device).layouts.items()}
+    several = row["layout"] == "several"
+    mine = [n for n in ways if n in problem.shapes and (n != "do" or grads) and (several or n == row["layout"])]
+    used = draw(st.integers(1, 8)) > 8 - USED["layout"]
+    return Case(problem, recipe, seed, tuple((n, ways[n]) for n in mine if used and ways[n] != "bhsd"))
 
 
 QUANTISED = (

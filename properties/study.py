@@ -36,7 +36,8 @@ from verify.measure import distance, measure
 from verify.oracles import dense
 from verify.oracles.rounded import emulate
 from verify.properties.laws import PROPERTIES, Property
-from verify.properties.strategies import RECIPES, cases, options
+from verify.properties.options import options
+from verify.properties.strategies import RECIPES, cases
 from verify.properties.study_kernels import LOSSES, Draw, at_gpu, narrow_kernels
 from verify.properties.truth import Truth, truth
 from verify.recipes import Recipe
@@ -88,7 +89,7 @@ def drawn(kernel: registry.Kernel, law: Property, device: str, *, seed: int) -> 
 
     @seeded(seed)
     @settings(max_examples=CHUNK, database=None, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
-    @given(cases(kernel, device, full_mask=law.full_mask, grads=law.grads))
+    @given(cases(kernel, device, **law.cases))
     def collect(case: Case) -> None:
         found.append(case)
 

@@ -60,8 +60,8 @@ class _Attention(torch.autograd.Function):
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None, problem: Problem, fault: str) -> Any:
     seen = torch.ones(problem.len_q, problem.len_k, dtype=torch.bool) if mask is None else mask
-    if fault == "upper-left":
-        seen = seen.new_ones(seen.shape).tril()
+    kept = torch.arange(problem.len_k) != 3
+    seen = {"upper-left": seen.new_ones(seen.shape).tril(), "no key 3": seen & kept}.get(fault, seen)
     if fault == "reads on":
         v = v + 0 * v.as_strided((1,), (1,), v.storage_offset() + v.numel())
     if fault == "strides":
@@ -71,10 +71,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | N
     out, lse = _Attention.apply(q, k, v, scale, seen, fault)
     if fault == "stale":
         out = out + 0 * torch.empty(out.shape)
-    if fault == "state":
-        CALLS.append(0)
-        out = out + len(CALLS) % 2
-    return out, lse
+    CALLS.append(0)
+    return out + (len(CALLS) % 2 if fault == "state" else 0.0), lse
 
 
 def wrong(fault: str) -> Kernel:
@@ -90,9 +88,10 @@ GROUPED, LONG = "b1.h4:2.q9.k9.d8.fp32.full.grads/normal#1", "b1.h1.q70.k65.d8.f
     [
         ("scale = 1", SQUARE, "the scale (out is that of 1 = 1, not 0.353553)"),
         ("scale squared", SQUARE, "the scale (out is that of scale ** 2 = 0.125, not 0.353553)"),
-        ("scale off", SQUARE, "the scale (out is that of 1.01 times the scale)"),
+        ("no key 3", SQUARE, "the mask (row 0 gives no weight to visible key 3; rows of that kind: 18)"),
         ("scale off", "b1.h1.q1.k2.d1.fp32.full/integers#3", "the scale (out is that of 1.01 times the scale)"),
         ("upper-left", LOWER, "the mask's alignment (out is that of causal_upper_left)"),
+        ("", "b1.h1.q9.k4.d8.fp32.causal_lower_right/normal#1", "rows that see no key (no other is wrong)"),
         ("last key", LONG, "the tail of the keys (out is that of the first 64 of 65)"),
         ("halved", SQUARE, "a factor, e.g. a normalisation (out is 0.5 times the exact one"),
         ("not normalised", SQUARE, "the division by the row sum (each row of out is the exact one times"),

@@ -9,7 +9,7 @@ import pytest
 from verify.case import Case
 from verify.engine import Budget, hunt, judge, replay_command
 from verify.properties.laws import PROPERTIES, Property
-from verify.properties.strategies import options
+from verify.properties.options import options
 from verify.pytest_plugin import JUDGED, PATIENCE, Run
 from verify.records import Record
 

@@ -15,7 +15,8 @@ from verify.case import Case, Inputs
 from verify.masks import KINDS
 from verify.oracles import dense, high
 from verify.problem import Problem
-from verify.properties.strategies import HEADS, RECIPES, SCALES, masks
+from verify.properties.options import HEADS, SCALES
+from verify.properties.strategies import RECIPES, masks
 from verify.properties.truth import oracle_limit
 from verify.recipes import Recipe
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from verify.bounds import Allowance
+from verify.bounds import ALIKE, Allowance
 from verify.case import ARRANGED, Case, Inputs
 from verify.expectation import Expectation
 from verify.finding import Finding
 from verify.guard import Output, call
-from verify.layouts import same_memory
+from verify.layouts import laid_out, same_memory
 from verify.measure import distance, measure, same
 from verify.oracles import dense
 from verify.problem import Problem
@@ -29,7 +29,7 @@ TENSORS = ("out", "lse", "dq", "dk", "dv", "dbias")
 CALLS = 3
 """So many calls on the same inputs show whether anything else matters."""
 AMPLE = 8
-"""Hypotheses are told apart on a case of at least so many rows, keys and columns, if the same tensors are wrong there."""
+"""Hypotheses are told apart on a case of at least so many rows, keys and columns, if the same tensors are wrong there, too."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,11 @@ class Trial:
     @property
     def tiles(self) -> tuple[int, ...]:
         """The sizes of the blocks that the kernel works in."""
-        return tuple(getattr(self.kernel, "tiles", ())) or (64,)
+        return tuple(dict.fromkeys(getattr(self.kernel, "tiles", ()))) or (64,)
+
+    def ends(self, length: int) -> list[int]:
+        """Where a loop may end too early: before the last, partial tile, or before the last element."""
+        return sorted(({length - length % tile for tile in self.tiles} | {length - 1}) - {-1, 0, length})
 
     def got(self, name: str) -> Tensor:
         """The kernel's tensor, float64."""
@@ -83,19 +87,29 @@ class Trial:
         """Whether an honest kernel may give this."""
         return not self.off(name, got).any() and (self.expected is None or self.expected.surprise(name, got) is None)
 
-    def mended(self, name: str, inputs: Inputs) -> bool:
-        """Whether this tensor is right when the kernel finds the same values in other surroundings."""
+    def again(self, name: str, inputs: Inputs) -> Tensor | None:
+        """This tensor from another call, with these inputs; None where that fails."""
         asked = self.case.problem if name in ("out", "lse") else self.known.problem
         try:
-            return self.right(name, getattr(call(self.kernel, asked, inputs), name))
+            return getattr(call(self.kernel, asked, inputs), name)
         except Finding:
+            return None
+
+    def mended(self, name: str, inputs: Inputs) -> bool:
+        """Whether it is right when the kernel finds the same values in other surroundings, and wrong again in its own."""
+        other = self.again(name, inputs)
+        if other is None or not self.right(name, other):
             return False
+        back = self.again(name, self.known.inputs)
+        return back is None or not self.right(name, back)
 
     def fits(self, name: str, problem: Problem, inputs: Inputs) -> bool:
         """Whether what the kernel gave is right for these, and nearer to their exact answer."""
         other = replace(self, known=Truth(problem, inputs, dense.exact(problem, inputs)))
-        got = self.got(name)
-        return measure(got, other.want(name)).rmse < measure(got, self.want(name)).rmse and other.right(name, got)
+        got, telling = self.got(name), bool(other.limits[name].limit.isfinite().all())
+        there, here = (measure(got, trial.want(name)).rmse for trial in (other, self))
+        nearer = there < here if other.expected is not None else ALIKE * there**2 < here**2  # bounds alone may be wide
+        return telling and nearer and other.right(name, got)
 
 
 def tried(kernel: Kernel, case: Case, device: str) -> tuple[Trial, list[Output]]:
@@ -116,7 +130,7 @@ def tried(kernel: Kernel, case: Case, device: str) -> tuple[Trial, list[Output]]
 
 
 def ample(trial: Trial) -> Trial | None:
-    """The kernel on a larger case where the same tensors are wrong; None where they are not."""
+    """The kernel on a larger case where the same tensors are wrong, and perhaps others; None where they are not."""
     p = trial.case.problem
     times = max(-(-AMPLE // max(1, n)) for n in (p.len_q, p.len_k))
     problem = p.but(len_q=times * p.len_q, len_k=times * p.len_k, dim_qk=max(AMPLE, p.dim_qk), dim_v=max(AMPLE, p.dim_v))
@@ -128,56 +142,63 @@ def ample(trial: Trial) -> Trial | None:
         larger, _ = tried(trial.kernel, case, trial.known.device)
     except Finding:
         return None
-    return larger if larger.wrong == trial.wrong else None
+    return larger if set(trial.wrong) <= set(larger.wrong) else None
 
 
 def unsteady(trial: Trial, calls: list[Output]) -> Iterator[str]:
-    """Tensors that differ between calls on the same inputs."""
+    """Tensors that differ between calls on the same inputs, or do not differ where the inputs do."""
+    repeats = trial.kernel.numerics(trial.known.problem, trial.known.device).deterministic
     for name in (n for n in TENSORS if getattr(calls[0], n) is not None):
         first, *others = (getattr(output, name) for output in calls)
         if any(bool((distance(first, other) > 2 * trial.limits[name].limit).any()) for other in others):
             yield f"state kept between calls, or a race ({name} differs by more than two right answers may)"
-        elif not all(bool(same(first, other).all()) for other in others) and _repeats(trial):
+        elif repeats and not all(bool(same(first, other).all()) for other in others):
             yield f"a race, or atomics ({name} differs in some bits from call to call)"
+    if "out" in trial.wrong and trial.output.out.nan_to_num().any():
+        negated = trial.again("out", replace(trial.known.inputs, v=_altered(trial.known.inputs.v, Tensor.neg_)))
+        if negated is not None and bool(same(trial.output.out, negated).all()):
+            yield "state kept between calls (out is the same for -V)"
 
 
-def _repeats(trial: Trial) -> bool:
-    return trial.kernel.numerics(trial.known.problem, trial.known.device).deterministic
-
-
-def strides(kernel: Kernel, case: Case, device: str, name: str) -> list[str]:
-    """The tensors whose layout matters: without it `name` is right, or the call succeeds."""
-
-    def mended(kept: tuple[tuple[str, str], ...]) -> bool:
-        try:
-            trial, _ = tried(kernel, replace(case, layouts=kept), device)
-        except Finding:
-            return False
-        return name not in trial.wrong
-
-    alone = [pair for pair in case.layouts if mended(tuple(other for other in case.layouts if other != pair))]
-    which = alone or (case.layouts if case.layouts and mended(()) else ())
-    return [f"the strides or the alignment of {tensor} (right where it is contiguous, not {layout})" for tensor, layout in which]
+def strides(case: Case, inputs: Inputs, mended: Callable[[Inputs], bool]) -> list[str]:
+    """The tensors whose layout matters: `mended` when the same values are contiguous."""
+    plain = {name: laid_out(getattr(inputs, name)) for name, _ in case.layouts if getattr(inputs, name) is not None}
+    which = [name for name, tensor in plain.items() if mended(replace(inputs, **{name: tensor}))]
+    which = which or (list(plain) if plain and mended(replace(inputs, **plain)) else [])
+    layouts = dict(case.layouts)
+    return [f"the strides or the alignment of {name} (right where it is contiguous, not {layouts[name]})" for name in which]
 
 
 def memory(trial: Trial, name: str) -> list[str]:
     """What the kernel reads and should not: beside its inputs, or allocated and not filled."""
-    x = trial.known.inputs
+    x, got = trial.known.inputs, trial.got(name)
     beside = [t for t in ARRANGED if getattr(x, t) is not None and trial.mended(name, replace(x, **{t: _clean(getattr(x, t))}))]
     if not beside and trial.mended(name, x.map(_clean)):
         beside = ["several inputs"]
-    stages = [f"reads memory that it does not own ({name} is right with 0, not NaN, beside {tensor})" for tensor in beside]
+    if beside:
+        return [f"reads memory that it does not own ({name} is right with 0, not NaN, beside {tensor})" for tensor in beside]
     with _Zeroed():
-        if not stages and trial.mended(name, x):
-            stages = [f"uses memory that it allocated and did not fill ({name} is right where that holds 0, not NaN)"]
-    return stages
+        zeroed = trial.again(name, x)
+    if zeroed is not None and trial.right(name, zeroed):
+        return [f"uses memory that it allocated and did not fill ({name} is right where that holds 0, not NaN)"]
+    unset = got.isnan() & trial.off(name, got)
+    if zeroed is not None and unset.any() and not zeroed[unset].any():
+        return [f"the store of {name} ({int(unset.sum())} elements are never stored: they hold what their memory held)"]
+    if trial.mended(name, x.map(lambda t: t.contiguous().clone())):
+        return [f"where a tensor lies in memory ({name} is right where each starts an allocation of its own)"]
+    return []
+
+
+def _altered(x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """The same tensor with all of the memory that it lies in changed, in place."""
+    copy = same_memory(x)
+    change(copy.new_empty(0).set_(copy.untyped_storage()))
+    return copy
 
 
 def _clean(x: Tensor) -> Tensor:
-    """The same tensor in the same memory, 0 where that holds NaN."""
-    copy = same_memory(x)
-    copy.new_empty(0).set_(copy.untyped_storage()).nan_to_num_(0.0)
-    return copy
+    """The same values, 0 where the memory beside them holds NaN."""
+    return _altered(x, Tensor.nan_to_num_)
 
 
 class _Zeroed(TorchFunctionMode):

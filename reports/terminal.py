@@ -6,6 +6,7 @@ import io
 from collections import Counter
 from collections.abc import Callable, Iterable
 from statistics import median
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -98,4 +99,15 @@ def unsupported(records: list[Record]) -> Table:
     reasons = Counter((r.kernel, r.reason) for r in records if r.verdict == "unsupported")
     for (kernel, reason), count in sorted(reasons.items()):
         table.add_row(kernel, str(count), reason)
+    return table
+
+
+def changed(machine: str, changes: Iterable[Any]) -> Table:
+    """What `verify record` found: each figure beside the recorded one."""
+    table = Table(title=f"RMSE on {machine}", title_justify="left")
+    for heading in ("kernel", "case", "tensor", "recorded", "now", "ratio", ""):
+        table.add_column(heading, justify="right" if heading in ("recorded", "now", "ratio") else "left", no_wrap=True)
+    for c in changes:
+        figures = ["-" if rmse is None else f"{rmse:.3e}" for rmse in (c.recorded, c.now)]
+        table.add_row(*c.entry.rsplit(" ", 1), c.tensor, *figures, "-" if c.ratio is None else f"{c.ratio:.3f}", c.mark)
     return table

@@ -88,7 +88,9 @@ class Case:
         return cls(Problem.parse(found[1]), Recipe.parse(found[2]), int(found[3]), layouts)
 
     def draw(self) -> Inputs:
-        """The unrounded values, float64 on the CPU. Bias and cotangent are N(0,1); whole numbers where the recipe's are."""
+        """The unrounded values, float64 on the CPU. Bias and cotangent are N(0,1); whole numbers where the recipe's
+        are, and a cotangent of one sign where V has one, so that delta = rowsum(dO * O) is large.
+        """
         problem, rng = self.problem, np.random.Generator(np.random.Philox(self.seed))
         q, k, v = self.recipe.draw(rng, problem)
         whole = self.recipe.name == "integers"
@@ -96,6 +98,7 @@ class Case:
         for name in ("do", "bias"):
             if name in problem.shapes:
                 drawn = rng.standard_normal(problem.shapes[name])
+                drawn = np.abs(drawn) if name == "do" and self.recipe.name == "one_sign" else drawn
                 rest[name] = torch.from_numpy(np.round(drawn) if whole else drawn)
         if problem.bias == "alibi":
             rest["slopes"] = torch.from_numpy(alibi_slopes(problem.heads_q))

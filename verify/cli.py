@@ -62,7 +62,7 @@ def fuzz(
     folder = out or Path(".verify") / "runs" / time.strftime("%Y%m%d-%H%M%S")
     console.print(f"seed {seed}, {', '.join(f'{k} {v}' for k, v in environment.describe(device).items())}")
     for kernel in kernels:
-        console.print(_conventions(kernel, device))
+        console.print(import_module("verify.conventions").found(kernel, device))
     raise typer.Exit(
         run_fuzz(target, kernels, device, seconds=seconds, seed=seed, laws=property or [], folder=folder, console=console)
     )
@@ -94,7 +94,7 @@ def replay(
 def kernels(device: Device = None) -> None:
     """List the kernels, what each supports on this device and why not the rest."""
     from verify import registry
-    from verify.properties.strategies import CHOICES, options
+    from verify.properties.options import CHOICES, options
 
     device = environment.prepare(device)
     registry.load_bundled()
@@ -193,6 +193,24 @@ def bench(
 
 
 @app.command()
+def power(
+    *,
+    fault: Annotated[list[str] | None, typer.Option(help="only this mutant; may be repeated")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="hunts for each mutant, each with its own seed")] = 5,
+    matrix: Annotated[bool, typer.Option("--matrix", help="every mutant under every property, not its own alone")] = False,
+    controls: Annotated[int, typer.Option(min=0, help="cases that each correct variant is judged on")] = 1000,
+    out: Annotated[Path, typer.Option(help="folder for power.md and power.json")] = Path("verify-power"),
+) -> None:
+    """See that the suite finds bugs: known-wrong kernels, cases until each is caught, what other suites' rules say of them, and
+    correct variants that must not be accused. On the CPU. Exit code 1 where one escapes or is accused.
+    """
+    environment.prepare("cpu")
+    from verify.properties.power import run_power
+
+    raise typer.Exit(run_power(fault or [], seeds=seeds, matrix=matrix, controls=controls, out=out, console=console))
+
+
+@app.command()
 def record(
     *,
     kernel: Annotated[list[str] | None, typer.Option(help="only this kernel (name or file); may be repeated")] = None,
@@ -212,7 +230,7 @@ def record(
     now, reasons = recording.measure_all(kernels, device)
     reasons.update(f"{name} is unavailable: {why}" for name, why in registry.UNAVAILABLE.items() if not kernel)
     changes = recording.compare(recorded, now, names)
-    console.print(_changes(machine, changes))
+    console.print(import_module("verify.reports.terminal").changed(machine, changes))
     if reasons:
         console.print(f"no figures: {'; '.join(f'{why} ({count})' for why, count in reasons.items())}", markup=False)
     if update:
@@ -221,29 +239,6 @@ def record(
         return
     console.print("nothing was written; the same command with --update records these figures")
     raise typer.Exit(int(any(change.mark == "WORSE" for change in changes)))
-
-
-def _changes(machine: str, changes) -> Table:
-    table = Table(title=f"RMSE on {machine}", title_justify="left")
-    for heading in ("kernel", "case", "tensor", "recorded", "now", "ratio", ""):
-        table.add_column(heading, justify="right" if heading in ("recorded", "now", "ratio") else "left", no_wrap=True)
-    for c in changes:
-        figures = ["-" if rmse is None else f"{rmse:.3e}" for rmse in (c.recorded, c.now)]
-        table.add_row(*c.entry.rsplit(" ", 1), c.tensor, *figures, "-" if c.ratio is None else f"{c.ratio:.3f}", c.mark)
-    return table
-
-
-def _conventions(kernel, device: str) -> Table:
-    from verify.conventions import conventions
-    from verify.properties.strategies import options, plain_problem
-
-    table = Table(title=f"{kernel.name} ({kernel.origin}): conventions found", title_justify="left", show_header=False)
-    if why := options(kernel, device).refusal():
-        table.add_row("supports", f"nothing here: {why}")
-        return table
-    for name, found in conventions(kernel, plain_problem(kernel, device), device):
-        table.add_row(name, found)
-    return table
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 
 import torch
+from rich.table import Table
 from torch import Tensor
 
 from verify.case import Case, Inputs
@@ -16,8 +17,21 @@ from verify.finding import Finding
 from verify.guard import Output, call
 from verify.masks import Mask
 from verify.problem import Problem
+from verify.properties.options import options, plain_problem
 from verify.recipes import Recipe
 from verify.registry import Kernel
+
+
+def found(kernel: Kernel, device: str) -> Table:
+    """The conventions of a kernel, as a table."""
+    table = Table(title=f"{kernel.name} ({kernel.origin}): conventions found", title_justify="left", show_header=False)
+    if why := options(kernel, device).refusal():
+        table.add_row("supports", f"nothing here: {why}")
+        return table
+    for name, what in conventions(kernel, plain_problem(kernel, device), device):
+        table.add_row(name, what)
+    return table
+
 
 Probe = Callable[[Kernel, Problem, str], str]
 

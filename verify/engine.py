@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as seeded
 from hypothesis.errors import Flaky
+from hypothesis.internal.conjecture.providers import AVAILABLE_PROVIDERS, HypothesisProvider
 
 from verify.case import Case
 from verify.finding import Finding
@@ -24,6 +25,16 @@ CHUNKS_IN_VAIN = 40
 """After so many chunks without a single judged case the kernel is taken to support none."""
 SEED_STEP = 7919
 """Between the seeds of chunks, so that runs with neighbouring seeds do not repeat each other."""
+
+
+class Independent(HypothesisProvider):
+    """A Hypothesis backend (its documented interface for alternative ones) that draws as Hypothesis does. With any backend but
+    the default each case is drawn afresh; the default mutates earlier cases, copying one choice over another, until most of them
+    have the simplest value of most options. Shrinking is Hypothesis's own.
+    """
+
+
+AVAILABLE_PROVIDERS["attention-verify"] = Independent
 
 
 @dataclass(frozen=True)
@@ -145,11 +156,12 @@ def _chunk(hunter: _Hunter, *, seed: int) -> None:
         suppress_health_check=list(HealthCheck),
         report_multiple_bugs=False,
         print_blob=False,
+        backend="attention-verify",
     )
 
     @seeded(seed)
     @config
-    @given(cases(hunter.kernel, hunter.device, full_mask=law.full_mask, hides=law.hides, grads=law.grads))
+    @given(cases(hunter.kernel, hunter.device, **law.cases))
     def attempt(case: Case) -> None:
         hunter.attempt(case)
 

@@ -27,7 +27,7 @@ from verify.guard import Output, call
 from verify.oracles.formats import Jittered
 from verify.oracles.rounded import emulate
 from verify.problem import Problem
-from verify.properties.strategies import options
+from verify.properties.options import options
 from verify.properties.truth import Truth, truth
 from verify.registry import Kernel
 

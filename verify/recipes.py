@@ -88,6 +88,13 @@ def hot_channel(rng: np.random.Generator, problem: Problem, factor: float = 30.0
     return q, k, v
 
 
+def uneven_heads(rng: np.random.Generator, problem: Problem, factor: float = 64.0) -> Triple:
+    """Heads from 1 to `factor` times as large in K and V: what a scale or an index shared among heads cannot take."""
+    q, k, v = normal(rng, problem)
+    size = factor ** np.linspace(0.0, 1.0, problem.heads_kv).reshape(-1, 1, 1)
+    return q, k * size / factor**0.5, v * size
+
+
 def constant(rng: np.random.Generator, problem: Problem, value: float = 1000.0) -> Triple:
     """Every element the same large value (clamped to the dtype's range): score overflow, exact ties."""
     return _each(problem, lambda shape: np.full(shape, value))
@@ -99,7 +106,8 @@ def tiny(rng: np.random.Generator, problem: Problem, size: float = 1e-6) -> Trip
 
 
 RECIPES = {
-    f.__name__: f for f in (integers, normal, uniform, outliers, shift, rising, ties, sink, one_sign, hot_channel, constant, tiny)
+    f.__name__: f
+    for f in (integers, normal, uniform, outliers, shift, rising, ties, sink, one_sign, hot_channel, uneven_heads, constant, tiny)
 }
 
 

@@ -45,8 +45,8 @@ Stages = Callable[..., dict[str, Callable[[], Any]]]
 @dataclass(frozen=True)
 class Known:
     """A known defect of a kernel: what it is, with its source, which problems can show it, on which families of inputs and by
-    which properties (any, if none is named). They are judged all the same; what they break there is counted as known, and a defect that
-    no longer shows is reported.
+    which properties (any, if none is named). They are judged all the same; what they break there is counted as known, and a
+    defect that no longer shows is reported.
     """
 
     what: str

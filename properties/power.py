@@ -1,0 +1,196 @@
+"""`verify power`: known-wrong kernels under the suite until each is caught; what other suites' rules say of the same kernels, on
+inputs of those suites' own kind; correct variants, which nobody may accuse.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from statistics import median
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from verify import environment
+from verify.bounds import ELSEWHERE
+from verify.case import Case
+from verify.engine import Budget, hunt
+from verify.errors import VerifyError
+from verify.finding import Finding
+from verify.guard import Output, call
+from verify.kernels.mutants import CONTROLS, MUTANTS, control, honest, mutant
+from verify.properties.laws import PROPERTIES
+from verify.properties.options import options
+from verify.registry import Kernel, find
+from verify.reports.pages import markdown
+from verify.reports.stored import replace as write
+
+MOST = 400
+"""Cases after which a mutant has escaped."""
+IN_MATRIX = 40
+"""Cases for each mutant and property of the matrix."""
+FLASH_CASES = (
+    "b2.h6:2.q113.k203.d64.fp16.causal_lower_right.grads/normal#0",
+    "b2.h6.q128.k217.d128.bf16.full.grads/normal#1",
+    "b2.h6:2.q108.k256.d64.bf16.window(64,0).grads/normal#2",
+    "b2.h6.q113.k211.d64.fp16.causal_lower_right.bias=alibi.grads/normal#3",
+    "b2.h6:1.q113.k211.d40.fp16.full.softcap=15.0.grads/normal#4",
+)
+USUAL = {
+    "flash-attention 2x": FLASH_CASES,
+    "assert_close": FLASH_CASES,
+    "Triton tutorial": tuple(f"b1.h2.q128.k128.d64.fp16.{m}.grads/normal(0.5)#0" for m in ("full", "causal_lower_right")),
+    "KernelBench": tuple(f"b4.h4.q128.k128.d64.fp32.full/uniform#{n}" for n in range(5)),
+}
+"""What each rule's own suite runs it on, in kind: tests/test_flash_attn.py; the tutorial's test_op; KernelBench's five draws of
+torch.rand (smaller)."""
+Job = tuple[str, str, int]
+
+
+def run_power(faults: list[str], *, seeds: int, matrix: bool, controls: int, out: Path, console: Console) -> int:
+    """Measure, print and write power.md and power.json. Returns 1 where a mutant escapes or a correct variant is accused.
+
+    Raises VerifyError for an unknown mutant or a folder that cannot be written, before anything is measured.
+    """
+    if unknown := [f for f in faults if f not in MUTANTS]:
+        raise VerifyError(f"mutant {unknown[0]!r} is unknown: one of {', '.join(MUTANTS)}")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise VerifyError(f"out={out}: {error.strerror}; name a folder that can be written") from error
+    chosen = faults or list(MUTANTS)
+    own = [(fault, MUTANTS[fault].law, seed) for fault in chosen for seed in range(seeds)]
+    grid = [(fault, law, 0) for fault in chosen for law in PROPERTIES] if matrix else []
+    variants = [] if faults else list(CONTROLS)
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"), _start) as pool:
+        hunts = dict(zip(own, track(pool.map(_detect, own), "mutants", len(own), console=console, transient=True), strict=True))
+        cells = dict(zip(grid, track(pool.map(_cell, grid), "matrix", len(grid), console=console, transient=True), strict=True))
+        names = [*chosen, *CONTROLS]
+        rules = dict(zip(names, pool.map(_caught_elsewhere, names), strict=True))
+        jobs = [(name, law, controls) for name in variants for law in PROPERTIES]
+        accused = [x for x in track(pool.map(_accused, jobs), "controls", len(jobs), console=console, transient=True) if x]
+    judged = sum(n for n, _ in accused)
+    wrong = [sentence for _, sentence in accused if sentence]
+    page = "\n".join(_pages(chosen, hunts, cells, rules, judged, wrong))
+    write(out / "power.md", page)
+    write(
+        out / "power.json",
+        json.dumps({"hunts": [(*k, *v) for k, v in hunts.items()], "matrix": [(*k, v) for k, v in cells.items()]}),
+    )
+    console.print(page, markup=False, soft_wrap=True)
+    return int(bool(wrong) or any(cases is None for cases, _, _ in hunts.values()))
+
+
+def _start() -> None:
+    environment.prepare("cpu")
+    torch.set_num_threads(1)
+
+
+def _detect(job: Job) -> tuple[int | None, float, str]:
+    """(judged cases to the first that breaks the law, None where it escapes; seconds; the finding)"""
+    fault, law, seed = job
+    start = time.perf_counter()
+    torch.manual_seed(seed)
+    found = hunt(mutant(fault), PROPERTIES[law], "cpu", budget=Budget(judged=MOST, shrink_seconds=0.0), seed=seed)
+    spent = time.perf_counter() - start
+    return (found.judged + 1, spent, found.finding[1].sentence) if found.finding else (None, spent, "")
+
+
+def _cell(job: Job) -> int | None:
+    fault, name, seed = job
+    kernel, law = mutant(fault), PROPERTIES[name]
+    if options(kernel, "cpu").refusal(grads=law.grads, lse=law.lse):
+        return None
+    found = hunt(kernel, law, "cpu", budget=Budget(judged=IN_MATRIX, seconds=10.0, shrink_seconds=0.0), seed=seed)
+    return found.judged + 1 if found.finding else None
+
+
+def _accused(job: Job) -> tuple[int, str]:
+    """(cases judged, the accusation) of a correct variant under one property: its share of so many cases."""
+    name, law, cases = job
+    kernel, share = control(name), max(1, -(-cases // len(PROPERTIES)))
+    if not cases or options(kernel, "cpu").refusal(grads=PROPERTIES[law].grads, lse=PROPERTIES[law].lse):
+        return 0, ""
+    found = hunt(kernel, PROPERTIES[law], "cpu", budget=Budget(judged=share, seconds=2.0 * share), seed=0)
+    return found.judged, f"{name}: {law}: {found.finding[0]}: {found.finding[1].sentence}" if found.finding else ""
+
+
+def _caught_elsewhere(name: str) -> list[str]:
+    """The rules of other suites that reject this kernel on the inputs of their own suites."""
+    return [rule for rule, accepts in ELSEWHERE.items() if any(not accepts(*trio) for trio in _compared(name, USUAL[rule]))]
+
+
+def _compared(name: str, cases: Iterable[str]) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    kernel = mutant(name) if name in MUTANTS else control(name)
+    for text in cases:
+        case = Case.parse(text)
+        if kernel.unsupported(case.problem, "cpu"):
+            case = replace(case, problem=case.problem.but(grads=False))
+        upcast, same = _references(case)
+        try:
+            got = call(kernel, case.problem, case.inputs())
+        except Finding:
+            got = Output(torch.full_like(same.out, torch.nan))
+        for tensor in ("out", "dq", "dk", "dv"):
+            mine, up, plain = (getattr(o, tensor) for o in (got, upcast, same))
+            if mine is not None and up is not None and plain is not None:
+                yield mine, up, plain
+
+
+@lru_cache
+def _references(case: Case) -> tuple[Output, Output]:
+    """Standard attention of the same inputs in FP32, and in their own dtype."""
+    naive: Kernel = find("naive")[0]
+    inputs = case.inputs()
+    wide = call(naive, case.problem.but(dtype="fp32"), inputs.map(lambda t: t.float()))
+    return wide, call(naive, case.problem, inputs)
+
+
+def _said(rules: dict[str, list[str]], fault: str, rule: str) -> str:
+    return "-" if rule in rules[honest(fault)] else "caught" if rule in rules[fault] else ""
+
+
+def _pages(
+    chosen: list[str],
+    hunts: dict[Job, tuple[int | None, float, str]],
+    cells: dict[Job, int | None],
+    rules: dict[str, list[str]],
+    judged: int,
+    wrong: list[str],
+) -> Iterator[str]:
+    rows, medians = [], []
+    for fault in chosen:
+        found = [h for (name, _, _), h in hunts.items() if name == fault]
+        caught = [cases for cases, _, _ in found if cases is not None]
+        cases = median(caught) if len(caught) == len(found) else None
+        medians.append(cases)
+        m, spent = MUTANTS[fault], median(s for _, s, _ in found)
+        figures = [f"{len(caught)}/{len(found)}", "-" if cases is None else f"{cases:g}", f"{spent:.2f}"]
+        rows.append([m.kind, fault, m.law, *figures, *(_said(rules, fault, rule) for rule in ELSEWHERE)])
+    reached = sorted(m for m in medians if m is not None)
+    notes = [
+        f"{len(reached)} of {len(chosen)} are caught with every seed; cases to the first finding: median {median(reached or [0]):g}"
+    ]
+    for rule in ELSEWHERE:
+        fair = [f for f in chosen if rule not in rules[honest(f)]]
+        caught_by, accused = (sum(rule in rules[x] for x in names) for names in (fair, CONTROLS))
+        notes.append(
+            f"{rule}: catches {caught_by} of {len(fair)}; accuses {accused} of {len(CONTROLS)} correct variants (-: that one)"
+        )
+    notes += [f"correct variants: {len(CONTROLS)}, {judged} cases judged, {len(wrong)} accused", *wrong]
+    headings = ["class", "mutant", "property", "caught", "cases", "s", *ELSEWHERE]
+    yield markdown("Known-wrong kernels: judged cases to the first finding", headings, rows, notes)
+    if cells:
+        laws = list(PROPERTIES)
+        table = [[fault, *(str(cells[fault, law, 0] or "") for law in laws)] for fault in chosen]
+        yield markdown(
+            f"Which property sees which mutant within {IN_MATRIX} cases: the case it was seen in", ["mutant", *laws], table
+        )
