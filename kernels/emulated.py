@@ -376,9 +376,9 @@ class Program:
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, problem: Problem, mask: Tensor | None, bias: Tensor | None, slopes: Tensor | None,
-    scale: float, softcap: float, variant: Variant = Variant(), faults: frozenset[str] = frozenset(),
+    scale: float, softcap: float, variant: Variant, faults: frozenset[str],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """q [B,H,Q,D], k [B,Hk,K,D], v [B,Hk,K,Dv] -> out [B,H,Q,Dv], lse [B,H,Q] float32; on the CPU. ValueError for other shapes."""
+    """q [B,H,Q,D], k [B,Hk,K,D], v [B,Hk,K,Dv] -> out [B,H,Q,Dv], lse [B,H,Q] float32; CPU. ValueError for other shapes."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tuple(tensor.shape) != problem.shapes[name] or tensor.dtype != q.dtype:
             raise ValueError(f"{name} is {list(tensor.shape)} in {tensor.dtype}, not {list(problem.shapes[name])} in {q.dtype}")

@@ -2,8 +2,8 @@
 
 Each is the emulated FlashAttention-2 with one fault (emulated.py). Classes are those of bugs in public trackers: A empty rows
 and sentinels, B tails and invalid memory, C mask semantics, D strides, layouts, heads, E overflow of indices, F races and
-determinism, G LSE and merging, H backward alone, I FP8, J scale, softcap, ALiBi, K overflow and rounding, L stale state, M no keys
-or queries.
+determinism, G LSE and merging, H backward alone, I FP8, J scale, softcap, ALiBi, K overflow and rounding, L stale state, M no
+keys or queries.
 """
 
 from __future__ import annotations

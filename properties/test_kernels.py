@@ -28,7 +28,9 @@ def test_kernel_holds(run: Run, target: str, law: Property, request: pytest.Fixt
     judged = config.getoption("--cases") or (None if seconds else JUDGED[run.device])
     patience = None if config.getoption("--cases") else PATIENCE
     budget = Budget(judged, patience if seconds is None else _share(seconds, request))
-    result = hunt(kernel, law, run.device, budget=budget, seed=config.getoption("--draw-seed"), record=run.record)
+    result = hunt(
+        kernel, law, run.device, budget=budget, seed=config.getoption("--draw-seed"), record=run.record, corpus=run.corpus
+    )
     if result.finding:
         case, finding = result.finding
         request.node.user_properties.append(("verdict", "finding"))

@@ -21,7 +21,7 @@ import verify.reports
 PACKAGES = {p.__name__: Path(p.__path__[0]) for p in (verify, verify.kernels, verify.oracles, verify.properties, verify.reports)}
 ORDER = (
     "errors masks problem recipes arithmetic layouts case quantisation exact registry finding records measure"
-    " bounds propagation backpropagation allowance expectation guard environment"
+    " bounds propagation backpropagation allowance expectation guard environment corpus"
 ).split()
 """The vocabulary of verify/, each module importing only those before it."""
 TOP = "conventions engine pytest_plugin fuzzing identify recording reporting benching cli __main__ __init__".split()

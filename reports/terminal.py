@@ -36,14 +36,17 @@ def lines(table: Table, *, width: int = 150) -> list[str]:
 
 
 def matrix(records: list[Record]) -> Table:
-    """A row for each kernel, a column for each property: judged cases, findings, and what the numbers hide."""
-    laws = list(dict.fromkeys(r.property for r in records))
+    """A row for each property, a column for each kernel: judged cases, findings, and what the numbers hide."""
+    kernels = sorted({r.kernel for r in records})
     table = Table(title="judged cases; = bitwise equal; ! known defect; ? zeros, mean(V) and a scale 5 % off would all pass")
-    table.add_column("kernel")
-    for law in laws:
-        table.add_column(law.replace("-", "\n"), justify="right")
-    for kernel in sorted({r.kernel for r in records}):
-        table.add_row(kernel, *(_cell([r for r in records if (r.kernel, r.property) == (kernel, law)]) for law in laws))
+    table.add_column("property")
+    for kernel in kernels:
+        table.add_column(kernel, justify="right")
+    of: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        of.setdefault((record.kernel, record.property), []).append(record)
+    for law in sorted({r.property for r in records}):
+        table.add_row(law, *(_cell(of.get((kernel, law), [])) for kernel in kernels))
     return table
 
 

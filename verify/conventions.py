@@ -15,6 +15,7 @@ from torch import Tensor
 from verify.case import Case, Inputs
 from verify.finding import Finding
 from verify.guard import Output, call
+from verify.layouts import laid_out
 from verify.masks import Mask
 from verify.problem import Problem
 from verify.properties.options import options, plain_problem
@@ -51,7 +52,7 @@ def _run(kernel: Kernel, problem: Problem, device: str, **tensors: Tensor) -> Ou
     if kernel.unsupported(problem, device):
         return None
     zeros = Case(problem, Recipe("constant", (0.0,))).inputs(device)
-    like = {name: t.to(getattr(zeros, name)) for name, t in tensors.items()}
+    like = {name: laid_out(t.to(getattr(zeros, name))) for name, t in tensors.items()}
     return call(kernel, problem, Inputs(**{**vars(zeros), **like}))
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as seeded
+from hypothesis.database import DirectoryBasedExampleDatabase
 from hypothesis.errors import Flaky
 from hypothesis.internal.conjecture.providers import AVAILABLE_PROVIDERS, HypothesisProvider
 
 from verify.case import Case
+from verify.corpus import Corpus
 from verify.finding import Finding
 from verify.properties.laws import Property
 from verify.properties.strategies import cases
@@ -60,13 +64,23 @@ class _ShrunkEnough(BaseException):
 
 
 def hunt(
-    kernel: Kernel, law: Property, device: str, *, budget: Budget, seed: int, record: Callable[[Record], None] = lambda r: None
+    kernel: Kernel,
+    law: Property,
+    device: str,
+    *,
+    budget: Budget,
+    seed: int,
+    record: Callable[[Record], None] = lambda r: None,
+    corpus: Corpus | None = None,
 ) -> Hunt:
-    """Try to break a law. Stops at the first failing case, shrunk; every judged case is recorded as it is judged."""
+    """Try to break a law, first with the cases of the corpus that broke it once. Stops at the first failing case, shrunk, which
+    the corpus then keeps; every judged case is recorded as it is judged.
+    """
     hunter, chunk = _Hunter(kernel, law, device, budget, record), 0
+    hunter.replay(corpus.cases(kernel.name, law.name) if corpus else [])
     while hunter.found.finding is None and not hunter.over() and (hunter.found.judged or chunk < CHUNKS_IN_VAIN):
         try:
-            _chunk(hunter, seed=seed + SEED_STEP * chunk)
+            _chunk(hunter, seed=seed + SEED_STEP * chunk, database=corpus.path.parent / "hypothesis" if corpus else None)
         except (Finding, _ShrunkEnough):
             pass
         except Flaky:
@@ -75,6 +89,8 @@ def hunt(
     if hunter.found.finding is not None:
         case, finding = hunter.found.finding
         record(_record(kernel, law, case, "finding", finding.sentence, measured=finding.measured))
+        if corpus:
+            corpus.add(kernel.name, law.name, case)
     return hunter.found
 
 
@@ -97,14 +113,23 @@ class _Hunter:
                 raise _ShrunkEnough
         elif self.over():
             return
+        start = time.monotonic()
         try:
-            judged = judge(self.kernel, self.law, case, self.device)
+            judged = replace(judge(self.kernel, self.law, case, self.device), seconds=round(time.monotonic() - start, 4))
         except Finding as finding:
             self._keep(case, finding)
             raise
         if not self.shrinking_since:
             _count(self.found, judged)
             self.record(judged)
+
+    def replay(self, kept: list[Case]) -> None:
+        """Judge these first; they are small already."""
+        for case in kept:
+            try:
+                self.attempt(case)
+            except Finding:
+                return
 
     def _keep(self, case: Case, finding: Finding) -> None:
         if not self.shrinking_since:
@@ -146,13 +171,14 @@ def replay_command(target: str, law: Property, case: Case) -> str:
     return f"verify replay {shlex.quote(target)} {shlex.quote(str(case))} --property {law.name}"
 
 
-def _chunk(hunter: _Hunter, *, seed: int) -> None:
-    law = hunter.law
+def _chunk(hunter: _Hunter, *, seed: int, database: Path | None) -> None:
+    """Draw and judge CHUNK cases. Hypothesis keeps what fails in its own database, in a folder of this kernel and property."""
+    law, folder = hunter.law, database and database / re.sub(r"\W", "_", hunter.kernel.name) / hunter.law.name
     config = settings(
         max_examples=CHUNK,
-        database=None,
+        database=DirectoryBasedExampleDatabase(folder) if folder else None,
         deadline=None,
-        phases=[Phase.generate, Phase.shrink],
+        phases=[Phase.reuse, Phase.generate, Phase.shrink],
         suppress_health_check=list(HealthCheck),
         report_multiple_bugs=False,
         print_blob=False,

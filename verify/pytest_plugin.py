@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from verify import environment
 from verify.errors import VerifyError
+from verify.records import JUDGED as WERE_JUDGED
 from verify.records import Journal, Record, read
 
 JUDGED = {"cpu": 40, "cuda": 60}
@@ -32,6 +33,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--cases", type=int, default=None, help="cases to judge for each kernel and property")
     group.addoption("--draw-seed", type=int, default=0, help="seed of the drawn cases")
+    group.addoption("--corpus", default=None, metavar="FILE", help="cases to try first; default: .verify/corpus.tsv")
     group.addoption("--records", default=None, metavar="DIR", help="where records are appended; default: .verify/runs/<time>")
 
 
@@ -57,10 +59,11 @@ def pytest_configure_node(node) -> None:
 
 
 class Run:
-    """What tests of one process share: device, kernels, the journal, the budget."""
+    """What tests of one process share: device, kernels, the journal, the corpus."""
 
     def __init__(self, config: pytest.Config) -> None:
         from verify import registry
+        from verify.corpus import Corpus
 
         self.device = environment.prepare(config.getoption("--device"))
         targets = config.getoption("--kernel")
@@ -73,6 +76,7 @@ class Run:
             self.kernels = dict(registry.REGISTRY)
         self.unavailable = {} if targets else dict(registry.UNAVAILABLE)
         self.journal = Journal(_folder(config) / f"{os.environ.get('PYTEST_XDIST_WORKER', 'main')}.jsonl")
+        self.corpus = Corpus(Path(config.getoption("--corpus") or config.rootpath / ".verify" / "corpus.tsv"))
         self.progress: Callable[[Record], None] = lambda record: None
 
     def record(self, record: Record) -> None:
@@ -127,11 +131,26 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     return ["verify: " + ", ".join(f"{name} {value}" for name, value in facts.items())]
 
 
+def covered(run: Run, records: list[Record]) -> Iterator[str]:
+    """For each kernel, how many pairs of its options the judged cases had."""
+    from verify.case import Case
+    from verify.properties.design import coverage
+
+    for kernel in {k.name: k for k in run.kernels.values()}.values():
+        judged = {r.case for r in records if r.kernel == kernel.name and r.verdict in WERE_JUDGED}
+        if judged:
+            had, all_pairs = coverage(kernel, run.device, map(Case.parse, judged))
+            yield f"{kernel.name}: pairs of options judged: {had} of {all_pairs} ({100 * had / all_pairs:.0f} %)"
+
+
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     """Kernel x property, and what each kernel does not support with the reason."""
     from verify.reports.terminal import show_run
 
     if FOLDER in config.stash and config.stash[FOLDER].is_dir():
         terminalreporter.write_sep("=", "attention-verify")
-        show_run(list(read(config.stash[FOLDER])), write=terminalreporter.write_line)
+        records = list(read(config.stash[FOLDER]))
+        show_run(records, write=terminalreporter.write_line)
+        for line in covered(run_of(config), records):
+            terminalreporter.write_line(line)
         terminalreporter.write_line(f"records: {config.stash[FOLDER]}")

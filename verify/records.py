@@ -32,6 +32,8 @@ class Record:
     blind_to: list[str] = field(default_factory=list)
     bitwise: bool | None = None
     measured: dict[str, float] = field(default_factory=dict)
+    seconds: float | None = None
+    """what judging took"""
 
 
 class Journal:
