@@ -17,8 +17,8 @@ from verify.arithmetic import Arithmetic
 from verify.problem import Problem
 from verify.registry import kernel
 
-SMALLEST = 16
-"""Of what tl.dot multiplies: the head dims."""
+DIMS = (16, 64, 128)
+"""Head dims that are judged: each is compiled apart, in some ten seconds. tl.dot multiplies none below 16."""
 GRAPHS = 2**16
 """Graphs that torch may compile; beyond its own limit it would fall back to attention that is not compiled, or raise."""
 LIMITS = ("recompile_limit", "accumulated_recompile_limit", "cache_size_limit", "accumulated_cache_size_limit")
@@ -40,8 +40,8 @@ def supports(problem: Problem, device: str) -> str | None:
     checks = [
         (device != "cuda", "needs a GPU: FlexAttention compiled"),
         (
-            min(problem.dim_qk, problem.dim_v) < SMALLEST,
-            f"dim_qk={problem.dim_qk}, dim_v={problem.dim_v}: at least {SMALLEST}",
+            problem.dim_qk not in DIMS or problem.dim_v != problem.dim_qk,
+            f"dim_qk={problem.dim_qk}, dim_v={problem.dim_v}: equal, {' or '.join(map(str, DIMS))}",
         ),
         (min(problem.len_q, problem.len_k) < 1, f"len_q={problem.len_q}, len_k={problem.len_k}: at least 1"),
     ]
@@ -54,7 +54,7 @@ def _compiled():
     return torch.compile(flex.flex_attention, dynamic=True, fullgraph=True)
 
 
-@kernel(name="flex-attention", arithmetic=arithmetic, supports=supports)
+@kernel(name="flex-attention", arithmetic=arithmetic, supports=supports, layouts=lambda device: ("bhsd", "bshd"))
 def flex_attention(q, k, v, *, scale, mask, bias, slopes, softcap):
     """q [B,H,Q,D], k [B,Hk,K,D], v [B,Hk,K,Dv] of FP32, FP16 or BF16 on a GPU -> (out [B,H,Q,Dv], lse [B,H,Q] float32). Raises
     what torch raises where it has no kernel (a tile that does not fit into shared memory).

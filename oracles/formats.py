@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -88,8 +88,10 @@ class Nearest:
             return form(a, b)
         if fmt == "fp22" and form is from_keys:
             return _by_products(a, b)
-        if cut or fmt == "fp22":
+        if cut:
             return _by_instructions(form, a, b, "fp22" if fmt == "fp22" else "fp32")
+        if fmt == "fp22":
+            return truncated(form(a.float(), b.float()).to(torch.float64), fmt)
         return form(a.float(), b.float()).to(torch.float64)
 
 
@@ -163,39 +165,57 @@ def _exponent(x: Tensor) -> Tensor:
     return ((x.contiguous().view(torch.int32) >> 23) & 0xFF) - 127
 
 
-def quantised(problem: Problem, inputs: Inputs, how: Quantisation) -> tuple[Inputs, Tensor, Tensor]:
-    """(q, k, v as float64 tensors of what the kernel has left of them: dequantised, rotated back, K's mean added; the mean of V
-    that is added to the output [B,Hk,1,Dv]; V's scales, where they are those of columns or heads, else 1)
-    """
+@dataclass(frozen=True)
+class Quantised:
+    """What a kernel that quantises has left of its inputs."""
+
+    inputs: Inputs
+    """q, k, v as float64: dequantised, rotated back, K's mean added"""
+    v_mean: Tensor
+    """what V lacks, added to the output [B,Hk,1,Dv]"""
+    v_scale: Tensor
+    """V's scales, where they are those of columns or heads, else 1"""
+    q: tuple[Tensor, Tensor]
+    """(as tensor cores see it [B,H,Q,n], scales)"""
+    k: tuple[Tensor, Tensor]
+    k_mean: Tensor
+
+
+def quantised(problem: Problem, inputs: Inputs, how: Quantisation) -> Quantised:
+    """What such a kernel multiplies."""
     x = inputs.exact(inputs.q.device)
     seen, k_mean, v_mean = centres(problem, x, how)
     k, v = ((t - mean).masked_fill(~seen, 0.0) for t, mean in ((x.k, k_mean), (x.v, v_mean)))
     turn = _turn(problem.dim_qk, x.q.device) if how.rotated else None
+    by_rows = how.values == "rows" and bool(how.rows)
     over = {"rows": (0, 1, 2, 3) if how.rows is None else (2, 3), "head": (2, 3), "columns": (2,)}[how.values]
-    units = _scales(v, how.format, over) if how.values != "rows" or not how.rows else v.new_ones(())
-    v = _narrowed(v, how) if how.values == "rows" else _scaled(v, how.format, over)
-    return Inputs(_narrowed(x.q, how, turn), _narrowed(k, how, turn) + k_mean, v, x.do, x.bias, x.slopes), v_mean, units
+    v_scale = v.new_ones(()) if by_rows else _scales(v, how.format, over)
+    v = _whole(_coded(v, how)) if by_rows else rounded(v / v_scale, how.format) * v_scale
+    q8, k8 = (_coded(t, how, turn) for t in (x.q, k))
+    left = Inputs(_whole(q8, turn, x.q.shape[-1]), _whole(k8, turn, k.shape[-1]) + k_mean, v, x.do, x.bias, x.slopes)
+    return Quantised(left, v_mean, v_scale, q8, k8, k_mean)
 
 
 def dequantised(problem: Problem, inputs: Inputs, how: Quantisation) -> Inputs:
     """The values that such a kernel multiplies, as float64: exact attention of them is the reference of its own arithmetic."""
-    left, v_mean, _ = quantised(problem, inputs, how)
-    return replace(left, v=left.v + v_mean)
+    left = quantised(problem, inputs, how)
+    return replace(left.inputs, v=left.inputs.v + left.v_mean)
 
 
-def _narrowed(x: Tensor, how: Quantisation, turn: Tensor | None = None) -> Tensor:
-    """[B,H,n,D], turned, through the 8-bit format and back, a float32 scale for each group of rows; turned back."""
+def _coded(x: Tensor, how: Quantisation, turn: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x [B,H,n,D], turned, as it is in the 8-bit format, and a float32 scale for each row [B,H,n,1]."""
     if turn is not None:
-        padded = torch.nn.functional.pad(x, (0, turn.shape[0] - x.shape[-1]))
-        return (_narrowed(padded @ turn, how) @ turn.T)[..., : x.shape[-1]]
-    if how.rows:
-        return torch.cat([_scaled(part, how.format, (2, 3)) for part in x.split(how.rows, 2)], 2) if x.shape[2] else x
-    return _scaled(x, how.format, (0, 1, 2, 3) if how.rows is None else (2, 3))
+        x = torch.nn.functional.pad(x, (0, turn.shape[0] - x.shape[-1])) @ turn
+    over = (0, 1, 2, 3) if how.rows is None else (2, 3)
+    parts = [_scales(part, how.format, over).expand(*part.shape[:3], 1) for part in x.split(how.rows or max(1, x.shape[2]), 2)]
+    scale = torch.cat(parts, 2)
+    return rounded(x / scale, how.format), scale
 
 
-def _scaled(x: Tensor, fmt: str, over: tuple[int, ...]) -> Tensor:
-    scale = _scales(x, fmt, over)
-    return rounded(x / scale, fmt) * scale
+def _whole(coded: tuple[Tensor, Tensor], turn: Tensor | None = None, columns: int | None = None) -> Tensor:
+    """Dequantised and turned back."""
+    x = coded[0] * coded[1]
+    return x if turn is None else (x @ turn.T)[..., :columns]
 
 
 def _scales(x: Tensor, fmt: str, over: tuple[int, ...]) -> Tensor:

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from verify.arithmetic import Arithmetic
 from verify.case import Inputs
-from verify.exact import Block, Exact, by_key, from_keys, to_keys, ungrouped
+from verify.exact import Block, Exact, by_key, from_keys, grouped, to_keys, ungrouped
 from verify.oracles import dense
-from verify.oracles.formats import Form, Nearest, quantised
+from verify.oracles.formats import Form, Nearest, Quantised, quantised
 from verify.problem import Problem
 
 
@@ -40,10 +40,8 @@ class _Emulator:
     arithmetic: Arithmetic
     rounding: Rounding
     device: str
-    v_mean: Tensor | None = None
-    """[B,Hk,1,Dv], what V lacks"""
-    v_scale: Tensor | None = None
-    """V's scales: tensor cores see V without them"""
+    coded: Quantised | None = None
+    """The inputs as tensor cores see them, where the kernel quantises"""
 
     @property
     def work(self) -> str:
@@ -68,7 +66,11 @@ class _Emulator:
         scale, q, arithmetic = self.problem.softmax_scale, b.q, self.arithmetic
         if arithmetic.scaled_query:
             scale, q = 1.0, self.rounding.store(scale * q, self.problem.dtype)
-        z = self.product(by_key, self.operand(q, "scores"), self.operand(b.k, "scores"), "scores")
+        exactly = arithmetic.scores == "fp22" and arithmetic.truncates("scores", self.problem.dtype, self.device)
+        if self.coded and exactly and not arithmetic.scaled_query:
+            z = self.coded_scores(b, self.coded)
+        else:
+            z = self.product(by_key, self.operand(q, "scores"), self.operand(b.k, "scores"), "scores")
         z, binary = self.store(z, "stored_scores"), arithmetic.exp != "natural"
         log2e, cap, slope = 1 / math.log(2), self.problem.softcap, z.new_ones(())
         if binary and not cap and b.bias is None:
@@ -82,6 +84,12 @@ class _Emulator:
             s = self.store(s + self.store(b.bias, "stored_scores"), "stored_scores")
         s = self.in_base_two(s, log2e) if binary else s
         return s.masked_fill(~b.visible, -torch.inf), math.log(2) if binary else 1.0, slope
+
+    def coded_scores(self, b: Block, coded: Quantised) -> Tensor:
+        """Q K^T of the 8-bit codes, scaled; K's mean apart."""
+        q, q_scale = (grouped(t[:, :, b.rows], self.problem) for t in coded.q)
+        z = self.product(from_keys, q, coded.k[0].mT, "scores") * q_scale * coded.k[1].mT.unsqueeze(2)
+        return z + by_key(b.q, coded.k_mean)
 
     def in_base_two(self, s: Tensor, factor: float) -> Tensor:
         """s * factor, the factor rounded; the product too, unless it is fused with the subtraction of the maximum."""
@@ -118,25 +126,22 @@ class _Emulator:
         s = s if self.rounding.repeats or not self.problem.grads else self.scores(b)[0]
         return self.output(out / total.masked_fill(total == 0, 1.0), total), lse, self.exp(s - seen, unit), slope
 
-    def weighted(self, p: Tensor, v: Tensor, later: Tensor | float = 1.0) -> Tensor:
-        """P V, tile after tile rescaled to the last maximum."""
-        p, scale = self.operand(p, "accumulate") * later, self.v_scale
-        if scale is None:
-            return self.product(from_keys, p, v, "accumulate")
-        return self.product(from_keys, p, v / scale, "accumulate") * (scale.unsqueeze(2) if scale.dim() else scale)
+    def weighted(self, p: Tensor, v: Tensor, later: Tensor | float = 1.0) -> Tensor:  # P V, tiles rescaled to the last maximum
+        scale = self.coded.v_scale if self.coded else v.new_ones(())
+        out = self.product(from_keys, self.operand(p, "accumulate") * later, v / scale, "accumulate")
+        return out * (scale.unsqueeze(2) if scale.dim() else scale)
 
     def output(self, out: Tensor, total: Tensor) -> Tensor:
         """Stored, V's mean added where a row sees anything."""
-        if self.v_mean is not None:
-            out = out + torch.where(total == 0, 0.0, self.v_mean.unsqueeze(2))
+        if self.coded:
+            out = out + torch.where(total == 0, 0.0, self.coded.v_mean.unsqueeze(2))
         return self.store(out, "output")
 
-    def lse(self, row_max: Tensor, total: Tensor) -> Tensor:
-        """The logarithm of the row sum, stored in FP32."""
+    def lse(self, row_max: Tensor, total: Tensor) -> Tensor:  # stored in FP32
         return self.working(row_max + self.function("log", total.log()))
 
     def ds(self, b: Block, out: Tensor, p: Tensor) -> Tensor:
-        v = b.v if self.v_mean is None else b.v + self.v_mean
+        v = b.v + self.coded.v_mean if self.coded else b.v
         dp = self.product(by_key, self.operand(b.do, "scores"), self.operand(v, "scores"), "scores")
         dp = self.store(dp, "stored_scores")
         if self.arithmetic.delta == "product":
@@ -189,8 +194,7 @@ class _Emulator:
             parts = self.store(parts, "batch_sum").sum(0, keepdim=True)
         return self.store(parts, "output")
 
-    def group_sum(self, x: Tensor) -> Tensor:
-        """[B,Hk,G,K,D] -> [B,Hk,K,D], stored"""
+    def group_sum(self, x: Tensor) -> Tensor:  # [B,Hk,G,K,D] -> [B,Hk,K,D], stored
         return self.store((self.store(x, "group_sum") if x.shape[2] > 1 else x).sum(2), "output")
 
 
@@ -218,10 +222,9 @@ def emulate(
 
     `rounding`: to nearest by default. `blocks`: the exact softmax of these inputs, if at hand and the kernel does not quantise.
     """
-    v_mean = v_scale = None
-    if arithmetic.quantised:
-        inputs, v_mean, v_scale = quantised(problem, inputs, arithmetic.quantised)
-    emulator = _Emulator(problem, arithmetic, rounding or Nearest(), inputs.q.device.type, v_mean, v_scale)
+    coded = quantised(problem, inputs, arithmetic.quantised) if arithmetic.quantised else None
+    inputs = coded.inputs if coded else inputs
+    emulator = _Emulator(problem, arithmetic, rounding or Nearest(), inputs.q.device.type, coded)
     shapes = problem.shapes
     result = {name: torch.zeros(shapes[name], dtype=torch.float64, device=inputs.q.device) for name in ("out", "lse")}
     if problem.grads:

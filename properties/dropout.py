@@ -23,7 +23,7 @@ from verify.registry import Kernel
 RATES = (0.1, 0.5, 0.9)
 
 
-@holds()
+@holds(takes="dropout")
 def dropout(kernel: Kernel, case: Case, device: str) -> Verdict:
     """out = (P * M / (1 - p)) V and dV = (P * M / (1 - p))^T dO with one mask M: Bernoulli(1 - p), independent over heads, batch
     entries and calls, the same again from the same seed of torch's generator. p = 0 drops nothing."""

@@ -92,11 +92,16 @@ def lse_gradient(kernel: Kernel, case: Case, device: str) -> Verdict:
     exact_inputs = replace(x, v=x.k, do=(scale * signs * x.q.double()))
     exact = dense.exact(problem, exact_inputs)
     arithmetic = kernel.numerics(p, device)
-    narrow = replace(arithmetic, probs=arithmetic.dscores, normalized_probs=True, probs_scale=1.0, quantised=None)
+    narrow = replace(arithmetic, probs=arithmetic.dscores, normalized_probs=False, probs_scale=1.0, quantised=None)
     allowed = replace(about(problem, replace(x, v=x.k, do=signs.to(x.do) * x.q)), exact=exact).allowances(narrow)
-    floor, unit = FLOOR[p.dtype], UNIT[p.dtype]
+    floor, unit, largest = (
+        FLOOR[p.dtype],
+        UNIT[p.dtype],
+        x.k.abs().double().amax((2, 3), keepdim=True).repeat_interleave(p.group, 1),
+    )
+    swing = torch.expm1(allowed["lse"].limit).unsqueeze(-1) * largest  # P is formed again from the stored LSE
     for name, want, limit in (
-        ("dq", scale * signs * exact.out, abs(scale) * allowed["out"].limit),
+        ("dq", scale * signs * exact.out, abs(scale) * (allowed["out"].limit + swing)),
         ("dk", exact.dv, max(abs(scale), 1.0) * allowed["dv"].limit if exact.dv is not None else None),
     ):
         if want is not None and limit is not None:

@@ -1,34 +1,10 @@
-"""What must hold: `PROPERTIES` has every law. The two that compare with the exact answer stand here, those that do not beside."""
+"""What must hold: `PROPERTIES` has every law, in the order in which they are judged."""
 
 from __future__ import annotations
 
-from verify.case import Case
-from verify.properties import algebra, dropout, exact_answers, gradient_laws, memory, symmetries
-from verify.properties.property import PROPERTIES, Property, Verdict, answer, holds
-from verify.properties.truth import truth
-from verify.properties.verdict import judge
-from verify.registry import Kernel
+from verify.properties import accuracy, algebra, dropout, exact_answers, gradient_laws, memory, parts, symmetries
+from verify.properties.property import PROPERTIES, Property
 
-RULES = (algebra, dropout, exact_answers, gradient_laws, memory, symmetries)
+__all__ = ["FILES", "PROPERTIES", "Property"]
+FILES = (accuracy, algebra, dropout, exact_answers, gradient_laws, memory, parts, symmetries)
 """Importing them registers their laws."""
-__all__ = ["PROPERTIES", "RULES", "Property", "Verdict", "holds"]
-
-
-@holds()
-def oracle(kernel: Kernel, case: Case, device: str) -> Verdict:
-    """|out - exact| and |lse - exact| are within the bound that the kernel's declared arithmetic has on these inputs, and as
-    large and as even as an honest kernel's of that arithmetic."""
-    known = truth(case, device)
-    judged = judge(kernel, answer(kernel, known), known, names=("out", "lse"))
-    return Verdict(blind_to=known.blind_to(judged.limits, judged.expected), measured=judged.measured)
-
-
-@holds(grads=True)
-def gradients(kernel: Kernel, case: Case, device: str) -> Verdict:
-    """|dq - exact|, |dk - exact|, |dv - exact| and |dbias - exact| for a random cotangent are within their bounds, and as large
-    and as even as an honest kernel's."""
-    known = truth(case, device)
-    output = answer(kernel, known)
-    if output.dq is None:
-        return Verdict(unsupported="its output carries no autograd graph")
-    return Verdict(measured=judge(kernel, output, known, names=("dv", "dq", "dk", "dbias")).measured)

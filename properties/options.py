@@ -97,6 +97,8 @@ def _returns_lse(kernel: Kernel, plain: Problem, device: str) -> bool:
 
 def _refuses(kernel: Kernel, plain: Problem, device: str, tensor: str, layout: str) -> str:
     """Why a kernel does not take a tensor in a layout: what it raises."""
+    if kernel.layouts and layout not in kernel.layouts(device):
+        return "is left out by its declaration"
     problem = plain.but(grads=tensor == "do", bias="bhqk" if tensor == "bias" else "none")
     if layout == "bhsd" or kernel.unsupported(problem, device):
         return ""

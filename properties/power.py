@@ -28,7 +28,6 @@ from verify.finding import Finding
 from verify.guard import Output, call
 from verify.kernels.mutants import CONTROLS, MUTANTS, control, honest, mutant
 from verify.properties.laws import PROPERTIES
-from verify.properties.options import options
 from verify.registry import Kernel, find
 from verify.reports.pages import markdown
 from verify.reports.stored import replace as write
@@ -104,7 +103,7 @@ def _detect(job: Job) -> tuple[int | None, float, str]:
 def _cell(job: Job) -> int | None:
     fault, name, seed = job
     kernel, law = mutant(fault), PROPERTIES[name]
-    if options(kernel, "cpu").refusal(grads=law.grads, lse=law.lse):
+    if law.refusal(kernel, "cpu"):
         return None
     found = hunt(kernel, law, "cpu", budget=Budget(judged=IN_MATRIX, seconds=10.0, shrink_seconds=0.0), seed=seed)
     return found.judged + 1 if found.finding else None
@@ -114,7 +113,7 @@ def _accused(job: Job) -> tuple[int, str]:
     """(cases judged, the accusation) of a correct variant under one property: its share of so many cases."""
     name, law, cases = job
     kernel, share = control(name), max(1, -(-cases // len(PROPERTIES)))
-    if not cases or options(kernel, "cpu").refusal(grads=PROPERTIES[law].grads, lse=PROPERTIES[law].lse):
+    if not cases or PROPERTIES[law].refusal(kernel, "cpu"):
         return 0, ""
     found = hunt(kernel, PROPERTIES[law], "cpu", budget=Budget(judged=share, seconds=2.0 * share), seed=0)
     return found.judged, f"{name}: {law}: {found.finding[0]}: {found.finding[1].sentence}" if found.finding else ""

@@ -14,6 +14,7 @@ from verify.case import Case
 from verify.finding import Finding
 from verify.guard import Output, call
 from verify.measure import same
+from verify.properties.options import options
 from verify.properties.truth import Truth
 from verify.properties.verdict import compare
 from verify.registry import Kernel
@@ -32,8 +33,8 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Property:
-    """A law, and what its cases must be: without a mask, with one that hides something, without a bias, with gradients; and
-    whether it needs the LSE.
+    """A law, and what its cases must be: without a mask, with one that hides something, without a bias, with gradients;
+    whether it needs the LSE, and which keyword the kernel must take.
     """
 
     name: str
@@ -44,11 +45,18 @@ class Property:
     no_bias: bool = False
     grads: bool = False
     lse: bool = False
+    takes: str = ""
 
     @property
     def cases(self) -> dict[str, bool]:
         """What its cases must be, for `strategies.cases`."""
         return {name: getattr(self, name) for name in ("full_mask", "hides", "no_bias", "grads")}
+
+    def refusal(self, kernel: Kernel, device: str) -> str | None:
+        """Why it cannot be judged on this kernel at all; None where it can."""
+        if self.takes and self.takes not in kernel.takes:
+            return f"takes no `{self.takes}`"
+        return options(kernel, device).refusal(grads=self.grads, lse=self.lse)
 
 
 PROPERTIES: dict[str, Property] = {}
@@ -56,13 +64,19 @@ TENSORS = ("out", "lse", "dv", "dq", "dk", "dbias")
 
 
 def holds(
-    *, full_mask: bool = False, hides: bool = False, no_bias: bool = False, grads: bool = False, lse: bool = False
+    *,
+    full_mask: bool = False,
+    hides: bool = False,
+    no_bias: bool = False,
+    grads: bool = False,
+    lse: bool = False,
+    takes: str = "",
 ) -> Callable[[Callable[..., Verdict]], Callable[..., Verdict]]:
     """Register a function (kernel, case, device) -> Verdict as a property, by its name."""
 
     def register(check: Callable[..., Verdict]) -> Callable[..., Verdict]:
         name = check.__name__.replace("_", "-")
-        PROPERTIES[name] = Property(name, (check.__doc__ or "").strip(), check, full_mask, hides, no_bias, grads, lse)
+        PROPERTIES[name] = Property(name, (check.__doc__ or "").strip(), check, full_mask, hides, no_bias, grads, lse, takes)
         return check
 
     return register
@@ -100,6 +114,12 @@ def agree(one: Output, two: Output, allowed: dict[str, Allowance], against: str,
             compare(name, got, want, allowed[name], against=against, times=2)
             bitwise &= bool(same(got, want).all())
     return bitwise
+
+
+def near(got: Output, want: Output, allowed: dict[str, Allowance], against: str) -> bool:
+    """Whether out and LSE agree to the last bit. Raises a Finding where they are farther apart than allowed."""
+    half = {name: Allowance(a.limit / 2, {n: t / 2 for n, t in a.terms.items()}) for name, a in allowed.items()}
+    return agree(got, want, half, against, ("out", "lse"))
 
 
 def doubled(name: str, got: Tensor, once: Tensor, factor: float, against: str) -> bool:

@@ -9,7 +9,6 @@ import pytest
 from verify.case import Case
 from verify.engine import Budget, hunt, judge, replay_command
 from verify.properties.laws import PROPERTIES, Property
-from verify.properties.options import options
 from verify.pytest_plugin import JUDGED, PATIENCE, Run
 from verify.records import Record
 
@@ -21,7 +20,7 @@ def test_kernel_holds(run: Run, target: str, law: Property, request: pytest.Fixt
     if target in run.unavailable:
         pytest.skip(f"{target} is unavailable: {run.unavailable[target]}")
     kernel, config = run.kernels[target], request.config
-    if why := options(kernel, run.device).refusal(grads=law.grads, lse=law.lse):
+    if why := law.refusal(kernel, run.device):
         run.record(Record(kernel.name, law.name, "", "unsupported", why))
         pytest.skip(f"{target}: {why}")
     seconds = config.getoption("--seconds")

@@ -14,9 +14,9 @@ from verify.errors import VerifyError
 from verify.records import JUDGED as WERE_JUDGED
 from verify.records import Journal, Record, read
 
-JUDGED = {"cpu": 40, "cuda": 60}
+JUDGED = {"cpu": 25, "cuda": 40}
 """Cases judged for each kernel and property in a plain `pytest` run, ..."""
-PATIENCE = 25.0
+PATIENCE = 8.0
 """... or as many as so many seconds allow: an interpreted kernel is slow. The closing table says how many it were."""
 
 

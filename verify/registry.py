@@ -71,6 +71,7 @@ class Kernel:
     origin: str = ""
     stages: Stages | None = None
     tiles: tuple[int, ...] = ()
+    layouts: Callable[[str], tuple[str, ...]] | None = None
 
     def numerics(self, problem: Problem, device: str) -> Arithmetic:
         """The arithmetic declared for this problem on this device."""
@@ -120,6 +121,7 @@ def kernel(
     known: tuple[Known, ...] = (),
     stages: Stages | None = None,
     tiles: tuple[int, ...] = (),
+    layouts: Callable[[str], tuple[str, ...]] | None = None,
 ) -> Any:
     """Register a kernel; usable bare or with arguments. Returns the function unchanged.
 
@@ -127,12 +129,15 @@ def kernel(
     says why not; one that takes a keyword `dropout` is also asked with dropout in force. `empty_row` is what a row without a
     visible key gives: "zero" or "nan". `known` lists known defects: a run stays green with them in sight. `stages`, called like
     the kernel, gives the parts that `verify bench` times apart.
-    `tiles`: sizes of blocks that the kernel works in; lengths around them are tried more often.
+    `tiles`: sizes of blocks that the kernel works in; lengths around them are tried more often. `layouts(device)`: those of
+    verify/layouts.py that may be tried at all (what it refuses with an exception need not be left out, what crashes it must).
     Raises VerifyError for an unknown keyword in the signature or a name already taken.
     """
     if fn is None:
         options = functools.partial(kernel, name=name, arithmetic=arithmetic, supports=supports)
-        return functools.partial(options, dtypes=dtypes, empty_row=empty_row, known=known, stages=stages, tiles=tiles)
+        return functools.partial(
+            options, dtypes=dtypes, empty_row=empty_row, known=known, stages=stages, tiles=tiles, layouts=layouts
+        )
     label = name or getattr(fn, "__name__", "kernel").replace("_", "-")
     takes = _keywords(fn, label)
     if wrong := [d for d in dtypes if d not in DTYPES]:
@@ -143,7 +148,9 @@ def kernel(
     other = REGISTRY.get(label)
     if other and other.origin != origin:
         raise VerifyError(f"kernel {label!r} is registered twice: {other.origin} and {origin}; give one another name=")
-    REGISTRY[label] = Kernel(label, fn, takes, arithmetic, supports, tuple(dtypes), empty_row, known, origin, stages, tiles)
+    REGISTRY[label] = Kernel(
+        label, fn, takes, arithmetic, supports, tuple(dtypes), empty_row, known, origin, stages, tiles, layouts
+    )
     return fn
 
 
