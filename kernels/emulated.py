@@ -79,6 +79,7 @@ class Program:
 
     def visible(self, rows: Tensor, keys: Tensor) -> Tensor:
         """[B|1,1,rows,keys]"""
+        rows = rows % 128 if self.has("rows counted in 7 bits") else rows
         p, i, j = self.problem, rows[:, None], keys[None, :]
         offset = p.len_k - p.len_q
         inside = (j < p.len_k + int(self.has("one key too many"))) | self.has("keys beyond the end count")
@@ -114,9 +115,11 @@ class Program:
             scale = 2.0 ** (-0.5 * math.ceil(math.log2(max(p.dim_qk, 16))))
         if self.has("always the default scale"):
             scale = p.dim_qk**-0.5
+        scale = scale * scale if self.softcap and self.has("scale twice under a softcap") else scale
         if self.has("Q scaled in the input's dtype"):
             q, scale = (q * scale).to(self.dtype).float(), 1.0
         s = (q @ k.mT) * (scale * (2.0 / math.e if self.has("scale without log2(e)") else 1.0))
+        s = s.nan_to_num() if self.has("NaN scores become 0") else s
         if self.has("S in the input's dtype"):
             s = s.to(self.dtype).float()
         slope = torch.ones(())
@@ -125,11 +128,13 @@ class Program:
             s, slope = self.softcap * bend, 1 - bend * bend
         if bias is not None:
             h = torch.zeros(p.heads_q, dtype=torch.int64) if bias.shape[1] == 1 or self.has("bias of head 0") else self.heads
-            added = bias.load(h, rows, keys)
+            turned = self.has("bias transposed") and p.len_q == p.len_k
+            added = bias.load(h, keys, rows).mT if turned else bias.load(h, rows, keys)
             s = s + added * (scale if self.has("bias scaled") else 1.0)
         if self.slopes is not None:
             offset = 0 if self.has("ALiBi from the upper left") else p.len_k - p.len_q
             slopes = self.slopes[self.kv_head] if self.has("ALiBi by key head") else self.slopes
+            slopes = slopes.half().float() if self.has("slopes in FP16") else slopes
             s = s - slopes[:, None, None] * (rows[:, None] + offset - keys[None, :]).abs()
         if self.softcap and self.has("softcap after the bias"):
             s = self.softcap * torch.tanh(s / self.softcap)
@@ -219,7 +224,7 @@ class Program:
             if self.has("exchanged rows, one call in 20") and torch.rand(()) < 0.05 and len(rows) > 1:
                 mine = mine.roll(1, 2)
             out[:, :, rows] = self.stored(mine)
-            lse[:, :, rows] = row_lse
+            lse[:, :, rows] = row_lse.bfloat16().float() if self.has("LSE in BF16") else row_lse
         self.spoil(out, lse)
         if self.has("result remembered by shape"):
             STATE[key] = out, lse
@@ -263,6 +268,7 @@ class Program:
         first, last = self.bounds(int(rows[0]), int(rows[-1]) + 1)
         starts = list(range(first // size * size, last, size))
         starts = starts[::-1] if self.variant.reverse else starts
+        starts = starts[:1] + starts if self.has("first tile twice") and first % size else starts
         share = -(-len(starts) // self.variant.splits) or 1
         return [self.walk(q, K, V, B, rows, starts[n * share : (n + 1) * share]) for n in range(self.variant.splits)]
 
@@ -277,6 +283,7 @@ class Program:
             wide = torch.arange(-(-p.dim_qk // 16) * 16 if self.has("head dim not masked") else p.dim_qk)
             k = K.load(self.kv_head, keys, wide, width=len(wide))
             v = V.load(self.kv_head, keys, torch.arange(p.dim_v), rows_below=2**40 if self.has("tail of V not masked") else None)
+            v = v.bfloat16().float() if self.has("V in BF16") else v
             left = torch.nn.functional.pad(q, (0, len(wide) - q.shape[-1]), value=1.0)
             s, _ = self.scores(left, k, B, rows, keys)
             seen = self.visible(rows, keys)
@@ -351,7 +358,7 @@ class Program:
                 dq += half @ kf
             some = slice(0, p.len_q // 64 * 64 or p.len_q) if self.has("dv without the last rows") else slice(None)
             dv[:, :, keys] = held[:, :, some].mT @ dof[:, :, some]
-            dk[:, :, keys] = half.mT @ qf
+            dk[:, :, keys] = (half.mT @ qf).roll(int(self.has("dk one key further")), 2)
         dq, dk = (
             dq * (1.0 if self.has("dq not scaled") else self.scale),
             dk * self.scale ** (2 if self.has("dk scaled twice") else 1),

@@ -41,6 +41,8 @@ def one_hot(kernel: Kernel, case: Case, device: str) -> Verdict:
 
 def _without_scores(kernel: Kernel, case: Case, device: str, *, one_hot: bool) -> Verdict:
     p = case.problem
+    if p.bias != "none":
+        return Verdict(unsupported="a bias moves the scores")
     inputs = truth(case, device).inputs
     v = inputs.v
     if one_hot:

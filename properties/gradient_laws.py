@@ -81,8 +81,8 @@ def lse_gradient(kernel: Kernel, case: Case, device: str) -> Verdict:
     """
     known = truth(case, device)
     p, x = known.problem, known.inputs
-    if p.softcap or p.scale == 0:
-        return Verdict(unsupported="a softcap bends it, a scale of 0 undoes it")
+    if p.softcap or p.scale == 0 or not p.len_k:
+        return Verdict(unsupported="a softcap bends it, a scale of 0 or no keys undo it")
     signs = torch.from_numpy(rng(case).choice([-1.0, 1.0], p.shapes["lse"])).to(x.q.device)
     got = call(kernel, p, replace(x, do=torch.zeros_like(x.do)), dlse=signs)
     if got.lse is None or got.dq is None or not got.lse_graph:

@@ -34,6 +34,8 @@ def split(kernel: Kernel, case: Case, device: str) -> Verdict:
         return Verdict(unsupported=reasons[0])
     outputs = [answer(kernel, part) for part in parts]
     lses = [output.lse for output in outputs if output.lse is not None]
+    if len(lses) < len(outputs):
+        return Verdict(unsupported="returns no LSE")
     allowed = [limits(kernel, part) for part in parts]
     merged, bound = merge([o.out for o in outputs], lses, [(a["out"].limit, a["lse"].limit) for a in allowed])
     compare(

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from verify.arithmetic import Arithmetic
 from verify.engine import Budget, hunt
@@ -21,7 +22,9 @@ from verify.reports.terminal import known_defects
 
 def right(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None, problem: Problem) -> Tensor:
     q32, k32, v32 = q.float(), k.float(), v.float()
-    return F.scaled_dot_product_attention(q32, k32, v32, attn_mask=mask, scale=scale, enable_gqa=True).to(q.dtype)
+    assert q.dtype == k.dtype == v.dtype
+    with sdpa_kernel([SDPBackend.MATH]):  # the other backend swallows NaN and takes more values than keys (torch 2.13)
+        return F.scaled_dot_product_attention(q32, k32, v32, attn_mask=mask, scale=scale, enable_gqa=True).to(q.dtype)
 
 
 def scale_off(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None, problem: Problem) -> Tensor:
@@ -101,6 +104,8 @@ def test_a_planted_defect_is_found_and_shrunk(fn: Callable[..., Tensor], law: st
 
 @pytest.mark.parametrize("law", PROPERTIES)
 def test_the_right_kernel_is_not_flagged(law: str) -> None:
+    if why := PROPERTIES[law].refusal(registered(right), "cpu"):
+        pytest.skip(why)
     result = hunt(registered(right), PROPERTIES[law], "cpu", budget=Budget(judged=60), seed=4)
     assert result.finding is None
     assert result.judged == 60
@@ -170,4 +175,5 @@ def test_a_kernel_that_declares_that_it_repeats_its_bits_must(declared: bool) ->
     records: list[Record] = []
     result = hunt(subject, PROPERTIES["repeat"], "cpu", budget=Budget(judged=20), seed=1, record=records.append)
     assert (result.finding is not None) == declared
-    assert declared or not any(r.bitwise for r in records)
+    nothing = [r.case for r in records if r.bitwise and "q0" not in r.case]  # an output without elements repeats
+    assert declared or not nothing
