@@ -1,0 +1,73 @@
+"""The cases that are drawn: every pair of options that a kernel takes, lengths around its tiles, a corpus that is tried first."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import seed as seeded
+
+from verify.case import Case
+from verify.corpus import Corpus
+from verify.engine import Budget, hunt
+from verify.kernels.mutants import control, mutant
+from verify.properties.design import coverage, levels, rows
+from verify.properties.laws import PROPERTIES
+from verify.properties.options import options
+from verify.properties.strategies import cases
+from verify.records import Record
+from verify.registry import find
+
+
+@pytest.mark.parametrize("name", ["naive", "sdpa-flash", "sdpa-math"])
+def test_the_rows_have_every_pair_that_the_kernel_takes(name: str) -> None:
+    """Counted on dtype x mask."""
+    kernel = find(name)[0]
+    found = {(row["dtype"], row["mask"]) for row in rows(kernel, "cpu")}
+    taken = options(kernel, "cpu").taken
+    kinds = {n for mask in taken["mask"] for n in mask.names}
+    assert {(d, m) for d in taken["dtype"] for m in kinds} <= found
+
+
+def test_drawn_cases_reach_nearly_all_pairs_and_every_level() -> None:
+    kernel, drawn = control("tiles of 64 x 64"), list[Case]()
+
+    @seeded(1)
+    @settings(max_examples=500, database=None, deadline=None, phases=[Phase.generate], backend="attention-verify",
+              suppress_health_check=list(HealthCheck))  # fmt: skip
+    @given(cases(kernel, "cpu"))
+    def draw(case: Case) -> None:
+        drawn.append(case)
+
+    draw()
+    had, every = coverage(kernel, "cpu", drawn)
+    assert had > 0.9 * every
+    seen = {pair for case in drawn for pair in levels(case).items()}
+    assert {pair for row in rows(kernel, "cpu") for pair in row.items()} <= seen
+    around = {n for tile in kernel.tiles for n in (tile - 1, tile, tile + 1, 2 * tile + 1)}
+    assert around <= {n for case in drawn for n in (case.problem.len_q, case.problem.len_k)}
+
+
+def test_a_pair_is_covered_by_a_case_that_has_both() -> None:
+    kernel = find("naive")[0]
+    case = Case.parse("b2.h4:2.q5.k9.d8.fp16.window(2,0).as_bool.bias=hqk.softcap=1.0/normal#0@q=bshd")
+    assert coverage(kernel, "cpu", []) == (0, coverage(kernel, "cpu", [case])[1])
+    assert coverage(kernel, "cpu", [case])[0] == len(list(combinations(levels(case), 2)))
+
+
+def test_the_corpus_is_tried_first_and_keeps_what_fails(tmp_path: Path) -> None:
+    path, law = tmp_path / "corpus.tsv", PROPERTIES["one-hot"]
+    first = hunt(mutant("one key too many"), law, "cpu", budget=Budget(judged=100), seed=1, corpus=Corpus(path))
+    assert first.finding is not None
+    assert Corpus(path).cases("one-key-too-many", "one-hot") == [first.finding[0]]
+    assert Corpus(path).cases("one-key-too-many", "ones") == []
+    records: list[Record] = []
+    again = hunt(
+        mutant("one key too many"), law, "cpu", budget=Budget(judged=100), seed=2, corpus=Corpus(path), record=records.append
+    )
+    assert again.judged == 0
+    assert records[0].case == str(first.finding[0])
+    path.write_text(path.read_text() + "one-key-too-many\tone-hot\tof another version\n")
+    assert len(Corpus(path).cases("one-key-too-many", "one-hot")) == 1

@@ -1,0 +1,39 @@
+"""The suite finds bugs: every known-wrong kernel is caught by the property it names; correct variants are not accused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from verify.engine import Budget, hunt
+from verify.kernels.mutants import BLIND, CONTROLS, MUTANTS, control, honest, mutant
+from verify.properties.laws import PROPERTIES
+
+CASES = 150
+"""Far more than `verify power` needs in the median, so that a seed of bad luck is no failure."""
+
+
+def test_there_are_enough_of_every_class() -> None:
+    assert {m.kind for m in MUTANTS.values()} == set("ABCDEFGHIJKLM")
+    assert len(MUTANTS) - len(BLIND) >= 60
+    assert len(CONTROLS) >= 10
+
+
+@pytest.mark.parametrize("fault", MUTANTS)
+def test_a_known_wrong_kernel_is_caught(fault: str) -> None:
+    torch.manual_seed(3)
+    law = PROPERTIES[MUTANTS[fault].law]
+    found = hunt(mutant(fault), law, "cpu", budget=Budget(judged=CASES, shrink_seconds=0.0), seed=3)
+    assert found.finding is not None, f"{fault} passed {found.judged} cases of {law.name}"
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_a_correct_variant_is_not_accused(name: str) -> None:
+    for law in PROPERTIES.values():
+        if not law.refusal(control(name), "cpu"):
+            found = hunt(control(name), law, "cpu", budget=Budget(judged=4), seed=5)
+            assert found.finding is None, f"{law.name}: {found.finding}"
+
+
+def test_every_mutant_is_a_control_but_for_its_fault() -> None:
+    assert {honest(fault) for fault in MUTANTS} <= set(CONTROLS)
