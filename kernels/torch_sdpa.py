@@ -78,14 +78,28 @@ SWALLOWS_NAN = Known(
 MORE_VALUES = Known(
     "takes more values than keys, and leaves the rest out (torch 2.13, CPU)", lambda p, device: device == "cpu", laws=("reject",)
 )
+LOW_LSE_SHIFTED = Known(LOW_LSE.what, LOW_LSE.where, laws=("shift-gradients",))
+FINITE_MASK = Known(
+    "a hidden key of a score of 1e19 takes part: what hides is a number that is added, not -inf (cuDNN 9.19)",
+    lambda p, device: p.dtype == "bf16",
+    laws=("no-leak",),
+)
+SOME_GRADIENTS = Known(
+    "illegal memory access, or `LSE is not correctly aligned`, in the backward where some gradients only are asked for, the bias's"
+    " among them (torch 2.11)",
+    lambda p, device: device == "cuda" and p.bias != "none",
+    laws=("gradient-subsets",),
+    crashes=True,
+)
 KNOWN = {
     "math": (NO_KEYS,),
     "flash": (NO_POSITIVE_SCALE, SPLIT_KEYS, SWALLOWS_NAN, MORE_VALUES),
-    "cudnn": (NO_POSITIVE_SCALE, EMPTY_ROW, LOW_LSE),
+    "efficient": (SOME_GRADIENTS,),
+    "cudnn": (NO_POSITIVE_SCALE, EMPTY_ROW, LOW_LSE, LOW_LSE_SHIFTED, FINITE_MASK),
 }
 MISALIGNED = ("odd", "gapped")
-"""Layouts whose rows start off 16 bytes: the fused kernels end in `CUDA error: misaligned address`, which takes the process's GPU
-along (torch 2.11, H200)."""
+"""Layouts whose rows start off 16 bytes: flash (q, k, v) and efficient (v) end in `CUDA error: misaligned address`, which takes
+the process's GPU along; efficient (q, k) and cuDNN (do) refuse them with an exception (torch 2.11, H200)."""
 _HEADERS = {"flash": "flash", "efficient": "memory efficient", "cudnn": "cudnn"}
 
 
@@ -117,7 +131,7 @@ def _attn_mask(mask, bias, problem: Problem):
 
 def layouts(device: str, *, backend: str) -> tuple[str, ...]:
     """Those that do not crash."""
-    return tuple(name for name in LAYOUTS if device == "cpu" or backend == "math" or name not in MISALIGNED)
+    return tuple(name for name in LAYOUTS if device == "cpu" or backend in ("math", "cudnn") or name not in MISALIGNED)
 
 
 def supports(problem: Problem, device: str, *, backend: str, dropout: float = 0.0) -> str | None:

@@ -109,14 +109,22 @@ class Jittered(Nearest):
         return self._random(x, x.abs()) if fmt == "fp32" else super().store(x, fmt)
 
     def total(self, x: Tensor, fmt: str) -> Tensor:
-        """The sum, off by up to a roundoff of the sum of sizes."""
-        return self._random(x.sum(-1, keepdim=True), x.abs().sum(-1, keepdim=True))
+        """The sum, off as one in another order may be."""
+        found = x.sum(-1, keepdim=True)
+        return self._random(found, _partial_sums(found, x.abs().sum(-1, keepdim=True), x.shape[-1]))
 
     def product(self, form: Form, a: Tensor, b: Tensor, fmt: str, *, cut: bool) -> Tensor:
-        """The product, off by up to a roundoff of the sum of sizes."""
+        """The product, off as one in another order may be."""
         if fmt in ("fp64", "fp22"):
             return super().product(form, a, b, fmt, cut=cut)
-        return self._random(form(a, b), form(a.abs(), b.abs()))
+        found = form(a, b)
+        return self._random(found, _partial_sums(found, form(a.abs(), b.abs()), a.shape[_CONTRACTED[form][0]]))
+
+
+def _partial_sums(found: Tensor, sizes: Tensor, terms: int) -> Tensor:
+    """What the roundings of a sum in any order add up to, in unit roundoffs: n random ones of partial sums as large as the whole,
+    where terms have one sign; as the sum of sizes, where they cancel (Higham 2002, section 4.2; random signs)."""
+    return torch.maximum(sizes, math.sqrt(max(1, terms)) * found.abs())
 
 
 def _by_instructions(form: Form, a: Tensor, b: Tensor, fmt: str) -> Tensor:

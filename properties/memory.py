@@ -15,6 +15,7 @@ from verify.layouts import laid_out
 from verify.masks import Mask
 from verify.measure import same
 from verify.problem import Problem
+from verify.properties.options import options
 from verify.properties.property import TENSORS, Verdict, agree, answer, holds, limits, rng
 from verify.properties.truth import Truth, about, truth
 from verify.properties.verdict import judge
@@ -126,7 +127,11 @@ def call_sequence(kernel: Kernel, case: Case, device: str) -> Verdict:
     result has not changed meanwhile.
     """
     known = truth(case, device)
-    others = [(what, other) for what, other in _neighbours(case, known) if kernel.unsupported(other.problem, device) is None]
+    others = [
+        (what, other)
+        for what, other in _neighbours(case, known, options(kernel, device).layouts)
+        if kernel.unsupported(other.problem, device) is None
+    ]
     what, other = others[case.seed % len(others)]
     first = answer(kernel, known)
     kept = {name: t.clone() for name in TENSORS if (t := getattr(first, name)) is not None}
@@ -137,12 +142,14 @@ def call_sequence(kernel: Kernel, case: Case, device: str) -> Verdict:
     return Verdict(bitwise=agree(answer(kernel, known), first, limits(kernel, known), f"before a call with {what};"))
 
 
-def _neighbours(case: Case, known: Truth) -> Iterator[tuple[str, Truth]]:
+def _neighbours(case: Case, known: Truth, layouts: dict[str, tuple[str, ...]]) -> Iterator[tuple[str, Truth]]:
     p, x = known.problem, known.inputs
     plain = p.but(grads=False)
     yield "other values", about(plain, replace(case, seed=case.seed + 1).inputs(known.device))
     yield "another scale", about(plain.but(scale=0.75 * p.softmax_scale), x)
-    yield "another layout", about(plain, replace(x, q=laid_out(x.q, "bshd"), k=laid_out(x.k, "gapped")))
+    ways = [way for way in ("gapped", "packed", "bshd") if way in layouts["k"]]
+    if ways:
+        yield "another layout", about(plain, replace(x, k=laid_out(x.k, ways[0])))
     for mask in ("causal_lower_right", "window(0,2)") if p.mask_as != "rule" else ("full",):
         if str(p.mask) != mask:
             yield f"the mask {mask}", about(plain.but(mask=Mask.parse(mask)), x)

@@ -91,7 +91,8 @@ def _figures(row: dict[str, Any]) -> list[str]:
     bounds = interval(row, "total")
     spread = f" [{bounds[0]:.2e}, {bounds[1]:.2e}]" if bounds else ""
     parts = [f"{pooled(row, name):.2e}" for name in ("input", "arithmetic", "expected")]
-    alpha, bias = (sum(draw[name] for draw in row["draws"]) / len(row["draws"]) for name in ("alpha", "bias"))
+    split = [draw for draw in row["draws"] if "alpha" in draw]
+    alpha, bias = (sum(draw[name] for draw in split) / max(1, len(split)) for name in ("alpha", "bias"))
     return [f"{pooled(row, 'total'):.2e}{spread}", *parts, f"{ratio(row):.3f}", f"{alpha - 1:+.1e}", f"{bias:+.1e}"]
 
 

@@ -150,7 +150,10 @@ def judge(kernel: Kernel, law: Property, case: Case, device: str) -> Record:
     reason = kernel.unsupported(case.problem, device)
     if reason:
         return _record(kernel, law, case, "unsupported", reason)
-    known = kernel.known_defect(case, device, law.name)
+    defect = kernel.defect(case, device, law.name)
+    if defect and defect.crashes:
+        return _record(kernel, law, case, "unsupported", f"not run: {defect.what}")
+    known = defect.what if defect else ""
     try:
         verdict = law.check(kernel, case, device)
     except Finding as finding:

@@ -53,6 +53,8 @@ class Known:
     where: Callable[[Problem, str], bool]
     recipes: tuple[str, ...] = ()
     laws: tuple[str, ...] = ()
+    crashes: bool = False
+    """It takes the process along: such a case is not run."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,10 +79,15 @@ class Kernel:
         """The arithmetic declared for this problem on this device."""
         return self.arithmetic if isinstance(self.arithmetic, Arithmetic) else self.arithmetic(problem, device)
 
-    def known_defect(self, case: Case, device: str, law: str) -> str:
-        """What is known to be wrong with this kernel on such a case of this property; empty where nothing is."""
+    def defect(self, case: Case, device: str, law: str) -> Known | None:
+        """What is known to be wrong with this kernel on such a case of this property."""
         possible = (k for k in self.known if law in (k.laws or (law,)) and case.recipe.name in (k.recipes or (case.recipe.name,)))
-        return next((k.what for k in possible if k.where(case.problem, device)), "")
+        return next((k for k in possible if k.where(case.problem, device)), None)
+
+    def known_defect(self, case: Case, device: str, law: str) -> str:
+        """The same in words; empty where nothing is."""
+        found = self.defect(case, device, law)
+        return found.what if found else ""
 
     def unsupported(self, problem: Problem, device: str, *, dropout: float = 0.0) -> str | None:
         """Why this kernel can't do this problem on this device ("cpu", "cuda"), with this dropout; None where it can."""
