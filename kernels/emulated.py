@@ -312,7 +312,7 @@ class Program:
         weights = [torch.exp(part - lse).masked_fill(lse == -torch.inf, 0.0)[..., None] for part in lses]
         if self.has("parts averaged"):
             weights = [torch.full_like(w, 1 / len(parts)) for w in weights]
-        return sum(w * o for w, o in zip(weights, outs, strict=True)), lse  # type: ignore[return-value]
+        return sum(w * o for w, o in zip(weights, outs, strict=True)), lse
 
     def normalised(self, acc: Tensor, total: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
         """acc / total, 0 where nothing was seen, and the LSE."""

@@ -34,7 +34,7 @@ class Memory:
 
     def __init__(self, x: Tensor, faults: frozenset[str], name: str, strides: tuple[int, ...] | None = None) -> None:
         self.flat = x.new_empty(0).set_(x.untyped_storage()).detach()
-        self.shape, self.strides, self.start = x.shape, strides or x.stride(), x.storage_offset()
+        self.shape, self.strides, self.start = x.shape, strides or x.stride(), int(x.storage_offset())
         if f"{name}: taken for contiguous" in faults:
             _b, h, s, d = x.shape
             self.strides = (h * s * d, s * d, d, 1)

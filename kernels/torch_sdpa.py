@@ -85,8 +85,8 @@ FINITE_MASK = Known(
     laws=("no-leak",),
 )
 SOME_GRADIENTS = Known(
-    "illegal memory access, or `LSE is not correctly aligned`, in the backward where some gradients only are asked for, the bias's"
-    " among them (torch 2.11)",
+    "illegal memory access, or `LSE is not correctly aligned`, in the backward where only some gradients are asked for and a bias"
+    " is given (torch 2.11)",
     lambda p, device: device == "cuda" and p.bias != "none",
     laws=("gradient-subsets",),
     crashes=True,

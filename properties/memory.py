@@ -46,9 +46,9 @@ def layout(kernel: Kernel, case: Case, device: str) -> Verdict:
     if not moved:
         return Verdict(unsupported="all tensors are contiguous")
     plain = {name: laid_out(t) for name, t in (present | moved).items()}
-    ways = [call(kernel, known.problem, replace(known.inputs, **tensors)) for tensors in (present | moved, plain)]
+    here, there = (call(kernel, known.problem, replace(known.inputs, **tensors)) for tensors in (present | moved, plain))
     said = ", ".join(f"{name} {way}" for name, way in chosen.items() if name in moved)
-    return Verdict(bitwise=agree(*ways, limits(kernel, known), f"contiguous; here {said};"))
+    return Verdict(bitwise=agree(here, there, limits(kernel, known), f"contiguous; here {said};"))
 
 
 @holds(hides=True)

@@ -62,7 +62,7 @@ def merge(outs: list[Tensor], lses: list[Tensor], errors: list[tuple[Tensor, Ten
     (one, two), (l1, l2) = (o.double() for o in outs), (x.double() for x in lses)
     whole = torch.logaddexp(l1, l2)
     w1, w2 = (torch.exp(part - whole).masked_fill(whole == -torch.inf, 0.0).unsqueeze(-1) for part in (l1, l2))
-    swing = torch.expm1(sum(e[1] for e in errors).nan_to_num(0.0, posinf=math.inf)).unsqueeze(-1)
+    swing = torch.expm1((errors[0][1] + errors[1][1]).nan_to_num(0.0, posinf=math.inf)).unsqueeze(-1)
     apart = torch.where((w1 > 0) & (w2 > 0), w1 * w2 * (one - two).abs() * swing, 0.0)
     bound = (w1 * errors[0][0]).nan_to_num() + (w2 * errors[1][0]).nan_to_num() + apart * (1 + swing)
     return w1 * one.nan_to_num() + w2 * two.nan_to_num(), bound
