@@ -113,7 +113,7 @@ def supports(problem: Problem, device: str) -> str | None:
     return refusal(problem, device, tuple(DTYPES))
 
 
-@kernel(name="triton-fa2", arithmetic=Arithmetic(exp="fused", deterministic=True), supports=supports)
+@kernel(name="triton-fa2", arithmetic=Arithmetic(exp="fused", deterministic=True), supports=supports, tiles=(64, 128))
 def triton_fa2(q, k, v, *, problem, mask, bias, slopes, scale, softcap):
     """Masks as rules where the problem leaves the choice and all of them are rules for Triton; `dense` comes as a tensor."""
     return attention(q, k, v, mask=as_rules(problem, mask), bias=bias, slopes=slopes, scale=scale, softcap=softcap)

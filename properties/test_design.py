@@ -18,7 +18,7 @@ from verify.properties.laws import PROPERTIES
 from verify.properties.options import options
 from verify.properties.strategies import cases
 from verify.records import Record
-from verify.registry import find
+from verify.registry import Kernel, Known, find
 
 
 @pytest.mark.parametrize("name", ["naive", "sdpa-flash", "sdpa-math"])
@@ -69,5 +69,8 @@ def test_the_corpus_is_tried_first_and_keeps_what_fails(tmp_path: Path) -> None:
     )
     assert again.judged == 0
     assert records[0].case == str(first.finding[0])
+    known = Kernel("known", mutant("one key too many").fn, control("FP8").takes, known=(Known("off", lambda p, device: True),))
+    hunt(known, law, "cpu", budget=Budget(judged=3), seed=1, corpus=Corpus(path))
+    assert len(Corpus(path).cases("known", "one-hot")) == 1  # what shows a known defect is of interest, too
     path.write_text(path.read_text() + "one-key-too-many\tone-hot\tof another version\n")
     assert len(Corpus(path).cases("one-key-too-many", "one-hot")) == 1

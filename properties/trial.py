@@ -64,7 +64,7 @@ class Trial:
     @property
     def tiles(self) -> tuple[int, ...]:
         """The sizes of the blocks that the kernel works in."""
-        return tuple(dict.fromkeys(getattr(self.kernel, "tiles", ()))) or (64,)
+        return tuple(dict.fromkeys(self.kernel.tiles)) or (64,)
 
     def ends(self, length: int) -> list[int]:
         """Where a loop may end too early: before the last, partial tile, or before the last element."""

@@ -21,7 +21,7 @@ def show_run(records: Iterable[Record], *, write: Callable[[str], None], width: 
         return
     for line in lines(matrix(records), width=width):
         write(line)
-    for line in (sight(records), *ratios(records), *known_defects(records)):
+    for line in (sight(records), *ratios(records), *known_defects(records), *unfinished(records)):
         write(line)
     if any(r.verdict == "unsupported" for r in records):
         for line in lines(unsupported(records), width=width):
@@ -68,6 +68,15 @@ def known_defects(records: list[Record]) -> list[str]:
     return [
         f"known defect of {kernel}: {what}; shown by {shown[kernel, what]} of {n} cases{'' if shown[kernel, what] else expired}"
         for (kernel, what), n in sorted(possible.items())
+    ]
+
+
+def unfinished(records: list[Record]) -> list[str]:
+    """The cases at which a process ended."""
+    return [
+        f"NOT FINISHED: {r.kernel}, {r.property}: {r.case}: the process ended here, or was interrupted"
+        for r in records
+        if r.verdict == "unfinished"
     ]
 
 

@@ -57,6 +57,8 @@ class Hunt:
     judged: int = 0
     unsupported: dict[str, int] = field(default_factory=dict)
     finding: tuple[Case, Finding] | None = None
+    shown: dict[str, Case] = field(default_factory=dict)
+    """the first case that showed each known defect"""
 
 
 class _ShrunkEnough(BaseException):
@@ -74,7 +76,7 @@ def hunt(
     corpus: Corpus | None = None,
 ) -> Hunt:
     """Try to break a law, first with the cases of the corpus that broke it once. Stops at the first failing case, shrunk, which
-    the corpus then keeps; every judged case is recorded as it is judged.
+    the corpus then keeps, as it does the first that shows a known defect; every judged case is recorded as it is judged.
     """
     hunter, chunk = _Hunter(kernel, law, device, budget, record), 0
     hunter.replay(corpus.cases(kernel.name, law.name) if corpus else [])
@@ -89,7 +91,8 @@ def hunt(
     if hunter.found.finding is not None:
         case, finding = hunter.found.finding
         record(_record(kernel, law, case, "finding", finding.sentence, measured=finding.measured))
-        if corpus:
+    if corpus:
+        for case in (*hunter.found.shown.values(), *([hunter.found.finding[0]] if hunter.found.finding else [])):
             corpus.add(kernel.name, law.name, case)
     return hunter.found
 
@@ -113,6 +116,7 @@ class _Hunter:
                 raise _ShrunkEnough
         elif self.over():
             return
+        self.record(_record(self.kernel, self.law, case, "started"))
         start = time.monotonic()
         try:
             judged = replace(judge(self.kernel, self.law, case, self.device), seconds=round(time.monotonic() - start, 4))
@@ -122,6 +126,8 @@ class _Hunter:
         if not self.shrinking_since:
             _count(self.found, judged)
             self.record(judged)
+            if judged.verdict == "known":
+                self.found.shown.setdefault(judged.known, case)
 
     def replay(self, kept: list[Case]) -> None:
         """Judge these first; they are small already."""

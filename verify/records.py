@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ from verify.errors import VerifyError
 
 JUDGED = ("held", "uninformative", "known", "failed")
 """Verdicts of a judged case. known: broke the law as a known defect does; failed: broke it, on the way to the shrunk case. A
-record may also be `unsupported`, or the `finding`, which is the shrunk case.
+record may also be `unsupported`, or the `finding`, which is the shrunk case. A case is `started` before its kernel is called;
+where that is a file's last line, it reads as `unfinished`.
 """
 
 REQUIRED = {"kernel", "property", "case", "verdict"}
@@ -55,12 +56,16 @@ class Journal:
 
 
 def read(folder: Path) -> Iterator[Record]:
-    """Every record below a folder, file by file. A last line cut short by a kill is passed over."""
+    """Every record below a folder, file by file. A last line cut short by a kill is passed over; a case that was started last and
+    not finished is `unfinished`: it, or someone from outside, ended the process.
+    """
     for path in sorted(folder.glob("*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            fields = _parsed(line)
-            if fields is not None:
-                yield Record(**fields)
+        found = [
+            Record(**fields) for line in path.read_text(encoding="utf-8").splitlines() if (fields := _parsed(line)) is not None
+        ]
+        yield from (record for record in found if record.verdict != "started")
+        if found and found[-1].verdict == "started":
+            yield replace(found[-1], verdict="unfinished")
 
 
 def _parsed(line: str) -> dict[str, Any] | None:
