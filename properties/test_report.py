@@ -168,5 +168,5 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_section_that_is_missing_is_said() -> None:
-    with pytest.raises(VerifyError, match="section 'tabel3' is unknown: one of table3, table3-bf16"):
+    with pytest.raises(VerifyError, match="section 'tabel3' is unknown: one of table3, lengths"):
         reporting._chosen(reporting.SECTIONS["cpu"], None, "normal", ["tabel3"])

@@ -49,7 +49,8 @@ Figures = dict[str, float]
 
 @dataclass(frozen=True)
 class Section:
-    """One table: problems (in each of these dtypes) and recipes, crossed; with each choice of FP8 quantisation, or without."""
+    """One table: problems (in each of these dtypes) and recipes, crossed; with each choice of FP8 quantisation in the dtypes of
+    `choices`."""
 
     name: str
     title: str
@@ -57,7 +58,7 @@ class Section:
     recipes: tuple[str, ...] = ("outliers(0.001,10)",)
     draws: int = 4
     dtypes: tuple[str, ...] = DTYPES
-    choices: bool = False
+    choices: tuple[str, ...] = ()
 
 
 def _sections(heads: int, length: int, draws: int, few: int) -> tuple[Section, ...]:
@@ -67,8 +68,7 @@ def _sections(heads: int, length: int, draws: int, few: int) -> tuple[Section, .
     lengths, whole = [length >> n for n in range(4, 0, -1)], shape(length, 128, "full")
     inputs = ("normal", "uniform", "one_sign", "sink", "hot_channel", "shift(90)", "rising")
     return (
-        Section("table3", "FlashAttention-3's Table 3: RMSE of out", (whole,), draws=draws, dtypes=("fp16",), choices=True),
-        Section("table3-bf16", "The same on inputs in BF16", (whole,), draws=draws, dtypes=("bf16",)),
+        Section("table3", "FlashAttention-3's Table 3: RMSE of out", (whole,), draws=draws, choices=("fp16",)),
         Section("lengths", "RMSE of out by length", tuple(shape(n, 128, "full") for n in lengths), draws=few),
         Section(
             "shapes",
@@ -76,7 +76,7 @@ def _sections(heads: int, length: int, draws: int, few: int) -> tuple[Section, .
             (shape(half, 64, "full"), shape(half, 256, "full"), shape(half, 128, "causal_lower_right")),
             draws=few,
         ),
-        Section("inputs", "RMSE of out by inputs", (shape(half, 128, "full"),), inputs, few, ("fp16",), choices=True),
+        Section("inputs", "RMSE of out by inputs", (shape(half, 128, "full"),), inputs, few, ("fp16",), choices=("fp16",)),
         Section(
             "gradients", "RMSE of dq, dk, dv", (shape(half, 128, "full.grads"),), ("normal", "outliers(0.001,10)"), draws=few
         ),
@@ -104,7 +104,8 @@ def run_report(
     """
     found = _chosen(SECTIONS[device], problem, recipe, sections)
     wanted = [
-        replace(s, draws=draws or s.draws, dtypes=tuple(dtypes) or s.dtypes, choices=s.choices or bool(targets)) for s in found
+        replace(s, draws=draws or s.draws, dtypes=tuple(dtypes) or s.dtypes, choices=DTYPES if targets else s.choices)
+        for s in found
     ]
     registry.load_bundled(*ALSO)
     kernels = [k for t in targets for k in registry.find(t)] or list(registry.REGISTRY.values())
@@ -132,7 +133,9 @@ def _chosen(sections: tuple[Section, ...], problem: str | None, recipe: str, nam
     """The one problem that was asked for, or the sections of these names, or all."""
     if problem is not None:
         shape, family = Problem.parse(problem), Recipe.parse(recipe)
-        return [Section("problem", f"RMSE of {shape}", (str(shape),), (str(family),), dtypes=(shape.dtype,), choices=True)]
+        return [
+            Section("problem", f"RMSE of {shape}", (str(shape),), (str(family),), dtypes=(shape.dtype,), choices=(shape.dtype,))
+        ]
     known = {s.name: s for s in sections}
     if wrong := [name for name in names if name not in known]:
         raise VerifyError(f"section {wrong[0]!r} is unknown: one of {', '.join(known)}")
@@ -144,13 +147,13 @@ def _fill(
 ) -> Iterator[str]:
     """Append the figures of a section to its rows, a draw at a time; what was just measured is given back."""
     found: dict[tuple[str, ...], dict[str, Any]] = {}
-    kernels = [k for k in kernels if section.choices or not k.name.startswith(CHOICE)]
+    of = {dtype: [k for k in kernels if dtype in section.choices or not k.name.startswith(CHOICE)] for dtype in section.dtypes}
     shapes = [(Problem.parse(p), Recipe.parse(r)) for p in section.problems for r in section.recipes]
     for shape, recipe in shapes:
         problems = [shape.but(dtype=dtype) for dtype in section.dtypes]
         for seed, drawn in enumerate(_drawn(shape, recipe, section.draws)):
             inputs = drawn.map(lambda t: t.to(device))
-            for kernel, problem, tensor, figures in _measured(inputs, problems, kernels, device, seed):
+            for kernel, problem, tensor, figures in _measured(inputs, problems, of, device, seed):
                 if isinstance(figures, str):
                     reason = {"kernel": kernel, "dtype": problem.dtype, "reason": figures}
                     report["unsupported"] += [reason] if reason not in report["unsupported"] else []
@@ -176,7 +179,7 @@ def _drawn(shape: Problem, recipe: Recipe, draws: int) -> Iterator[Inputs]:
 
 
 def _measured(
-    drawn: Inputs, problems: list[Problem], kernels: list[Kernel], device: str, seed: int
+    drawn: Inputs, problems: list[Problem], kernels: dict[str, list[Kernel]], device: str, seed: int
 ) -> Iterator[tuple[str, Problem, str, Figures | str]]:
     """(kernel, problem, tensor, its figures on this draw; or why there are none)"""
     unrounded = dense.exact(problems[0].but(dtype="fp64"), drawn)
@@ -184,7 +187,7 @@ def _measured(
         inputs = drawn.rounded(problem.dtype)
         exact: dict[Quantisation | None, tuple[Exact, Figures]] = {}
         honest: dict[Arithmetic, Exact] = {}
-        for kernel in kernels:
+        for kernel in kernels[problem.dtype]:
             if reason := kernel.unsupported(problem, device):
                 yield kernel.name, problem, "", reason
                 continue
