@@ -157,6 +157,7 @@ def control(name: str) -> Kernel:
     return _kernel(name, *CONTROLS[name], frozenset())
 
 
+@functools.cache  # what is found out about a kernel is kept by the kernel
 def _kernel(name: str, variant: Variant, arithmetic: Arithmetic, faults: frozenset[str]) -> Kernel:
     fn = functools.partial(attention, variant=variant, faults=faults)
     supports = functools.partial(_supports, fp8=variant.fp8)

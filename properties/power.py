@@ -34,7 +34,7 @@ from verify.reports.stored import replace as write
 
 MOST = 400
 """Cases after which a mutant has escaped."""
-IN_MATRIX = 40
+IN_MATRIX = 15
 """Cases for each mutant and property of the matrix."""
 FLASH_CASES = (
     "b2.h6:2.q113.k203.d64.fp16.causal_lower_right.grads/normal#0",
@@ -67,12 +67,30 @@ def run_power(faults: list[str], *, seeds: int, matrix: bool, controls: int, out
     grid = [(fault, law, 0) for fault in chosen for law in PROPERTIES] if matrix else []
     variants = [] if faults else list(CONTROLS)
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"), _start) as pool:
-        hunts = dict(zip(own, track(pool.map(_detect, own), "mutants", len(own), console=console, transient=True), strict=True))
-        cells = dict(zip(grid, track(pool.map(_cell, grid), "matrix", len(grid), console=console, transient=True), strict=True))
+        hunts = dict(
+            zip(
+                own,
+                track(pool.map(_detect, own, chunksize=seeds), "mutants", len(own), console=console, transient=True),
+                strict=True,
+            )
+        )
+        cells = dict(
+            zip(
+                grid,
+                track(pool.map(_cell, grid, chunksize=len(PROPERTIES)), "matrix", len(grid), console=console, transient=True),
+                strict=True,
+            )
+        )
         names = [*chosen, *CONTROLS]
         rules = dict(zip(names, pool.map(_caught_elsewhere, names), strict=True))
         jobs = [(name, law, controls) for name in variants for law in PROPERTIES]
-        accused = [x for x in track(pool.map(_accused, jobs), "controls", len(jobs), console=console, transient=True) if x]
+        accused = [
+            x
+            for x in track(
+                pool.map(_accused, jobs, chunksize=len(PROPERTIES)), "controls", len(jobs), console=console, transient=True
+            )
+            if x
+        ]
     judged = sum(n for n, _ in accused)
     wrong = [sentence for _, sentence in accused if sentence]
     page = "\n".join(_pages(chosen, hunts, cells, rules, judged, wrong))
