@@ -9,7 +9,7 @@ from verify.engine import Budget, hunt
 from verify.kernels.mutants import BLIND, CONTROLS, MUTANTS, control, honest, mutant
 from verify.properties.laws import PROPERTIES
 
-CASES = 150
+CASES = 600
 """Far more than `verify power` needs in the median, so that a seed of bad luck is no failure."""
 
 
