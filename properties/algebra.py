@@ -12,7 +12,7 @@ from verify.bounds import Allowance
 from verify.case import Case, Inputs
 from verify.guard import call
 from verify.problem import Problem
-from verify.properties.property import Verdict, answer, both, doubled, holds, limits, near
+from verify.properties.property import BOTH, Verdict, agree, answer, both, doubled, holds, limits
 from verify.properties.truth import Truth, about, truth
 from verify.properties.verdict import compare
 from verify.registry import Kernel
@@ -128,5 +128,5 @@ def neutral_options(kernel: Kernel, case: Case, device: str) -> Verdict:
         other = about(problem.but(grads=False), inputs)
         moved = {n: (getattr(other.exact, n) - getattr(known.exact, n)).abs().nan_to_num() for n in ("out", "lse")}
         room = {n: both(both(allowed[n], limits(kernel, other)[n]), moved[n]) for n in ("out", "lse")}
-        bitwise &= near(answer(kernel, other), first, room, f"without {name}")
+        bitwise &= agree(answer(kernel, other), first, room, f"without {name}", BOTH, times=1)
     return Verdict(bitwise=bitwise)

@@ -12,7 +12,7 @@ from verify.bounds import Allowance
 from verify.case import Case
 from verify.guard import Output, call
 from verify.masks import Mask
-from verify.properties.property import Verdict, answer, both, holds, limits, near, rng
+from verify.properties.property import BOTH, Verdict, agree, answer, both, holds, limits, rng
 from verify.properties.truth import Truth, about, truth
 from verify.properties.verdict import compare
 from verify.registry import Kernel
@@ -139,7 +139,11 @@ def _rows(kernel: Kernel, known: Truth, some: Truth, rows: slice) -> Verdict:
     names = ("out", "lse")
     own, other = limits(kernel, some), limits(kernel, known)
     allowed = {name: both(own[name], other[name].limit[:, :, rows]) for name in names}
-    return Verdict(bitwise=near(part, chosen, allowed, f"rows {rows.start} to {rows.stop or known.problem.len_q} of the whole"))
+    return Verdict(
+        bitwise=agree(
+            part, chosen, allowed, f"rows {rows.start} to {rows.stop or known.problem.len_q} of the whole", BOTH, times=1
+        )
+    )
 
 
 def _same(kernel: Kernel, known: Truth, other: Truth, against: str, *, shift: float = 0.0) -> Verdict:
@@ -150,4 +154,4 @@ def _same(kernel: Kernel, known: Truth, other: Truth, against: str, *, shift: fl
     mine, theirs = limits(kernel, other), limits(kernel, known)
     allowed = {name: both(mine[name], theirs[name]) for name in ("out", "lse")}
     want = Output(one.out, None if one.lse is None else one.lse.double() + shift)
-    return Verdict(bitwise=near(two, want, allowed, against))
+    return Verdict(bitwise=agree(two, want, allowed, against, BOTH, times=1))

@@ -8,12 +8,13 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from statistics import median
+from typing import TypeVar
 
 import torch
 from rich.console import Console
@@ -49,6 +50,7 @@ USUAL = dict(zip(ELSEWHERE, (FLASH_CASES, FLASH_CASES, TUTORIAL_CASES, BENCH_CAS
 """What each rule's own suite runs it on, in kind: tests/test_flash_attn.py (also for torch's defaults); the tutorial's test_op;
 KernelBench's five draws of torch.rand (smaller)."""
 Job = tuple[str, str, int]
+T = TypeVar("T")
 
 
 def run_power(faults: list[str], *, seeds: int, matrix: bool, controls: int, out: Path, console: Console) -> int:
@@ -67,30 +69,13 @@ def run_power(faults: list[str], *, seeds: int, matrix: bool, controls: int, out
     grid = [(fault, law, 0) for fault in chosen for law in PROPERTIES] if matrix else []
     variants = [] if faults else list(CONTROLS)
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"), _start) as pool:
-        hunts = dict(
-            zip(
-                own,
-                track(pool.map(_detect, own, chunksize=seeds), "mutants", len(own), console=console, transient=True),
-                strict=True,
-            )
-        )
-        cells = dict(
-            zip(
-                grid,
-                track(pool.map(_cell, grid, chunksize=len(PROPERTIES)), "matrix", len(grid), console=console, transient=True),
-                strict=True,
-            )
-        )
+        each = partial(_each, pool, console)
+        hunts = dict(zip(own, each("mutants", _detect, own, seeds), strict=True))
+        cells = dict(zip(grid, each("matrix", _cell, grid, len(PROPERTIES)), strict=True))
         names = [*chosen, *CONTROLS]
         rules = dict(zip(names, pool.map(_caught_elsewhere, names), strict=True))
         jobs = [(name, law, controls) for name in variants for law in PROPERTIES]
-        accused = [
-            x
-            for x in track(
-                pool.map(_accused, jobs, chunksize=len(PROPERTIES)), "controls", len(jobs), console=console, transient=True
-            )
-            if x
-        ]
+        accused = list(each("controls", _accused, jobs, len(PROPERTIES)))
     judged = sum(n for n, _ in accused)
     wrong = [sentence for _, sentence in accused if sentence]
     page = "\n".join(_pages(chosen, hunts, cells, rules, judged, wrong))
@@ -101,6 +86,13 @@ def run_power(faults: list[str], *, seeds: int, matrix: bool, controls: int, out
     )
     console.print(page, markup=False, soft_wrap=True)
     return int(bool(wrong) or any(cases is None for cases, _, _ in hunts.values()))
+
+
+def _each(
+    pool: ProcessPoolExecutor, console: Console, what: str, work: Callable[[Job], T], jobs: list[Job], share: int
+) -> Iterable[T]:
+    """The work on every job, in order, with a progress bar; a worker takes `share` jobs at a time."""
+    return track(pool.map(work, jobs, chunksize=share), what, len(jobs), console=console, transient=True)
 
 
 def _start() -> None:

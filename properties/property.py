@@ -60,6 +60,7 @@ class Property:
 
 
 PROPERTIES: dict[str, Property] = {}
+BOTH = ("out", "lse")
 TENSORS = ("out", "lse", "dv", "dq", "dk", "dbias")
 
 
@@ -103,23 +104,19 @@ def both(one: Allowance, two: Allowance | Tensor) -> Allowance:
     return Allowance(one.limit + other, one.terms | {"the other": other.expand_as(one.limit)})
 
 
-def agree(one: Output, two: Output, allowed: dict[str, Allowance], against: str, names: tuple[str, ...] = TENSORS) -> bool:
+def agree(
+    one: Output, two: Output, allowed: dict[str, Allowance], against: str, names: tuple[str, ...] = TENSORS, *, times: int = 2
+) -> bool:
     """Whether two outputs for the same exact answer agree to the last bit. Raises a Finding where they are farther apart than
-    twice the allowance.
+    so many times the allowance: each may be off by its own.
     """
     bitwise = True
     for name in names:
         got, want = getattr(one, name), getattr(two, name)
         if got is not None and want is not None:
-            compare(name, got, want, allowed[name], against=against, times=2)
+            compare(name, got, want, allowed[name], against=against, times=times)
             bitwise &= bool(same(got, want).all())
     return bitwise
-
-
-def near(got: Output, want: Output, allowed: dict[str, Allowance], against: str) -> bool:
-    """Whether out and LSE agree to the last bit. Raises a Finding where they are farther apart than allowed."""
-    half = {name: Allowance(a.limit / 2, {n: t / 2 for n, t in a.terms.items()}) for name, a in allowed.items()}
-    return agree(got, want, half, against, ("out", "lse"))
 
 
 def doubled(name: str, got: Tensor, once: Tensor, factor: float, against: str) -> bool:

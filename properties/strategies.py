@@ -117,12 +117,8 @@ def problems(
     dim, other = draw(st.sampled_from(taken["dim_qk"])), draw(st.sampled_from(taken["dim_v"]))
     caps, scales = [c for c in taken["softcap"] if c] or [0.0], [c for c in taken["scale"] if c is not None] or [None]
     odd = [c for c in scales if c in ODD_SCALES] or scales
-    cap, given, strange = (
-        draw(st.sampled_from(caps)),
-        draw(st.sampled_from([c for c in scales if c not in ODD_SCALES] or scales)),
-        None,
-    )
-    strange = draw(st.sampled_from(odd))
+    usual = [c for c in scales if c not in ODD_SCALES] or scales
+    cap, given, strange = draw(st.sampled_from(caps)), draw(st.sampled_from(usual)), draw(st.sampled_from(odd))
     every = frozenset(name for mask in taken["mask"] for name in mask.names) - ({"full"} if hides else set())
     kind = row["mask"] if used["mask"] else "full"
     chosen = every - {"full"} if kind == "two" else every if kind == "full" and hides else frozenset({kind})
@@ -137,11 +133,7 @@ def problems(
         dim_v=other if used["dim_v"] and row["dim_v"] == "another" else dim,
         dtype=row["dtype"],
         mask=mask,
-        mask_as=row["mask_as"]
-        if used["mask_as"] and mask != FULL
-        else "rule"
-        if "rule" in taken["mask_as"] or mask == FULL
-        else row["mask_as"],
+        mask_as=row["mask_as"] if mask != FULL and (used["mask_as"] or "rule" not in taken["mask_as"]) else "rule",
         bias=row["bias"] if used["bias"] else "none",
         scale={"given": given, "odd": strange}.get(row["scale"]) if used["scale"] else None,
         softcap=cap if used["softcap"] and row["softcap"] == "softcap" else 0.0,
