@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from verify.kernels.emulated_memory import FP8, P_SCALE, STATE, Memory, Variant
+from verify.kernels.emulated_memory import CHANCE, FP8, P_SCALE, STATE, Memory, Variant
 from verify.problem import Problem
 from verify.quantisation import seen_keys
 
@@ -221,7 +221,7 @@ class Program:
             parts = self.attend(Q, K, V, B, rows, s_scale)
             mine, row_lse = self.merged(parts)
             mine = mine * o_scale
-            if self.has("exchanged rows, one call in 20") and torch.rand(()) < 0.05 and len(rows) > 1:
+            if self.has("exchanged rows, one call in 20") and torch.rand((), generator=CHANCE) < 0.05 and len(rows) > 1:
                 mine = mine.roll(1, 2)
             out[:, :, rows] = self.stored(mine)
             lse[:, :, rows] = row_lse.bfloat16().float() if self.has("LSE in BF16") else row_lse
@@ -249,7 +249,7 @@ class Program:
         if self.has("last bit wavers"):
             out.copy_(
                 torch.where(
-                    torch.rand(out.shape) < 0.01,
+                    torch.rand(out.shape, generator=CHANCE) < 0.01,
                     torch.nextafter(out.float(), torch.tensor(9e9)).to(out.dtype) * (1 + torch.finfo(out.dtype).eps),
                     out,
                 )
@@ -354,7 +354,9 @@ class Program:
                 dbias[..., keys] = ds if not self.softcap or self.has("dbias after the softcap") else w * (dof @ vf.mT - delta)
             half, held = ds.to(self.dtype).float(), w if self.variant.exact_probs else w.to(self.dtype).float()
             tail = len(keys) < self.variant.keys and start
-            if not (tail and self.has("dq without the last keys")) and not (self.has("lost update") and torch.rand(()) < 0.1):
+            if not (tail and self.has("dq without the last keys")) and not (
+                self.has("lost update") and torch.rand((), generator=CHANCE) < 0.1
+            ):
                 dq += half @ kf
             some = slice(0, p.len_q // 64 * 64 or p.len_q) if self.has("dv without the last rows") else slice(None)
             dv[:, :, keys] = held[:, :, some].mT @ dof[:, :, some]

@@ -12,6 +12,8 @@ FP8 = torch.float8_e4m3fn
 P_SCALE = 256.0
 STATE: dict[Any, Any] = {}
 """What stale kernels remember between calls."""
+CHANCE = torch.Generator()
+"""Of kernels that err now and then; torch's own random state is not theirs to change."""
 
 
 @dataclass(frozen=True)

@@ -202,8 +202,8 @@ def running_max(s: Tensor, row_max: Tensor, arithmetic: Arithmetic) -> Tensor:
     """The maximum that was in force when P of each key was rounded: [.., n, K], or [.., n, 1] where it is the row's."""
     if not s.shape[-1] or (arithmetic.tile == 0 and arithmetic.splits == 1):
         return row_max
-    parts = []
-    for part in s.split(-(-s.shape[-1] // arithmetic.splits), -1):
+    parts, share = [], -(-s.shape[-1] // arithmetic.splits)
+    for part in s.split(-(-share // (arithmetic.tile or 1)) * (arithmetic.tile or 1), -1):  # whole tiles
         tiles = part.split(arithmetic.tile or part.shape[-1], -1)
         tops = torch.cat([tile.amax(-1, keepdim=True) for tile in tiles], -1).cummax(-1).values
         parts += [top.expand(tile.shape) for top, tile in zip(tops.split(1, -1), tiles, strict=True)]

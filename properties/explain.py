@@ -19,7 +19,9 @@ from verify.properties.trial import CALLS, Trial, ample, memory, strides, tried,
 from verify.properties.truth import truth
 from verify.registry import Kernel
 
-__all__ = ["explain", "script"]
+__all__ = ["explain", "script", "shown"]
+SMALL = 8
+"""Tensors of at most this many rows and columns are shown."""
 
 
 def explain(kernel: Kernel, case: Case, law: str, device: str) -> list[str]:
@@ -34,6 +36,23 @@ def explain(kernel: Kernel, case: Case, law: str, device: str) -> list[str]:
     if wavering := list(unsteady(trial, calls)):
         return lines + _likely(wavering)
     return lines + (_told(trial) if trial.wrong else _elsewhere(law))
+
+
+def shown(kernel: Kernel, case: Case, device: str) -> Iterator[str]:
+    """The mask and the tensors of a small case, the exact output and the kernel's."""
+    p, known = case.problem, truth(case, device)
+    if max(p.len_q, p.len_k, p.dim_qk, p.dim_v, p.batch * p.heads_q) > SMALL:
+        return
+    yield f"scale {p.softmax_scale:g}, {p.mask}:\n{p.mask.picture(p.len_q, p.len_k, batch=p.batch)}"
+    for name in ("q", "k", "v", "bias"):
+        tensor = getattr(known.inputs, name)
+        if tensor is not None:
+            yield f"{name} = {tensor.tolist()}"
+    yield f"exact  out = {known.exact.out.tolist()}"
+    try:
+        yield f"kernel out = {call(kernel, p, known.inputs).out.tolist()}"
+    except Finding as finding:
+        yield f"kernel {finding.sentence}"
 
 
 def _told(trial: Trial) -> list[str]:

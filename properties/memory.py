@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import gc
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from verify import environment
 from verify.case import ARRANGED, TORCH_DTYPES, Case, Inputs, visibility
 from verify.finding import Finding
 from verify.guard import call, keywords
@@ -16,25 +19,61 @@ from verify.masks import Mask
 from verify.measure import same
 from verify.problem import Problem
 from verify.properties.options import options
-from verify.properties.property import TENSORS, Verdict, agree, answer, holds, limits, rng
+from verify.properties.property import TENSORS, Verdict, agree, answer, difference, holds, limits, rng
 from verify.properties.truth import Truth, about, truth
 from verify.properties.verdict import judge
 from verify.registry import Kernel
 
+REPEATS = 20
+"""Calls on the same inputs; `verify determinism` makes more."""
+WARM, MEASURED = 3, 8
+"""Calls before memory is measured, and while it is."""
+ROUGHLY = 512
+"""Bytes: what torch's allocator on a GPU hands out at least."""
+
 
 @holds()
 def repeat(kernel: Kernel, case: Case, device: str) -> Verdict:
-    """f(x) = f(x): where the kernel declares that it is deterministic, a second call gives the same bits, gradients included."""
+    """f(x) = f(x) in 20 calls, gradients included: no farther apart than two right answers may be, and to the last bit where the
+    kernel declares that it is deterministic.
+    """
     known = truth(case, device)
-    first, second = (answer(kernel, known) for _ in range(2))
-    repeats = True
-    for name in TENSORS:
-        one, two = getattr(first, name), getattr(second, name)
-        if one is not None and not bool(same(one, two).all()):
+    first, repeats = answer(kernel, known), True
+    for number in range(2, REPEATS + 1):
+        again = answer(kernel, known)
+        found = difference(first, again)
+        if found and kernel.numerics(case.problem, device).deterministic:
+            raise Finding(f"call {number} differs from call 1: {found}")
+        if found:
             repeats = False
-            if kernel.numerics(case.problem, device).deterministic:
-                raise Finding(f"{name} differs between two calls in {int((~same(one, two)).sum())} of {one.numel()} elements")
+            agree(again, first, limits(kernel, known), f"in call 1, here call {number};")
     return Verdict(bitwise=repeats)
+
+
+@holds()
+def memory_growth(kernel: Kernel, case: Case, device: str) -> Verdict:
+    """f(x) again and again, its results dropped: not every call leaves more memory in use than the one before."""
+    known = truth(case, device)
+    if environment.in_use(device) is None:
+        return Verdict(unsupported="this system does not say how much memory is in use")
+    for _ in range(WARM):
+        answer(kernel, known)
+    grown = _growth(kernel, known, gc.isenabled)
+    if grown >= ROUGHLY:
+        grown = _growth(kernel, known, gc.collect)  # what cycles of objects keep is no leak
+    if grown >= ROUGHLY:
+        raise Finding(f"keeps memory: each of {MEASURED} calls on the same inputs left at least {grown} bytes more in use")
+    return Verdict()
+
+
+def _growth(kernel: Kernel, known: Truth, settle: Callable[[], object]) -> int:
+    """The least that one of a few calls left behind, bytes."""
+    used = []
+    for _ in range(MEASURED + 1):
+        answer(kernel, known)
+        settle()
+        used.append(environment.in_use(known.device) or 0)
+    return min(b - a for a, b in pairwise(used))
 
 
 @holds()

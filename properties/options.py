@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import partial
 from typing import Any
 
 from verify.case import ARRANGED, Case
@@ -16,6 +17,8 @@ from verify.registry import Kernel
 
 DIMS = (1, 2, 3, 4, 8, 16, 24, 32, 40, 64, 72, 80, 96, 128, 192, 256)
 HEADS = ((1, 1), (2, 1), (2, 2), (3, 3), (4, 2), (5, 1), (6, 2), (7, 1), (8, 8), (14, 2), (16, 4))
+RAISED = "raised"
+"""How guard.call begins where the kernel raises."""
 SCALES = (None, 1.0, 0.5, 0.0, -0.3, 1e-3, 4.0)
 
 
@@ -63,9 +66,38 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 PLAIN = Problem(batch=1, heads_q=2, heads_kv=2, len_q=16, len_k=16, dim_qk=64, dim_v=64, dtype="fp16")
 
 
-@lru_cache(maxsize=64)
+_FOUND: dict[tuple[Kernel, str], Options] = {}
+
+
 def options(kernel: Kernel, device: str) -> Options:
-    """Probe what a kernel declares it supports, one option away from a plain problem that it does support."""
+    """What a kernel takes; probed once, here, unless another process has."""
+    if (kernel, device) not in _FOUND:
+        learn(kernel, device, probe(kernel, device, partial(tries, kernel, device=device)))
+    return _FOUND[kernel, device]
+
+
+def known(kernel: Kernel, device: str) -> Options | None:
+    """What a kernel takes, if it was probed."""
+    return _FOUND.get((kernel, device))
+
+
+def learn(kernel: Kernel, device: str, found: Options) -> None:
+    """Take over what was found elsewhere."""
+    _FOUND[kernel, device] = found
+
+
+def tries(kernel: Kernel, case: Case, *, device: str) -> tuple[str, bool]:
+    """(what is wrong with a call on this case, or nothing; whether it returns an LSE)"""
+    try:
+        return "", call(kernel, case.problem, case.inputs(device)).lse is not None
+    except Finding as finding:
+        return finding.sentence, True  # whatever is wrong is for a property to say
+
+
+def probe(kernel: Kernel, device: str, tries: Callable[[Case], tuple[str, bool]]) -> Options:
+    """Ask what a kernel declares it supports, one option away from a plain problem that it does support; try each layout. One
+    that the kernel refuses with an exception is not taken; on which it does something worse, it is.
+    """
     taken: dict[str, tuple[Any, ...]] = {}
     refused: dict[str, dict[str, str]] = {name: {} for name in CHOICES}
     plain = PLAIN
@@ -80,33 +112,28 @@ def options(kernel: Kernel, device: str) -> Options:
         taken[name] = tuple(kept)
         if name == "dtype" and kept:
             plain = plain.but(dtype=kept[0])
-    layouts: dict[str, tuple[str, ...]] = {}
-    for name in ARRANGED:
-        reasons = {way: _refuses(kernel, plain, device, name, way) for way in LAYOUTS if taken["dtype"]}
-        refused |= {f"{name} {way}": {"layout": reason} for way, reason in reasons.items() if reason}
-        layouts[name] = tuple(way for way, reason in reasons.items() if not reason)
-    return Options(taken, refused, layouts, bool(taken["dtype"]) and _returns_lse(kernel, plain, device))
+    layouts, returns_lse = {name: ("bhsd",) for name in ARRANGED}, False
+    if taken["dtype"]:
+        fails, returns_lse = tries(Case(plain))
+        deadly = bool(fails) and not fails.startswith(RAISED)  # any call may end its process: no need to try forty
+        for name in ARRANGED:
+            reasons = {way: _refuses(kernel, plain, device, name, way, None if deadly else tries) for way in LAYOUTS}
+            refused |= {f"{name} {way}": {"layout": reason} for way, reason in reasons.items() if reason}
+            layouts[name] = tuple(way for way, reason in reasons.items() if not reason)
+    return Options(taken, refused, layouts, returns_lse)
 
 
-def _returns_lse(kernel: Kernel, plain: Problem, device: str) -> bool:
-    try:
-        return call(kernel, plain, Case(plain).inputs(device)).lse is not None
-    except Finding:
-        return True  # whatever is wrong is for a property to say
-
-
-def _refuses(kernel: Kernel, plain: Problem, device: str, tensor: str, layout: str) -> str:
+def _refuses(
+    kernel: Kernel, plain: Problem, device: str, tensor: str, layout: str, tries: Callable[[Case], tuple[str, bool]] | None
+) -> str:
     """Why a kernel does not take a tensor in a layout: what it raises."""
     if kernel.layouts and layout not in kernel.layouts(device):
         return "is left out by its declaration"
     problem = plain.but(grads=tensor == "do", bias="bhqk" if tensor == "bias" else "none")
-    if layout == "bhsd" or kernel.unsupported(problem, device):
+    if layout == "bhsd" or tries is None or kernel.unsupported(problem, device):
         return ""
-    try:
-        call(kernel, problem, Case(problem, layouts=((tensor, layout),)).inputs(device))
-    except Finding as finding:
-        return finding.sentence if finding.sentence.startswith("raised") else ""
-    return ""
+    sentence, _ = tries(Case(problem, layouts=((tensor, layout),)))
+    return sentence if sentence.startswith(RAISED) else ""
 
 
 def plain_problem(kernel: Kernel, device: str) -> Problem:

@@ -27,6 +27,7 @@ from verify.engine import Budget, hunt
 from verify.errors import VerifyError
 from verify.finding import Finding
 from verify.guard import Output, call
+from verify.kernels.emulated_memory import CHANCE
 from verify.kernels.mutants import CONTROLS, MUTANTS, control, honest, mutant
 from verify.properties.laws import PROPERTIES
 from verify.registry import Kernel, find
@@ -104,7 +105,7 @@ def _detect(job: Job) -> tuple[int | None, float, str]:
     """(judged cases to the first that breaks the law, None where it escapes; seconds; the finding)"""
     fault, law, seed = job
     start = time.perf_counter()
-    torch.manual_seed(seed)
+    CHANCE.manual_seed(seed)
     found = hunt(mutant(fault), PROPERTIES[law], "cpu", budget=Budget(judged=MOST, shrink_seconds=0.0), seed=seed)
     spent = time.perf_counter() - start
     return (found.judged + 1, spent, found.finding[1].sentence) if found.finding else (None, spent, "")

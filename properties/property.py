@@ -104,6 +104,18 @@ def both(one: Allowance, two: Allowance | Tensor) -> Allowance:
     return Allowance(one.limit + other, one.terms | {"the other": other.expand_as(one.limit)})
 
 
+def difference(one: Output, two: Output) -> str:
+    """The first element in which two outputs are not the same to the last bit; empty where they are."""
+    for name in TENSORS:
+        a, b = getattr(one, name), getattr(two, name)
+        if a is not None and b is not None and not (equal := same(a, b)).all():
+            at = tuple((~equal).nonzero()[0].tolist())
+            return (
+                f"{name}{list(at)} is {b[at].item():.9g}, was {a[at].item():.9g}; {int((~equal).sum())} of {a.numel()} elements"
+            )
+    return ""
+
+
 def agree(
     one: Output, two: Output, allowed: dict[str, Allowance], against: str, names: tuple[str, ...] = TENSORS, *, times: int = 2
 ) -> bool:

@@ -28,9 +28,9 @@ LITERAL = 64
 """Tensors of at most so many elements are written as numbers, larger ones as compressed bytes."""
 
 
-def script(kernel: Kernel, case: Case, device: str) -> str:
+def script(kernel: Kernel, case: Case, device: str, *, deadly: bool = False) -> str:
     """A Python script that shows this case with torch and the kernel alone; it exits 1 where an element is farther off than the
-    kernel's declared arithmetic may be, else 0.
+    kernel's declared arithmetic may be, else 0. `deadly`: the kernel does not survive the case, and is not called.
     """
     p, known = case.problem, truth(case, device)
     x = known.inputs
@@ -51,7 +51,7 @@ def script(kernel: Kernel, case: Case, device: str) -> str:
         names=tuple("d" + name for name in there if name != "do"),
         grads=p.grads,
         empty='want["out"] = want["out"].masked_fill(~visible.any(-1, keepdim=True), nan)\n' if kernel.empty_row == "nan" else "",
-        allowed="".join(f"    {line},\n" for line in _allowed(kernel, known)),
+        allowed="".join(f"    {line},\n" for line in _allowed(kernel, known, deadly=deadly)),
     )
 
 
@@ -120,12 +120,12 @@ def _sdpa(kernel: Kernel, p: Problem, x: Inputs) -> tuple[str, str]:
     return "import torch.nn.functional as F\nfrom torch.nn.attention import SDPBackend, sdpa_kernel", body
 
 
-def _allowed(kernel: Kernel, known: Truth) -> Iterator[str]:
+def _allowed(kernel: Kernel, known: Truth, *, deadly: bool) -> Iterator[str]:
     """For each tensor: the element that is worst for its allowance, the allowance, and the RMSE of an honest kernel."""
     arithmetic = kernel.numerics(known.problem, known.device)
     limits, expected = known.allowances(arithmetic), known.expectation(arithmetic)
     try:
-        output = call(kernel, known.problem, known.inputs)
+        output = None if deadly else call(kernel, known.problem, known.inputs)
     except Finding:  # the script shows it
         output = None
     for name in (n for n in TENSORS if n in limits and limits[n].limit.numel()):

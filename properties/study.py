@@ -30,8 +30,8 @@ from verify.allowance import allowance
 from verify.arithmetic import FLASH
 from verify.bounds import ELSEWHERE
 from verify.case import Case
-from verify.engine import judge
 from verify.finding import Finding
+from verify.judging import judge
 from verify.measure import distance, measure
 from verify.oracles import dense
 from verify.oracles.rounded import emulate

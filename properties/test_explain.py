@@ -54,7 +54,7 @@ class _Attention(torch.autograd.Function):
         dv = p.mT @ do
         dk, dv = (t.unflatten(1, (-1, ctx.group))[:, :, -1 if ctx.fault == "last head" else 0 :].sum(2) for t in (dk, dv))
         dk, dv = (t + (ctx.group - 1) if ctx.fault == "grouped" else t for t in (dk, dv))
-        dq = dq + (0.01 * torch.rand(dq.shape) if ctx.fault == "noise" else 0.0)
+        dq = dq + (0.01 * torch.rand(dq.shape, generator=torch.Generator().manual_seed(0)) if ctx.fault == "noise" else 0.0)
         return dq, dk, dv, None, None, None
 
 

@@ -7,7 +7,8 @@ import time
 import pytest
 
 from verify.case import Case
-from verify.engine import Budget, hunt, judge, replay_command
+from verify.engine import Budget, hunt
+from verify.judging import judge, replay_command
 from verify.properties.laws import PROPERTIES, Property
 from verify.pytest_plugin import JUDGED, PATIENCE, Run
 from verify.records import Record
@@ -19,17 +20,21 @@ def test_kernel_holds(run: Run, target: str, law: Property, request: pytest.Fixt
     """The law holds for the kernel on every case that was drawn. Unsupported is skipped with its reason, never passed."""
     if target in run.unavailable:
         pytest.skip(f"{target} is unavailable: {run.unavailable[target]}")
-    kernel, config = run.kernels[target], request.config
+    kernel, config, judging = run.kernels[target], request.config, run.judging(target)
+    about = kernel.name, law.name
+    if about in run.ended:
+        pytest.skip(f"{target}: ended before this run was resumed")
     if why := law.refusal(kernel, run.device):
         run.record(Record(kernel.name, law.name, "", "unsupported", why))
         pytest.skip(f"{target}: {why}")
     seconds = config.getoption("--seconds")
     judged = config.getoption("--cases") or (None if seconds else JUDGED[run.device])
     patience = None if config.getoption("--cases") else PATIENCE
-    budget = Budget(judged, patience if seconds is None else _share(seconds, request))
-    result = hunt(
-        kernel, law, run.device, budget=budget, seed=config.getoption("--draw-seed"), record=run.record, corpus=run.corpus
-    )
+    budget = Budget(judged, patience if seconds is None else _share(seconds, request), config.getoption("--shrink-seconds"))
+    seed = config.getoption("--draw-seed")
+    done = run.judged.get(about)
+    asked = {"budget": budget, "seed": seed, "record": run.record, "corpus": run.corpus, "judging": judging, "done": done}
+    result = hunt(kernel, law, run.device, **asked)
     if result.finding:
         case, finding = result.finding
         request.node.user_properties.append(("verdict", "finding"))

@@ -21,10 +21,13 @@ import verify.reports
 PACKAGES = {p.__name__: Path(p.__path__[0]) for p in (verify, verify.kernels, verify.oracles, verify.properties, verify.reports)}
 ORDER = (
     "errors masks problem recipes arithmetic layouts case quantisation exact registry finding records measure"
-    " bounds propagation backpropagation allowance expectation guard environment corpus"
+    " bounds propagation backpropagation allowance expectation allocations settings guard environment corpus"
 ).split()
 """The vocabulary of verify/, each module importing only those before it."""
-TOP = "conventions engine pytest_plugin fuzzing identify recording reporting benching cli __main__ __init__".split()
+TOP = (
+    "conventions judging engine isolation worker pytest_plugin replaying fuzzing identify recording reporting benching cli"
+    " __main__ __init__"
+).split()
 """Where everything meets."""
 MAY_IMPORT = {
     "verify.kernels": {*ORDER[: ORDER.index("registry") + 1], "kernels"},
@@ -32,7 +35,8 @@ MAY_IMPORT = {
     "verify.reports": {"errors", "records", "measure", "reports"},
     "verify.properties": {
         *ORDER,
-        *"engine pytest_plugin cli benching identify recording reporting oracles kernels properties reports".split(),
+        *"judging engine isolation pytest_plugin cli benching identify recording reporting".split(),
+        *"oracles kernels properties reports".split(),
     },
 }
 

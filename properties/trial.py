@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
+from verify.allocations import zeroed
 from verify.bounds import ALIKE, Allowance
 from verify.case import ARRANGED, Case, Inputs
 from verify.expectation import Expectation
@@ -177,12 +176,12 @@ def memory(trial: Trial, name: str) -> list[str]:
         beside = ["several inputs"]
     if beside:
         return [f"reads memory that it does not own ({name} is right with 0, not NaN, beside {tensor})" for tensor in beside]
-    with _Zeroed():
-        zeroed = trial.again(name, x)
-    if zeroed is not None and trial.right(name, zeroed):
+    with zeroed():
+        other = trial.again(name, x)
+    if other is not None and trial.right(name, other):
         return [f"uses memory that it allocated and did not fill ({name} is right where that holds 0, not NaN)"]
     unset = got.isnan() & trial.off(name, got)
-    if zeroed is not None and unset.any() and not zeroed[unset].any():
+    if other is not None and unset.any() and not other[unset].any():
         return [f"the store of {name} ({int(unset.sum())} elements are never stored: they hold what their memory held)"]
     if trial.mended(name, x.map(lambda t: t.contiguous().clone())):
         return [f"where a tensor lies in memory ({name} is right where each starts an allocation of its own)"]
@@ -199,12 +198,3 @@ def _altered(x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
 def _clean(x: Tensor) -> Tensor:
     """The same values, 0 where the memory beside them holds NaN."""
     return _altered(x, Tensor.nan_to_num_)
-
-
-class _Zeroed(TorchFunctionMode):
-    """Around a call, zeros in place of the NaN that verify.guard fills memory with."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in (Tensor.fill_, torch.full):
-            args = tuple(0.0 if isinstance(a, float) and math.isnan(a) else a for a in args)
-        return func(*args, **(kwargs or {}))

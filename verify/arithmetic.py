@@ -63,7 +63,7 @@ class Arithmetic:
     tile: int = 0
     """Keys between two updates of the running maximum; 0: the maximum of the whole row."""
     splits: int = 1
-    """Parts of the keys that are attended to apart and merged through their LSE in FP32 (FlashDecoding)."""
+    """Parts of the keys, of whole tiles, that are attended to apart and merged through their LSE in FP32 (FlashDecoding)."""
     probs: str = "input"
     """P as the operand of P V and P^T dO."""
     probs_scale: float = 1.0

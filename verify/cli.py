@@ -45,8 +45,10 @@ def main() -> None:
 def fuzz(
     target: Target,
     seconds: Annotated[float, typer.Option(help="time for all properties together, shrinking not counted")] = 60.0,
+    cases: Annotated[int | None, typer.Option(min=1, help="instead: cases for each property")] = None,
     seed: Annotated[int | None, typer.Option(help="seed of the drawn cases; default: a new one, printed first")] = None,
     property: Annotated[list[str] | None, typer.Option(help="only this property; may be repeated")] = None,
+    call_seconds: Annotated[float, typer.Option(min=1, help="a call that takes longer hangs")] = 60.0,
     out: Annotated[Path | None, typer.Option(help="folder for the records; default: .verify/runs/<time>")] = None,
     device: Device = None,
 ) -> None:
@@ -61,33 +63,35 @@ def fuzz(
     seed = random.SystemRandom().randrange(2**31) if seed is None else seed
     folder = out or Path(".verify") / "runs" / time.strftime("%Y%m%d-%H%M%S")
     console.print(f"seed {seed}, {', '.join(f'{k} {v}' for k, v in environment.describe(device).items())}")
-    for kernel in kernels:
-        console.print(import_module("verify.conventions").found(kernel, device))
-    raise typer.Exit(
-        run_fuzz(target, kernels, device, seconds=seconds, seed=seed, laws=property or [], folder=folder, console=console)
-    )
+    budget: dict[str, Any] = {"seconds": None if cases else seconds, "cases": cases, "call_seconds": call_seconds}
+    raise typer.Exit(run_fuzz(target, kernels, device, **budget, seed=seed, laws=property or [], folder=folder, console=console))
+
+
+@app.command()
+def resume(folder: Annotated[Path, typer.Argument(help="the records of `verify fuzz` runs")]) -> None:
+    """Go on with interrupted runs: what is on record is not judged again. Exit code as of `verify fuzz`."""
+    raise typer.Exit(import_module("verify.fuzzing").run_resume(folder, console))
 
 
 @app.command()
 def replay(
+    *,
     target: Target,
     case: Annotated[str, typer.Argument(help="a case id, as printed by a finding")],
     property: Annotated[str, typer.Option(help="the property to judge")] = "oracle",
+    in_process: Annotated[bool, typer.Option("--in-process", help="call the kernel here, for a debugger")] = False,
+    sanitizer: Annotated[str | None, typer.Option(help="a tool of compute-sanitizer to run it under, memcheck say")] = None,
     device: Device = None,
 ) -> None:
     """Judge one case again and show its tensors where they are small. Exit code 1 where the property does not hold."""
     from verify import registry
     from verify.case import Case
-    from verify.fuzzing import run_replay
+    from verify.replaying import run_replay, run_sanitized
 
-    device = environment.prepare(device)
-    parsed = Case.parse(case)
-    kernels = registry.find(target)
-    if len(kernels) > 1:
-        raise VerifyError(
-            f"{target}: registers {len(kernels)} kernels; name one: {', '.join(f'{target}::{k.name}' for k in kernels)}"
-        )
-    raise typer.Exit(run_replay(kernels[0], parsed, property, device, console))
+    device, parsed = environment.prepare(device), Case.parse(case)
+    if sanitizer:
+        raise typer.Exit(run_sanitized(sanitizer, target, parsed, property))
+    raise typer.Exit(run_replay(target, registry.find(target), parsed, property, device, console, here=in_process))
 
 
 @app.command()

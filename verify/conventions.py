@@ -23,15 +23,19 @@ from verify.recipes import Recipe
 from verify.registry import Kernel
 
 
-def found(kernel: Kernel, device: str) -> Table:
-    """The conventions of a kernel, as a table."""
+def table(kernel: Kernel, found: list[tuple[str, str]]) -> Table:
+    """The conventions found, as a table."""
     table = Table(title=f"{kernel.name} ({kernel.origin}): conventions found", title_justify="left", show_header=False)
-    if why := options(kernel, device).refusal():
-        table.add_row("supports", f"nothing here: {why}")
-        return table
-    for name, what in conventions(kernel, plain_problem(kernel, device), device):
-        table.add_row(name, what)
+    for row in found:
+        table.add_row(*row)
     return table
+
+
+def rows(kernel: Kernel, device: str) -> list[tuple[str, str]]:
+    """(convention, what was found) for each."""
+    if why := options(kernel, device).refusal():
+        return [("supports", f"nothing here: {why}")]
+    return list(conventions(kernel, plain_problem(kernel, device), device))
 
 
 Probe = Callable[[Kernel, Problem, str], str]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-import shlex
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as seeded
@@ -18,9 +19,10 @@ from hypothesis.internal.conjecture.providers import AVAILABLE_PROVIDERS, Hypoth
 from verify.case import Case
 from verify.corpus import Corpus
 from verify.finding import Finding
+from verify.judging import Judging, judge, recorded
 from verify.properties.laws import Property
 from verify.properties.strategies import cases
-from verify.records import Record
+from verify.records import VERDICTS, Drawn, Record
 from verify.registry import Kernel
 
 CHUNK = 50
@@ -36,6 +38,9 @@ class Independent(HypothesisProvider):
     the default each case is drawn afresh; the default mutates earlier cases, copying one choice over another, until most of them
     have the simplest value of most options. Shrinking is Hypothesis's own.
     """
+
+    def _maybe_draw_constant(self, *arguments: Any, **keywords: Any) -> None:
+        """None: the constants that Hypothesis reads in loaded modules would make a seed's cases depend on what is loaded."""
 
 
 AVAILABLE_PROVIDERS["attention-verify"] = Independent
@@ -74,15 +79,21 @@ def hunt(
     seed: int,
     record: Callable[[Record], None] = lambda r: None,
     corpus: Corpus | None = None,
+    judging: Judging | None = None,
+    done: Mapping[Drawn, int] | None = None,
 ) -> Hunt:
     """Try to break a law, first with the cases of the corpus that broke it once. Stops at the first failing case, shrunk, which
     the corpus then keeps, as it does the first that shows a known defect; every judged case is recorded as it is judged.
+
+    judging: who judges a case, Isolated.judge say; default: `judge`, in this process. done: the cases that were judged before
+    this hunt was interrupted (records.done); they count and are not judged again.
     """
-    hunter, chunk = _Hunter(kernel, law, device, budget, record), 0
+    hunter, chunk, start = _Hunter(kernel, law, device, budget, record, judging or judge, done or {}), 0, time.monotonic()
     hunter.replay(corpus.cases(kernel.name, law.name) if corpus else [])
     while hunter.found.finding is None and not hunter.over() and (hunter.found.judged or chunk < CHUNKS_IN_VAIN):
+        hunter.seed = seed + SEED_STEP * chunk
         try:
-            _chunk(hunter, seed=seed + SEED_STEP * chunk, database=corpus.path.parent / "hypothesis" if corpus else None)
+            _chunk(hunter, database=corpus.path.parent / "hypothesis" if corpus else None)
         except (Finding, _ShrunkEnough):
             pass
         except Flaky:
@@ -90,7 +101,8 @@ def hunt(
         chunk += 1
     if hunter.found.finding is not None:
         case, finding = hunter.found.finding
-        record(_record(kernel, law, case, "finding", finding.sentence, measured=finding.measured))
+        record(hunter.record_of(case, "finding", finding.sentence, measured=finding.measured))
+    record(Record(kernel.name, law.name, "", "ended", seed=seed, seconds=round(time.monotonic() - start, 2)))
     if corpus:
         for case in (*hunter.found.shown.values(), *([hunter.found.finding[0]] if hunter.found.finding else [])):
             corpus.add(kernel.name, law.name, case)
@@ -100,8 +112,19 @@ def hunt(
 class _Hunter:
     """Judges the cases that Hypothesis draws, keeps the smallest that fails, and knows when to stop."""
 
-    def __init__(self, kernel: Kernel, law: Property, device: str, budget: Budget, record: Callable[[Record], None]) -> None:
+    def __init__(
+        self,
+        kernel: Kernel,
+        law: Property,
+        device: str,
+        budget: Budget,
+        record: Callable[[Record], None],
+        judging: Judging,
+        done: Mapping[Drawn, int],
+    ) -> None:
         self.kernel, self.law, self.device, self.budget, self.record = kernel, law, device, budget, record
+        self.seed: int | None
+        self.judging, self.done, self.seed = judging, Counter(done), None
         self.found, self.start, self.shrinking_since = Hunt(), time.monotonic(), 0.0
 
     def over(self) -> bool:
@@ -116,10 +139,17 @@ class _Hunter:
                 raise _ShrunkEnough
         elif self.over():
             return
-        self.record(_record(self.kernel, self.law, case, "started"))
+        else:
+            before = next((v for v in VERDICTS if self.done[self.seed, str(case), v]), "")
+            if before and before != "failed":
+                self.done[self.seed, str(case), before] -= 1
+                _count(self.found, self.record_of(case, before))
+                return
+        self.record(self.record_of(case, "started"))
         start = time.monotonic()
         try:
-            judged = replace(judge(self.kernel, self.law, case, self.device), seconds=round(time.monotonic() - start, 4))
+            judged = self.judging(self.kernel, self.law, case, self.device)
+            judged = replace(judged, seed=self.seed, seconds=round(time.monotonic() - start, 4))
         except Finding as finding:
             self._keep(case, finding)
             raise
@@ -128,6 +158,10 @@ class _Hunter:
             self.record(judged)
             if judged.verdict == "known":
                 self.found.shown.setdefault(judged.known, case)
+
+    def record_of(self, case: Case, verdict: str, reason: str = "", **rest: Any) -> Record:
+        """A record of this hunt."""
+        return replace(recorded(self.kernel, self.law, case, verdict, reason, **rest), seed=self.seed)
 
     def replay(self, kept: list[Case]) -> None:
         """Judge these first; they are small already."""
@@ -140,7 +174,8 @@ class _Hunter:
     def _keep(self, case: Case, finding: Finding) -> None:
         if not self.shrinking_since:
             self.shrinking_since = time.monotonic()
-            self.record(_record(self.kernel, self.law, case, "failed", finding.sentence, measured=finding.measured))
+            if not self.done[self.seed, str(case), "failed"]:
+                self.record(self.record_of(case, "failed", finding.sentence, measured=finding.measured))
         if self.found.finding is None or _size(case) <= _size(self.found.finding[0]):
             self.found.finding = (case, finding)
 
@@ -151,36 +186,7 @@ class _Hunter:
             self.found.finding = (case, Finding(f"not every time: {finding.sentence}", measured=finding.measured))
 
 
-def judge(kernel: Kernel, law: Property, case: Case, device: str) -> Record:
-    """Check one law on one case; raises Finding where it is broken, unless by a known defect."""
-    reason = kernel.unsupported(case.problem, device)
-    if reason:
-        return _record(kernel, law, case, "unsupported", reason)
-    defect = kernel.defect(case, device, law.name)
-    if defect and defect.crashes:
-        return _record(kernel, law, case, "unsupported", f"not run: {defect.what}")
-    known = defect.what if defect else ""
-    try:
-        verdict = law.check(kernel, case, device)
-    except Finding as finding:
-        if known:
-            return _record(kernel, law, case, "known", finding.sentence, known=known, measured=finding.measured)
-        raise
-    if verdict.unsupported:
-        return _record(kernel, law, case, "unsupported", verdict.unsupported)
-    blind = len(verdict.blind_to) == 3  # zeros, mean(V) and a wrong scale would all have passed
-    name = "uninformative" if blind else "held"
-    return _record(
-        kernel, law, case, name, known=known, blind_to=verdict.blind_to, bitwise=verdict.bitwise, measured=verdict.measured
-    )
-
-
-def replay_command(target: str, law: Property, case: Case) -> str:
-    """The one line that shows a finding again. `target` is a kernel's name, or path/to/file.py::name."""
-    return f"verify replay {shlex.quote(target)} {shlex.quote(str(case))} --property {law.name}"
-
-
-def _chunk(hunter: _Hunter, *, seed: int, database: Path | None) -> None:
+def _chunk(hunter: _Hunter, *, database: Path | None) -> None:
     """Draw and judge CHUNK cases. Hypothesis keeps what fails in its own database, in a folder of this kernel and property."""
     law, folder = hunter.law, database and database / re.sub(r"\W", "_", hunter.kernel.name) / hunter.law.name
     config = settings(
@@ -194,17 +200,13 @@ def _chunk(hunter: _Hunter, *, seed: int, database: Path | None) -> None:
         backend="attention-verify",
     )
 
-    @seeded(seed)
+    @seeded(hunter.seed)
     @config
     @given(cases(hunter.kernel, hunter.device, **law.cases))
     def attempt(case: Case) -> None:
         hunter.attempt(case)
 
     attempt()
-
-
-def _record(kernel: Kernel, law: Property, case: Case, verdict: str, reason: str = "", **rest) -> Record:
-    return Record(kernel.name, law.name, str(case), verdict, reason, **rest)
 
 
 def _count(state: Hunt, record: Record) -> None:

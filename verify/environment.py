@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import os
 import platform
@@ -52,6 +53,29 @@ def share_machine(worker: str | None) -> None:
     torch.set_num_threads(1)
     if gpus := torch.cuda.device_count():
         torch.cuda.set_device(int(worker.removeprefix("gw")) % gpus)
+
+
+def in_use(device: str) -> int | None:
+    """Bytes that are allocated and not freed, on the GPU or in glibc's heap, as torch's tensors are; None where nobody says."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.memory_allocated()
+    try:
+        mallinfo = ctypes.CDLL(None).mallinfo2
+    except AttributeError:
+        return None
+    mallinfo.restype = _Mallinfo
+    found = mallinfo()
+    return found.uordblks + found.hblkhd
+
+
+class _Mallinfo(ctypes.Structure):
+    """mallinfo(3)."""
+
+    _fields_ = tuple(
+        (n, ctypes.c_size_t) for n in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+    )
 
 
 def describe(device: str) -> dict[str, str]:

@@ -1,41 +1,37 @@
-"""`verify fuzz` and `verify replay`: the pytest runner on one kernel with a progress display and a summary of findings."""
+"""`verify fuzz` and `verify resume`: the pytest runner on one kernel with a progress display and a summary of findings."""
 
 from __future__ import annotations
 
 import functools
+import json
 import os
+import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from verify import properties, pytest_plugin
+from verify import conventions, environment, properties, pytest_plugin
 from verify.case import Case
-from verify.engine import replay_command
 from verify.errors import VerifyError
 from verify.finding import Finding
-from verify.guard import call
-from verify.masks import FULL
-from verify.properties.explain import explain, script
-from verify.properties.laws import PROPERTIES, Property
-from verify.properties.truth import Truth, truth
-from verify.records import JUDGED, Journal, Record, read
-from verify.registry import Kernel
+from verify.isolation import CALL_SECONDS, Isolated, Limits, isolated
+from verify.judging import replay_command
+from verify.properties.laws import PROPERTIES
+from verify.records import JUDGED, Record, done, interrupted, read, writable
+from verify.registry import Kernel, find, named
+from verify.replaying import named_law, why
 from verify.reports.terminal import show_run
-
-SMALL = 8
-"""Tensors of at most this many rows and columns are printed by replay."""
 
 
 class _Display:
     """A pytest plugin: gives the run a progress bar in place of pytest's own output."""
 
-    def __init__(self, console: Console, seconds: float) -> None:
+    def __init__(self, console: Console, seconds: float | None) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("{task.fields[counts]}"))
         self.progress = Progress(*columns, console=console, transient=True)
         self.task = self.progress.add_task("fuzzing", total=seconds, counts="")
@@ -48,6 +44,11 @@ class _Display:
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         run = pytest_plugin.run_of(session.config)
         run.progress, self.covered = self.show, functools.partial(pytest_plugin.covered, run)
+
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        """A run that came to its end is not resumed."""
+        if exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+            pytest_plugin.run_of(session.config).journal.ended()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """A failure that is no finding is a defect of this project or of its installation: shown, never swallowed."""
@@ -75,26 +76,43 @@ def run_fuzz(
     kernels: Sequence[Kernel],
     device: str,
     *,
-    seconds: float,
+    seconds: float | None,
+    cases: int | None = None,
     seed: int,
     laws: list[str],
     folder: Path,
     console: Console,
+    call_seconds: float = CALL_SECONDS,
+    resumed: bool = False,
 ) -> int:
     """Fuzz through pytest; print the summary whatever ended the run. Returns the exit code: 0, or 1 with findings.
 
+    seconds, for all properties together, or cases for each. resumed: what is on record in the folder is not judged again.
     Raises VerifyError for an unknown property or a folder that cannot be written.
     """
     for law in laws:
-        _property(law)
-    Journal(folder / "main.jsonl")
+        named_law(law)
+    writable(folder)
+    asked = {
+        "target": str(Path(target).resolve()) if ".py" in target else target,
+        "device": device,
+        "seconds": seconds,
+        "cases": cases,
+        "seed": seed,
+        "laws": laws,
+    }
+    left = None if seconds is None else max(1.0, seconds - (_spent(folder) if resumed else 0.0))
     matrix_test = Path(properties.__file__).parent / "test_kernels.py"
-    display = _Display(console, seconds)
+    for name, kernel in named(target, kernels).items():
+        with isolated(name, kernel, device, Limits(call_seconds)) as worker:
+            console.print(conventions.table(kernel, _conventions(worker)))
+    display = _Display(console, left)
     arguments = [f"{matrix_test}::test_kernel_holds", "-p", "verify.pytest_plugin", "-p", "no:terminal", "-p", "no:cacheprovider"]
     arguments += ["--import-mode=importlib", "--noconftest", "-c", os.devnull, f"--rootdir={folder}", "--kernel", target]
-    arguments += [f"--seconds={seconds}", f"--draw-seed={seed}", f"--records={folder}", f"--device={device}"]
-    arguments += [f"--corpus={Path('.verify') / 'corpus.tsv'}"]
-    arguments += [f"--property={law}" for law in laws]
+    arguments += [f"--draw-seed={seed}", f"--records={folder}", f"--device={device}", f"--call-seconds={call_seconds}"]
+    arguments += [f"--corpus={Path('.verify') / 'corpus.tsv'}", f"--run={json.dumps({**asked, 'call_seconds': call_seconds})}"]
+    arguments += [f"--seconds={left}"] if left else [f"--cases={cases}"]
+    arguments += [f"--property={law}" for law in laws] + (["--resume"] if resumed else [])
     start = time.monotonic()
     handler = signal.signal(signal.SIGINT, display.interrupt)
     try:
@@ -102,7 +120,8 @@ def run_fuzz(
             code = pytest.main(arguments, plugins=[display])
     finally:
         signal.signal(signal.SIGINT, handler)
-    records = list(read(folder))
+    names = {kernel.name for kernel in kernels}
+    records = [record for record in read(folder) if record.kernel in names]
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.INTERRUPTED):
         raise VerifyError(f"the run broke off (pytest: {pytest.ExitCode(code).name}); what was measured is in {folder}")
     if display.broken:
@@ -110,12 +129,41 @@ def run_fuzz(
             f"the run broke off by itself, which is a defect of attention-verify; please report it:\n{display.broken[0]}"
         )
     if code == pytest.ExitCode.INTERRUPTED:
-        console.print("interrupted; what follows was measured before")
-    _summary(records, target, kernels, device, time.monotonic() - start, folder, console)
+        console.print(f"interrupted; what follows was measured before; verify resume {shlex.quote(str(folder))} goes on")
+    _summary(records, target, kernels, device, time.monotonic() - start, folder, console, Limits(call_seconds))
     for line in (_throughput(records, display.hunted), *display.covered(records)):
         console.print(line, markup=False)
     judged = any(r.verdict in JUDGED for r in records)
     return int(not judged or any(r.verdict in ("failed", "finding") for r in records))
+
+
+def run_resume(folder: Path, console: Console) -> int:
+    """Go on with the interrupted runs of a folder, one after another, each as it was asked for. Returns as run_fuzz.
+
+    Raises VerifyError where there is none, one is still going on, or a kernel is no longer found.
+    """
+    codes = [0]
+    for run in interrupted(folder):
+        environment.prepare(run["device"])
+        kernels = find(run["target"])
+        console.print(f"resumed: {run['target']}, seed {run['seed']}, {run['device']}")
+        codes.append(run_fuzz(kernels=kernels, folder=folder, console=console, resumed=True, **run))
+    return max(codes)
+
+
+def _spent(folder: Path) -> float:
+    """Seconds that the runs of a folder have hunted."""
+    _, ended = done(folder)
+    rest = (r.seconds or 0.0 for r in read(folder) if (r.kernel, r.property) not in ended)
+    return sum(ended.values()) + sum(rest)
+
+
+def _conventions(worker: Isolated) -> list[tuple[str, str]]:
+    try:
+        worker.options()
+        return worker.ask("conventions")
+    except Finding as finding:
+        return [("calls", finding.sentence)]
 
 
 def _throughput(records: list[Record], hunted: float) -> str:
@@ -130,25 +178,30 @@ def _throughput(records: list[Record], hunted: float) -> str:
 
 
 def _summary(
-    records: list[Record], target: str, kernels: Sequence[Kernel], device: str, spent: float, folder: Path, console: Console
+    records: list[Record],
+    target: str,
+    kernels: Sequence[Kernel],
+    device: str,
+    spent: float,
+    folder: Path,
+    console: Console,
+    limits: Limits,
 ) -> None:
     judged = sum(r.verdict in JUDGED for r in records)
     show_run(records, write=functools.partial(console.print, markup=False, soft_wrap=True), width=console.width)
     shown = {(r.kernel, r.property): r for r in records if r.verdict in ("failed", "finding")}  # the shrunk one comes last
-    path = target.partition("::")[0]
     for number, record in enumerate(shown.values(), 1):
-        name = f"{path}::{record.kernel}" if path.endswith(".py") else record.kernel
+        name, kernel = next((n, k) for n, k in named(target, kernels).items() if k.name == record.kernel)
         law, case = PROPERTIES[record.property], Case.parse(record.case)
         stage = "" if record.verdict == "finding" else " (not shrunk: interrupted)"
         console.print(f"\n[bold]finding {number}[/bold]: {record.kernel} breaks {record.property}{stage}")
         console.print(f"  law     {' '.join(law.law.split())}", markup=False)
         console.print(f"  case    {case}", markup=False)
         console.print(f"  what    {record.reason}", markup=False, soft_wrap=True)
-        kernel = next(k for k in kernels if k.name == record.kernel)
-        if path.endswith(".py"):  # what registers it, wherever its function is defined
-            kernel = replace(kernel, origin=f"{Path(path).resolve()}:1")
-        _why(kernel, case, law.name, device, console)
-        written = _write_script(kernel, case, device, folder / f"finding-{number}.py")
+        with isolated(name, kernel, device, limits) as worker:
+            for line in why(worker.ask, case, law.name):
+                console.print(line, markup=False, soft_wrap=True)
+            written = _write_script(worker, case, folder / f"finding-{number}.py")
         console.print(f"  script  {written}", markup=False, soft_wrap=True)
         console.print(f"  replay  {replay_command(name, law, case)}", markup=False, soft_wrap=True)
     verdict = f"{len(shown)} findings" if shown else "no finding" if judged else "NOTHING JUDGED"
@@ -157,69 +210,14 @@ def _summary(
     )
 
 
-def _why(kernel: Kernel, case: Case, law: str, device: str, console: Console) -> None:
-    """Print what explains a finding; it must not hide the finding, whatever it runs into itself."""
-    try:
-        lines = explain(kernel, case, law, device)
-    except Exception as error:
-        lines = [f"not explained: {type(error).__name__}: {error}"]
-    for number, line in enumerate(lines):
-        console.print(f"  {'' if number else 'why':7} {line}", markup=False, soft_wrap=True)
-
-
-def _write_script(kernel: Kernel, case: Case, device: str, path: Path) -> str:
+def _write_script(worker: Isolated, case: Case, path: Path) -> str:
     """Write the script that shows a finding. Returns its path, or why there is none."""
     try:
-        path.write_text(script(kernel, case, device), encoding="utf-8")
+        try:
+            text = worker.ask("script", str(case), False)
+        except Finding:
+            text = worker.ask("script", str(case), True)
+        path.write_text(text, encoding="utf-8")
     except Exception as error:
         return f"none: {type(error).__name__}: {error}"
     return str(path)
-
-
-def run_replay(kernel: Kernel, case: Case, law: str, device: str, console: Console) -> int:
-    """Judge one case; print its tensors where they are small. Returns 0 where the law holds, 1 where it is broken.
-
-    Raises VerifyError for an unknown property, or a case that the kernel does not support.
-    """
-    prop = _property(law)
-    if prop.grads and not case.problem.grads:
-        case = replace(case, problem=case.problem.but(grads=True))
-    if prop.full_mask and case.problem.mask != FULL:
-        raise VerifyError(f"property {law!r} holds without a mask only; the case has {case.problem.mask}")
-    if reason := kernel.unsupported(case.problem, device):
-        raise VerifyError(f"{kernel.name} does not support {case.problem}: {reason}")
-    _show(kernel, case, truth(case, device), console)
-    try:
-        verdict = prop.check(kernel, case, device)
-    except Finding as finding:
-        console.print(f"{kernel.name} breaks {law}: {finding.sentence}", markup=False, soft_wrap=True)
-        _why(kernel, case, law, device, console)
-        return 1
-    blind = f"; it could not have told: {', '.join(verdict.blind_to)}" if verdict.blind_to else ""
-    console.print(
-        f"{law} is not judged: {verdict.unsupported}" if verdict.unsupported else f"{kernel.name}: {law} holds{blind}",
-        markup=False,
-    )
-    return 0
-
-
-def _show(kernel: Kernel, case: Case, known: Truth, console: Console) -> None:
-    p = case.problem
-    if max(p.len_q, p.len_k, p.dim_qk, p.dim_v, p.batch * p.heads_q) > SMALL:
-        return
-    console.print(f"scale {p.softmax_scale:g}, {p.mask}:\n{p.mask.picture(p.len_q, p.len_k, batch=p.batch)}", markup=False)
-    for name in ("q", "k", "v", "bias"):
-        tensor = getattr(known.inputs, name)
-        if tensor is not None:
-            console.print(f"{name} = {tensor.tolist()}", markup=False)
-    try:
-        console.print(f"exact  out = {known.exact.out.tolist()}", markup=False)
-        console.print(f"kernel out = {call(kernel, p, known.inputs).out.tolist()}", markup=False)
-    except Finding as finding:
-        console.print(f"kernel {finding.sentence}", markup=False)
-
-
-def _property(name: str) -> Property:
-    if name not in PROPERTIES:
-        raise VerifyError(f"property {name!r} is unknown: one of {', '.join(PROPERTIES)}")
-    return PROPERTIES[name]

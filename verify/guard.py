@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import traceback
 import warnings
 from dataclasses import dataclass, fields
@@ -9,15 +10,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
+from verify.allocations import Allocations, leave
 from verify.case import TORCH_DTYPES, Inputs, visibility
 from verify.finding import Finding
 from verify.layouts import same_memory, untouched
 from verify.problem import Problem
 from verify.registry import Kernel
+from verify.settings import Settings
 
 GRADIENTS = ("q", "k", "v", "bias")
+since: Any = [0.0]
+"""When the present call began, time.monotonic(), 0 between calls. In a worker process this is memory that its watchdog reads."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,8 @@ def call(
 ) -> Output:
     """Run a kernel on these inputs (already rounded, on its device) and check the form of its answer.
 
-    Raises Finding where it raises, returns something of another shape, dtype or device, or changes an input or memory beside it.
+    Raises Finding where it raises, returns something of another shape, dtype or device or that shares memory, changes an input,
+    writes beside one or beside what it allocates, or changes torch's settings or random state.
     With problem.grads, backpropagates inputs.do through out, and dlse [B,H,Q] through the LSE, to the inputs of `wrt`; a kernel
     whose out carries no graph gives no gradients.
     """
@@ -56,22 +61,30 @@ def call(
             if tensor is not None:
                 tensor.requires_grad_()
     others = keywords(kernel, problem, leaves, dropout=dropout)
+    settings, allocations = Settings(inputs.q.device.type, draws=dropout > 0), Allocations()
     try:
         _dirty(problem, inputs)
-        with warnings.catch_warnings(), _Poisoned():
+        since[0] = time.monotonic()
+        with warnings.catch_warnings(), allocations:
             warnings.simplefilter("ignore")  # what a kernel warns of is no finding, even where pytest turns warnings into errors
             returned = kernel.fn(leaves.q, leaves.k, leaves.v, **others)
             out, lse = returned if isinstance(returned, tuple) else (returned, None)
-            _check_form(problem, out, lse, inputs)
+            _check_form(problem, out, lse, leaves)
             gradients = _backward(out, lse, leaves, dlse) if problem.grads and out.requires_grad else {}
+            if out.is_cuda:
+                torch.cuda.synchronize()  # what a launch does wrong shows in its own call
     except Finding:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         where = _last_line(error)
         raise Finding(
             f"raised {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}{where}"
         ) from error
+    finally:
+        since[0] = 0.0
     _check_unchanged(inputs, leaves)
+    allocations.check()
+    settings.check()
     graph = lse is not None and lse.requires_grad
     return Output(out.detach(), None if lse is None else lse.detach(), **gradients, lse_graph=graph)
 
@@ -106,6 +119,15 @@ def _check_form(problem: Problem, out: Any, lse: Any, inputs: Inputs) -> None:
             raise Finding(f"{name} is on {tensor.device}, its inputs on {inputs.q.device}")
         if name == "out" and tensor.dtype != dtype:
             raise Finding(f"{name} is {tensor.dtype}, its inputs {dtype}")
+        if not tensor.numel():
+            continue
+        if any(step == 0 and size > 1 for size, step in zip(tensor.shape, tensor.stride(), strict=True)):
+            raise Finding(f"elements of {name} share memory: shape {list(tensor.shape)}, strides {list(tensor.stride())}")
+        memory = tensor.untyped_storage().data_ptr()
+        for other in (f.name for f in fields(Inputs)):
+            given = getattr(inputs, other)
+            if given is not None and given.numel() and given.untyped_storage().data_ptr() == memory:
+                raise Finding(f"{name} lies in the memory of its input {other}")
 
 
 def _backward(out: Tensor, lse: Tensor | None, leaves: Inputs, dlse: Tensor | None) -> dict[str, Tensor]:
@@ -125,26 +147,13 @@ def _check_unchanged(before: Inputs, after: Inputs) -> None:
             raise Finding(f"changed {own} {name}")
 
 
-class _Poisoned(TorchFunctionMode):
-    """What a kernel allocates without filling it arrives full of NaN."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if func in UNFILLED and result.is_floating_point():
-            result.fill_(torch.nan)
-        return result
-
-
-UNFILLED = (torch.empty, torch.empty_like, torch.empty_strided, Tensor.new_empty, Tensor.new_empty_strided)
-
-
 def _dirty(problem: Problem, inputs: Inputs) -> None:
-    """Leave NaN in memory that the allocator is likely to hand out next, for results that are allocated out of Python's sight."""
+    """For results that are allocated out of Python's sight."""
     for name in ("out", "lse", "q", "k", "v") if problem.grads else ("out", "lse"):
         for dtype in {inputs.q.dtype, torch.float32}:
-            torch.full(problem.shapes[name], torch.nan, dtype=dtype, device=inputs.q.device)
+            leave(problem.shapes[name], dtype, inputs.q.device)
 
 
-def _last_line(error: Exception) -> str:
+def _last_line(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     return f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""

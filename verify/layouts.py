@@ -6,6 +6,7 @@ first and after the last element. So what a kernel reads and does not own shows,
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -63,5 +64,8 @@ def same_memory(x: Tensor) -> Tensor:
 
 def untouched(before: Tensor, after: Tensor) -> bool:
     """Whether the memory of two tensors of one layout, gaps and bands included, is the same to the last bit."""
-    one, two = (torch.empty(0, dtype=torch.uint8, device=t.device).set_(t.untyped_storage()) for t in (before, after))
-    return bool(torch.equal(one, two))
+    one, two = before.untyped_storage(), after.untyped_storage()
+    if before.device.type == "cpu":  # a few times faster than torch on tensors of this size
+        return ctypes.string_at(one.data_ptr(), one.nbytes()) == ctypes.string_at(two.data_ptr(), two.nbytes())
+    bits = (torch.empty(0, dtype=torch.uint8, device=before.device).set_(storage) for storage in (one, two))
+    return bool(torch.equal(*bits))

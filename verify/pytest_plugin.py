@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
+from argparse import SUPPRESS
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from verify import environment
 from verify.errors import VerifyError
 from verify.records import JUDGED as WERE_JUDGED
-from verify.records import Journal, Record, read
+from verify.records import Journal, Record, done, read
+
+if TYPE_CHECKING:
+    from verify.isolation import Isolated
+    from verify.judging import Judging
 
 JUDGED = {"cpu": 25, "cuda": 40}
 """Cases judged for each kernel and property in a plain `pytest` run, ..."""
@@ -34,6 +41,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--cases", type=int, default=None, help="cases to judge for each kernel and property")
     group.addoption("--draw-seed", type=int, default=0, help="seed of the drawn cases")
     group.addoption("--corpus", default=None, metavar="FILE", help="cases to try first; default: .verify/corpus.tsv")
+    group.addoption(
+        "--in-process", action="store_true", help="call kernels in pytest's own process (for a debugger): a crash ends the run"
+    )
+    group.addoption("--call-seconds", type=float, default=None, help="a call that takes longer hangs; default: 60")
+    group.addoption("--shrink-seconds", type=float, default=20.0, help="for each finding; default: 20")
+    group.addoption("--resume", action="store_true", help="what the folder of --records holds is not judged again")
+    group.addoption("--run", default=None, help=SUPPRESS)
     group.addoption("--records", default=None, metavar="DIR", help="where records are appended; default: .verify/runs/<time>")
 
 
@@ -64,25 +78,56 @@ class Run:
     def __init__(self, config: pytest.Config) -> None:
         from verify import registry
         from verify.corpus import Corpus
+        from verify.isolation import Limits
 
         self.device = environment.prepare(config.getoption("--device"))
         targets = config.getoption("--kernel")
         if targets:
-            self.kernels = {
-                f"{t.partition('::')[0]}::{k.name}" if ".py" in t else k.name: k for t in targets for k in registry.find(t)
-            }
+            self.kernels = {n: k for t in targets for n, k in registry.named(t, registry.find(t)).items()}
         else:
             registry.load_bundled()
             self.kernels = dict(registry.REGISTRY)
         self.unavailable = {} if targets else dict(registry.UNAVAILABLE)
-        self.journal = Journal(_folder(config) / f"{os.environ.get('PYTEST_XDIST_WORKER', 'main')}.jsonl")
+        folder = _folder(config)
+        self.judged, self.ended = done(folder) if config.getoption("--resume") else ({}, {})
+        asked = json.loads(config.getoption("--run") or "null")
+        self.journal = Journal(folder, os.environ.get("PYTEST_XDIST_WORKER", "main"), asked)
         self.corpus = Corpus(Path(config.getoption("--corpus") or config.rootpath / ".verify" / "corpus.tsv"))
         self.progress: Callable[[Record], None] = lambda record: None
+        self._in_process = config.getoption("--in-process")
+        self._limits = Limits(*filter(None, [config.getoption("--call-seconds")]))
+        self._isolated: Isolated | None = None
+
+    def judging(self, target: str) -> Judging:
+        """Who judges the cases of this kernel: a worker process of its own."""
+        from verify.isolation import Isolated
+        from verify.judging import judge
+
+        if self._in_process:
+            return judge
+        if self._isolated is None or self._isolated.target != target:
+            self.close()
+            self._isolated = Isolated(target, self.kernels[target], self.device, self._limits)
+            self._isolated.options()
+        return self._isolated.judge
+
+    def close(self) -> None:
+        """End the worker."""
+        if self._isolated:
+            self._isolated.close()
+        self._isolated = None
 
     def record(self, record: Record) -> None:
         """Append a record and show it."""
         self.journal.append(record)
         self.progress(record)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End the worker that calls kernels."""
+    if RUN in config.stash:
+        config.stash[RUN].close()
+        config.stash[RUN].journal.close()
 
 
 RUN: pytest.StashKey[Run] = pytest.StashKey()
@@ -136,9 +181,10 @@ def covered(run: Run, records: list[Record]) -> Iterator[str]:
     from verify.case import Case
     from verify.properties.design import coverage
 
-    for kernel in {k.name: k for k in run.kernels.values()}.values():
+    for target, kernel in run.kernels.items():
         judged = {r.case for r in records if r.kernel == kernel.name and r.verdict in WERE_JUDGED}
         if judged:
+            run.judging(target)  # knows what the kernel takes
             had, all_pairs = coverage(kernel, run.device, map(Case.parse, judged))
             yield f"{kernel.name}: pairs of options judged: {had} of {all_pairs} ({100 * had / all_pairs:.0f} %)"
 

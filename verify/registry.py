@@ -21,7 +21,7 @@ import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,15 +130,13 @@ def kernel(
     tiles: tuple[int, ...] = (),
     layouts: Callable[[str], tuple[str, ...]] | None = None,
 ) -> Any:
-    """Register a kernel; usable bare or with arguments. Returns the function unchanged.
-
-    `arithmetic` is a value or a function of (problem, device). `supports(problem, device)` returns None or one sentence that
-    says why not; one that takes a keyword `dropout` is also asked with dropout in force. `empty_row` is what a row without a
-    visible key gives: "zero" or "nan". `known` lists known defects: a run stays green with them in sight. `stages`, called like
-    the kernel, gives the parts that `verify bench` times apart.
-    `tiles`: sizes of blocks that the kernel works in; lengths around them are tried more often. `layouts(device)`: those of
-    verify/layouts.py that may be tried at all (what it refuses with an exception need not be left out, what crashes it must).
-    Raises VerifyError for an unknown keyword in the signature or a name already taken.
+    """Register a kernel; usable bare or with arguments. Returns the function unchanged. `arithmetic` is a value or a function of
+    (problem, device). `supports(problem, device)` returns None or one sentence that says why not; one that takes a keyword
+    `dropout` is also asked with dropout in force. `empty_row` is what a row without a visible key gives: "zero" or "nan".
+    `known` lists known defects: a run stays green with them in sight. `stages`, called like the kernel, gives the parts that
+    `verify bench` times apart. `tiles`: sizes of blocks that the kernel works in; lengths around them are tried more often.
+    `layouts(device)`: those of verify/layouts.py that may be tried at all (what it refuses with an exception need not be left
+    out, what crashes it must). Raises VerifyError for an unknown keyword in the signature or a name already taken.
     """
     if fn is None:
         options = functools.partial(kernel, name=name, arithmetic=arithmetic, supports=supports)
@@ -179,9 +177,7 @@ def _origin(fn: Callable[..., Any]) -> str:
 
 def load_bundled(*also: str) -> None:
     """Register the bundled kernels, those of `also` (other files of kernels/) and those of installed packages (entry points in
-    the group `attention_verify.kernels`).
-
-    One that cannot be imported is listed in UNAVAILABLE with the reason.
+    the group `attention_verify.kernels`). One that cannot be imported is listed in UNAVAILABLE with the reason.
     """
     for stem in (*BUNDLED, *also):
         _attempt(stem.replace("_", "-"), functools.partial(importlib.import_module, f"verify.kernels.{stem}"))
@@ -197,9 +193,8 @@ def _attempt(name: str, load: Callable[[], Any]) -> None:
 
 
 def load_file(path: Path) -> list[Kernel]:
-    """Run a Python file and return the kernels it registered. Its folder is importable from it.
-
-    Raises VerifyError where the file is missing, raises, or registers nothing.
+    """Run a Python file and return the kernels it registered. Its folder is importable from it. Raises VerifyError where the
+    file is missing, raises, or registers nothing.
     """
     if not path.is_file():
         raise VerifyError(f"{path}: no such file; name a kernel ({', '.join(REGISTRY)}) or a Python file that registers one")
@@ -228,10 +223,15 @@ def load_file(path: Path) -> list[Kernel]:
     return new
 
 
-def find(target: str) -> list[Kernel]:
-    """The kernels that a target names: `name`, `path/to/file.py` or `path/to/file.py::name`.
+def named(target: str, kernels: Sequence[Kernel]) -> dict[str, Kernel]:
+    """The kernels of a target, each by a target that finds it alone."""
+    file = f"{target.partition('::')[0]}::" if ".py" in target else ""
+    return {file + k.name: k for k in kernels}
 
-    Raises VerifyError for an unknown name, with the known ones, or for a bundled kernel that is unavailable, with the reason.
+
+def find(target: str) -> list[Kernel]:
+    """The kernels that a target names: `name`, `path/to/file.py` or `path/to/file.py::name`. Raises VerifyError for an unknown
+    name, with the known ones, or for a bundled kernel that is unavailable, with the reason.
     """
     also = [OPTIONAL[target]] if target in OPTIONAL else []
     load_bundled(*also)
