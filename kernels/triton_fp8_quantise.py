@@ -154,15 +154,15 @@ class _Operand:
 
     def narrowed(
         self, scale: torch.Tensor, *, transposed: bool = False, query: bool = False, toward: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """(in 8 bits; V: sums of what blocks lack [B,Hk,blocks,width]; Q: a scale for each row, its product with `toward`)"""
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
+        """(in 8 bits; V: sums of what blocks lack [B,Hk,blocks,width]; Q: a scale by row, its product with `toward`)"""
         batch, heads, length, dim = self.x.shape
         padded, blocks = -(-length // 16) * 16, triton.cdiv(length, ROWS)  # rows of a transposed tensor that TMA can address
         shape = (batch, heads, self.width, padded) if transposed else (batch, heads, length, self.width)
         out = torch.empty(shape, dtype=FORMATS[self.how.format], device=self.x.device)
         fresh = functools.partial(torch.empty, dtype=torch.float32, device=self.x.device)
         lost = fresh(batch, heads, blocks, self.width) if transposed and self.how.balanced else None
-        units = fresh(batch, heads, length) if query else None
+        units = fresh(batch, heads, length) if query else scale
         shift = None if toward is None else fresh(batch, heads, length)
         apart = (0 if n == 1 else step for n, step in zip(scale.shape, scale.stride(), strict=True))
         given = [scale if t is None else t for t in (toward, out, lost, units, shift)]  # what is not wanted is never touched
