@@ -16,9 +16,11 @@ import triton.language as tl
 from verify.arithmetic import Quantisation
 from verify.kernels.triton_launch import descriptor, loadable
 from verify.kernels.triton_tiles import INTERPRET, dot, rounded, wide
-from verify.quantisation import key_mean, rotation
+from verify.quantisation import FIT, key_count, key_mean, rotation
 
 FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+NEAR, FAR = tl.constexpr(1 - FIT), tl.constexpr(1 + FIT)
+"""By what a fitted row is multiplied: within these."""
 ROWS = 128
 """Rows of a block: the largest tile, so that every tile has one scale."""
 
@@ -31,7 +33,7 @@ class Quantised:
     k: torch.Tensor
     v: torch.Tensor
     q_scale: torch.Tensor
-    """float32 [B,H,blocks of ROWS, or 1]"""
+    """float32 [B,H,Q]"""
     k_scale: torch.Tensor
     """float32 [B,Hk,blocks of ROWS, or 1]"""
     v_scale: torch.Tensor
@@ -42,7 +44,7 @@ class Quantised:
     """float32 [B,H,Q]: q^ times the mean of K, which every score of the row lacks"""
 
 
-RUNTIME = "matrix mean seen found scale toward shift heads blocks length padded group masked".split()
+RUNTIME = "matrix mean seen found scale toward units shift lost fitted heads blocks length padded group masked".split()
 RUNTIME += [f"scale_{axis}" for axis in "bhrc"]
 """Arguments on whose values Triton must not specialise, for each kind would compile the kernels anew."""
 
@@ -77,26 +79,43 @@ def _largest(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _narrow(
-    x, matrix, mean, seen, masked, scale, scale_b, scale_h, scale_r, scale_c, toward, out, shift,
-    heads, blocks, length, padded, group, norm,
-    ROTATED: tl.constexpr, TRANSPOSED: tl.constexpr, SHIFTED: tl.constexpr,
+    x, matrix, mean, seen, masked, scale, scale_b, scale_h, scale_r, scale_c, toward, out, lost, units, shift,
+    heads, blocks, length, padded, group, norm, fitted,
+    ROTATED: tl.constexpr, TRANSPOSED: tl.constexpr, BALANCED: tl.constexpr, QUERY: tl.constexpr, SHIFTED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """out [B,H,length,BLOCK_D], or TRANSPOSED [B,H,BLOCK_D,padded], is x / scale; shift [B,H,length] = (out scale) . toward."""
+    """out [B,H,length,BLOCK_D], or TRANSPOSED [B,H,BLOCK_D,padded], is x / scale; lost [B,H,blocks,BLOCK_D] sums x - out scale.
+
+    Of a QUERY: units [B,H,length], what its rows are times, fitted or not; shift [B,H,length] = (out units) . toward.
+    """
     bh, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     b, h, start = (bh // heads).to(tl.int32), (bh % heads).to(tl.int32), block * ROWS
     x_tile = _tile(x, matrix, mean, seen, masked, b, h, heads, start, length, ROTATED, ROWS, BLOCK_D, INTERPRET)
     rows, columns = (start + tl.arange(0, ROWS))[:, None], tl.arange(0, BLOCK_D)[None, :]
     unit = tl.load(scale + b.to(tl.int64) * scale_b + h * scale_h + block * scale_r + columns * scale_c)
-    narrow = rounded(tl.div_rn(x_tile, tl.broadcast_to(unit, x_tile.shape)), out.dtype.element_ty, INTERPRET)
+    divided = tl.div_rn(x_tile, tl.broadcast_to(unit, x_tile.shape))
+    square = tl.sum(divided * divided, 1)
+    narrow = rounded(divided, out.dtype.element_ty, INTERPRET)
+    left = wide(narrow, INTERPRET)
+    product = tl.sum(left * divided, 1)
+    if BALANCED:
+        at = lost + tl.program_id(0).to(tl.int64) * BLOCK_D + columns
+        tl.store(at, tl.sum(divided - left, 0)[None, :] * unit)
     if TRANSPOSED:
         tl.store(out + (bh * BLOCK_D + columns) * padded + rows, narrow, mask=rows < padded)
     else:
         tl.store(out + (bh * length + rows) * BLOCK_D + columns, narrow, mask=rows < length)
-    if SHIFTED:
-        along = tl.load(toward + (b * (heads // group) + h // group) * BLOCK_D + columns)
+    if QUERY:
         row = start + tl.arange(0, ROWS)
-        tl.store(shift + bh * length + row, tl.sum(wide(narrow, INTERPRET) * unit * along, 1) * norm, mask=row < length)
+        at = bh * length + row
+        found = ((product > 0) & (fitted != 0)) != 0
+        fit = tl.where(found, tl.div_rn(square, tl.where(found, product, 1.0)), 1.0)
+        fit = norm * tl.minimum(tl.maximum(fit, NEAR), FAR)
+        first = tl.load(scale + b.to(tl.int64) * scale_b + h * scale_h + block * scale_r)
+        tl.store(units + at, first * fit, mask=row < length)
+        if SHIFTED:
+            along = tl.load(toward + (b * (heads // group) + h // group) * BLOCK_D + columns)
+            tl.store(shift + at, tl.sum(left * unit * along, 1) * fit * norm, mask=row < length)
 
 
 @dataclass(frozen=True)
@@ -120,7 +139,7 @@ class _Operand:
             ROWS=ROWS,
             BLOCK_D=self.width,
             INTERPRET=INTERPRET,
-            num_warps=8 if self.width < 256 else 16,
+            num_warps=16 if self.width == 256 and self.turn is not None else 8,
             **constants,
         )
 
@@ -134,23 +153,26 @@ class _Operand:
         return scale.masked_fill_(scale == 0, 1.0)
 
     def narrowed(
-        self, scale: torch.Tensor, *, transposed: bool = False, toward: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(in 8 bits, its product with `toward` [B,Hk,width])"""
+        self, scale: torch.Tensor, *, transposed: bool = False, query: bool = False, toward: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
+        """(in 8 bits; V: sums of what blocks lack [B,Hk,blocks,width]; Q: a scale by row, its product with `toward`)"""
         batch, heads, length, dim = self.x.shape
-        padded = -(-length // 16) * 16  # rows of a transposed tensor that TMA can address
+        padded, blocks = -(-length // 16) * 16, triton.cdiv(length, ROWS)  # rows of a transposed tensor that TMA can address
         shape = (batch, heads, self.width, padded) if transposed else (batch, heads, length, self.width)
         out = torch.empty(shape, dtype=FORMATS[self.how.format], device=self.x.device)
-        shift = None if toward is None else torch.empty(batch, heads, length, dtype=torch.float32, device=self.x.device)
+        fresh = functools.partial(torch.empty, dtype=torch.float32, device=self.x.device)
+        lost = fresh(batch, heads, blocks, self.width) if transposed and self.how.balanced else None
+        units = fresh(batch, heads, length) if query else scale
+        shift = None if toward is None else fresh(batch, heads, length)
         apart = (0 if n == 1 else step for n, step in zip(scale.shape, scale.stride(), strict=True))
+        given = [scale if t is None else t for t in (toward, out, lost, units, shift)]  # what is not wanted is never touched
         group = 1 if toward is None else heads // toward.shape[1]
-        norm = 1.0 if self.turn is None else 1.0 / rotation(dim).shape[0]
+        norm = 1.0 if self.turn is None else rotation(dim).shape[0] ** -0.5
         self._launch(
-            _narrow, scale, *apart, scale if toward is None else toward, out, scale if shift is None else shift,
-            heads, triton.cdiv(length, ROWS), length, padded, group, norm,
-            TRANSPOSED=transposed, SHIFTED=shift is not None,
+            _narrow, scale, *apart, *given, heads, blocks, length, padded, group, norm, int(self.how.fitted),
+            TRANSPOSED=transposed, BALANCED=lost is not None, QUERY=query, SHIFTED=shift is not None,
         )  # fmt: skip
-        return out, shift
+        return out, lost, units, shift
 
 
 def quantise(
@@ -177,11 +199,13 @@ def quantise(
     from_v = _Operand(v, how, None, v_mean, flags, width)
     q_scale, k_scale = from_q.scales(over), from_k.scales(over)
     v_scale = from_v.scales({"rows": over, "head": (2, 3), "columns": (2,)}[how.values])
-    q8, shift = from_q.narrowed(q_scale, toward=k_mean if how.centred else None)
-    (k8, _), (v8, _) = from_k.narrowed(k_scale), from_v.narrowed(v_scale, transposed=True)
-    by_row = [(scale * norm).expand(*t.shape[:2], -1, 1).squeeze(3).contiguous() for scale, t in ((q_scale, q), (k_scale, k))]
-    by_column = [t.expand(*v.shape[:2], 1, width).squeeze(2).contiguous() for t in (v_scale, v_mean)]
-    return Quantised(q8, k8, v8, by_row[0], by_row[1], by_column[0], by_column[1], shift)
+    q8, _, q_units, shift = from_q.narrowed(q_scale, query=True, toward=k_mean if how.centred else None)
+    k8, (v8, lost, *_) = from_k.narrowed(k_scale)[0], from_v.narrowed(v_scale, transposed=True)
+    if lost is not None:
+        v_mean = v_mean + lost.sum(2, keepdim=True) / key_count(v.shape[2], seen)
+    k_units = (k_scale * norm).expand(*k.shape[:2], -1, 1).squeeze(3).contiguous()
+    v_units, v_mean = (t.expand(*v.shape[:2], 1, width).squeeze(2).contiguous() for t in (v_scale, v_mean))
+    return Quantised(q8, k8, v8, q_units, k_units, v_units, v_mean, shift)
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from verify.arithmetic import Quantisation
 from verify.case import TORCH_DTYPES, Inputs
 from verify.exact import by_key, from_keys, to_keys
 from verify.problem import Problem
-from verify.quantisation import centres, rotation
+from verify.quantisation import centres, fit, key_mean, rotation
 
 EIGHT_BITS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 STORED_BITS = {"fp32": 23, "fp22": 13, "tf32": 10, "exponent": 0}
@@ -198,9 +198,10 @@ def quantised(problem: Problem, inputs: Inputs, how: Quantisation) -> Quantised:
     by_rows = how.values == "rows" and bool(how.rows)
     over = {"rows": (0, 1, 2, 3) if how.rows is None else (2, 3), "head": (2, 3), "columns": (2,)}[how.values]
     v_scale = v.new_ones(()) if by_rows else _scales(v, how.format, over)
-    v = _whole(_coded(v, how)) if by_rows else rounded(v / v_scale, how.format) * v_scale
-    q8, k8 = (_coded(t, how, turn) for t in (x.q, k))
-    left = Inputs(_whole(q8, turn, x.q.shape[-1]), _whole(k8, turn, k.shape[-1]) + k_mean, v, x.do, x.bias, x.slopes)
+    v8 = _whole(_coded(v, how)) if by_rows else rounded(v / v_scale, how.format) * v_scale
+    v_mean = v_mean + key_mean(v - v8, seen).double() if how.balanced else v_mean
+    q8, k8 = _coded(x.q, how, turn, fitted=how.fitted), _coded(k, how, turn)
+    left = Inputs(_whole(q8, turn, x.q.shape[-1]), _whole(k8, turn, k.shape[-1]) + k_mean, v8, x.do, x.bias, x.slopes)
     return Quantised(left, v_mean, v_scale, q8, k8, k_mean)
 
 
@@ -210,14 +211,15 @@ def dequantised(problem: Problem, inputs: Inputs, how: Quantisation) -> Inputs:
     return replace(left.inputs, v=left.inputs.v + left.v_mean)
 
 
-def _coded(x: Tensor, how: Quantisation, turn: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _coded(x: Tensor, how: Quantisation, turn: Tensor | None = None, *, fitted: bool = False) -> tuple[Tensor, Tensor]:
     """x [B,H,n,D], turned, as it is in the 8-bit format, and a float32 scale for each row [B,H,n,1]."""
     if turn is not None:
         x = torch.nn.functional.pad(x, (0, turn.shape[0] - x.shape[-1])) @ turn
     over = (0, 1, 2, 3) if how.rows is None else (2, 3)
     parts = [_scales(part, how.format, over).expand(*part.shape[:3], 1) for part in x.split(how.rows or max(1, x.shape[2]), 2)]
     scale = torch.cat(parts, 2)
-    return rounded(x / scale, how.format), scale
+    coded = rounded(x / scale, how.format)
+    return coded, (scale * fit(x / scale, coded)).float().double() if fitted else scale
 
 
 def _whole(coded: tuple[Tensor, Tensor], turn: Tensor | None = None, columns: int | None = None) -> Tensor:

@@ -186,6 +186,8 @@ QUANTISED = (
     Quantisation("e4m3", 4, values="head"),
     Quantisation("e4m3", 3, rotated=True),
     Quantisation("e4m3", 16, rotated=True, values="columns", centred=True),
+    Quantisation("e4m3", 16, rotated=True, values="columns", centred=True, fitted=True, balanced=True),
+    Quantisation("e5m2", 3, fitted=True, balanced=True),
 )
 
 

@@ -33,8 +33,10 @@ CHOICES = {
     "rotated, per head": replace(PAPER, rows=0),
     "V by column": KERNELS["fp8-blocks-rotated-columns"],
     "centred": replace(PAPER, centred=True),
-    "both (triton-fp8)": BEST,
-    "both, e5m2": KERNELS["fp8-e5m2"],
+    "Q fitted": replace(PAPER, fitted=True),
+    "V balanced": replace(PAPER, balanced=True),
+    "all (triton-fp8)": BEST,
+    "all, e5m2": KERNELS["fp8-e5m2"],
 }
 RECIPES = ("outliers(0.001,10)", "normal", "sink", "one_sign", "uniform", "shift(90)", "hot_channel", "rising")
 
@@ -63,7 +65,7 @@ def main(
             low, high = bounds or (ratio, ratio)
             ratios.append(f"{ratio:.3f} [{low:.2f}, {high:.2f}]")
         table.add_row(recipe, f"{pooled(rows[''], 'total'):.2e}", *ratios)
-    Console(width=220, highlight=False).print(table)
+    Console(width=260, highlight=False).print(table)
 
 
 if __name__ == "__main__":

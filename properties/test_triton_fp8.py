@@ -16,7 +16,7 @@ from verify.guard import call
 from verify.oracles import dense, formats
 from verify.problem import Problem
 from verify.properties.verdict import compare
-from verify.quantisation import key_mean, rotation, seen_keys
+from verify.quantisation import FIT, key_mean, rotation, seen_keys
 from verify.registry import Kernel
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
@@ -31,7 +31,11 @@ from verify.kernels.triton_tiles import INTERPRET, rounded, wide
 DEVICE = "cpu" if INTERPRET else "cuda"
 HOPPER = fp8.supports(Problem(dtype="bf16"), DEVICE)
 pytestmark = pytest.mark.skipif(HOPPER is not None, reason=f"triton-fp8: {HOPPER}")
-ALL = CHOICES | {"best": fp8.BEST}
+ALL = CHOICES | {
+    "best": fp8.BEST,
+    "fitted": Quantisation("e4m3", 0, fitted=True),
+    "balanced": Quantisation("e5m2", ROWS, values="head", balanced=True),
+}
 
 
 def made(case: Case, how: Quantisation = fp8.BEST) -> tuple[Inputs, fp8.Fp8Launch, Quantised]:
@@ -73,7 +77,7 @@ def by_rows(x: Quantised, name: str, length: int) -> torch.Tensor:
     if name == "v":
         return x.v[..., :length].mT.double() * x.v_scale[:, :, None].double()
     scale = getattr(x, f"{name}_scale").double()
-    scale = scale.repeat_interleave(ROWS, 2)[:, :, :length] if scale.shape[2] > 1 else scale
+    scale = scale.repeat_interleave(ROWS, 2)[:, :, :length] if name == "k" and scale.shape[2] > 1 else scale
     return getattr(x, name).double() * scale[..., None]
 
 
@@ -104,9 +108,49 @@ def test_operands_are_what_was_declared(case: str, how: Quantisation) -> None:
             limit = narrowed(t.abs().mT, how.format, 1).mT
         else:
             limit = narrowed((t @ turn).abs(), how.format, 0 if name == "v" and how.values == "head" else how.rows)
+        if name == "q" and how.fitted:
+            limit = limit + FIT * ((t @ turn).abs() + limit)
         assert bool(((left - t @ turn).abs() <= limit).all()), name
-        mine, its = ((y - t).square().mean().item() for y in (left @ turn.T, was))
+        left = left @ turn.T
+        if name == "v":  # what is added to the output belongs to every key's
+            left = left + operands.v_mean[:, :, None, : t.shape[3]].double() - mean
+            left = left.masked_fill(~seen, 0.0)
+        mine, its = ((y - t).square().mean().item() for y in (left, was))
         assert abs(mine - its) <= RESOLUTION * its, name
+
+
+@pytest.mark.parametrize("how", [fp8.BEST, ALL["fitted"], CHOICES["fp8-e5m2"]], ids=str)
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_a_fitted_row_has_the_length_of_its_shadow(how: Quantisation, dtype: str) -> None:
+    """q^ . q = q . q wherever no limit is in the way, and a factor of 2 in Q is one in its scales, to the bit. Rows of 0 stay."""
+    case = Case.parse(f"b1.h2.q150.k40.d128.{dtype}.full/outliers(0.01,10)#2")
+    x, launch, operands = made(case, how)
+    q = x.q.double()
+    turn = rotation(128).to(DEVICE) / 128**0.5 if how.rotated else torch.eye(128, dtype=torch.float64, device=DEVICE)
+    left = by_rows(operands, "q", 150) @ turn.T
+    unfitted = quantise(x.q, x.k, x.v, replace(how, fitted=False), launch.dim, None)
+    factor = operands.q_scale.double() / unfitted.q_scale.double()
+    free = (factor - 1).abs() < FIT * (1 - UNIT["e4m3"])
+    parallel = (left * q).sum(-1) / q.square().sum(-1) - 1
+    assert bool((free.sum() > free.numel() // 2).all())
+    assert bool((parallel.abs() <= UNIT["fp32"] * 2 * 128)[free].all())
+    assert bool((parallel.abs() <= UNIT[how.format]).all())
+    q = x.q.clone()
+    q[:, :, 3] = 0
+    once, twice = (quantise(y, x.k, x.v, how, launch.dim, None) for y in (q, 2 * q))
+    assert torch.equal(2 * once.q_scale, twice.q_scale)
+    assert torch.equal(once.q.view(torch.uint8), twice.q.view(torch.uint8))
+    assert not once.q[:, :, 3].float().any()
+    assert bool(once.q_scale.isfinite().all())
+
+
+def test_what_rounding_took_from_v_is_given_back_on_average() -> None:
+    """A query of zeros that sees all keys that count gives their mean, to FP32 and the store of the output."""
+    case = Case.parse("b2.h4:2.q70.k300.d72:40.fp16.padding(300,37)/outliers(0.01,10)#1")
+    x, p = case.inputs(DEVICE), case.problem
+    out, _ = fp8.attention(torch.zeros_like(x.q), x.k, x.v, mask=p.mask, scale=1.0)
+    exact = key_mean(x.v, seen_keys(p, x.q.device)).repeat_interleave(2, 1).expand(out.shape).double()
+    assert bool(((out.double() - exact).abs() <= UNIT["fp16"] * exact.abs() + 300 * UNIT["fp32"] * x.v.abs().max()).all())
 
 
 RECIPES = ("normal", "outliers(0.001,10)", "sink", "one_sign", "uniform")

@@ -22,7 +22,10 @@ class Quantisation:
     `rows`: how many rows of one head share a scale; 0 a whole head, None the whole tensor. `values`: in V, as `rows` says, or a
     `head`, or each of its `columns`. `rotated`: Q and K are first padded to a power of two of columns and multiplied by signs
     times Hadamard (verify/quantisation.py). `centred`: K and V are first freed of their mean over the keys of a head; V's is
-    added to the output, K's to the LSE (out does not depend on it: SageAttention, arXiv 2410.02367, section 4.2).
+    added to the output, K's to the LSE (out does not depend on it: SageAttention, arXiv 2410.02367, section 4.2). `fitted`: each
+    row of Q, once rounded, is multiplied by what makes its product with the row as it was the row's square, within 1 +- FIT
+    (verify/quantisation.py): a key along the query has no error from Q. `balanced`: what rounding took from V, its
+    mean over the keys of a head, is added to the output.
     """
 
     format: str = "e4m3"
@@ -30,6 +33,8 @@ class Quantisation:
     rotated: bool = False
     values: str = "rows"
     centred: bool = False
+    fitted: bool = False
+    balanced: bool = False
 
     def __post_init__(self) -> None:
         if self.format not in ("e4m3", "e5m2"):

@@ -36,7 +36,7 @@ from verify.bounds import (
 from verify.case import Inputs
 from verify.exact import Block, by_key, from_keys, grouped
 from verify.problem import Problem
-from verify.quantisation import centres, rotation
+from verify.quantisation import FIT, centres, key_mean, rotation
 
 
 @dataclass(frozen=True)
@@ -60,17 +60,22 @@ class Operands:
         if how is None:
             return None
         x = inputs.exact(inputs.q.device)
-        _, k_mean, v_mean = centres(problem, x, how)
+        seen, k_mean, v_mean = centres(problem, x, how)
         pairs = []
         for t, mean in ((x.q, x.q.new_zeros(())), (x.k, k_mean)):
             size, moved = (s.norm(dim=-1, keepdim=True) if how.rotated else s.abs() for s in (t, t - mean))
             columns = rotation(t.shape[-1]).shape[0] if how.rotated else 1
-            pairs.append((size, narrowed(moved, how.format, how.rows, columns=columns) + STEPS * UNIT["fp32"] * (size + moved)))
+            lost = narrowed(moved, how.format, how.rows, columns=columns)
+            lost = lost + FIT * (moved + lost) if how.fitted and t is x.q else lost
+            pairs.append((size, lost + STEPS * UNIT["fp32"] * (size + moved)))
         q, k = (pair[1].expand(t.shape) for pair, t in zip(pairs, (x.q, x.k), strict=True))
         moved = (x.v - v_mean).abs()
         by_column, rows = how.values == "columns", 0 if how.values == "head" else how.rows
         lost = narrowed(moved.mT, how.format, 1).mT if by_column else narrowed(moved, how.format, rows)
-        return cls(q, k, lost + STEPS * UNIT["fp32"] * (x.v.abs() + moved), pairs[0], pairs[1], v_mean)
+        lost = lost + STEPS * UNIT["fp32"] * (x.v.abs() + moved)
+        if how.balanced:  # a mean of what rounding took; its sum is in FP32
+            lost = lost + key_mean(lost, seen).double() * (1 + (x.v.shape[2] + STEPS) * UNIT["fp32"])
+        return cls(q, k, lost, pairs[0], pairs[1], v_mean)
 
 
 class Rows:
