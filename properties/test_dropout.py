@@ -33,7 +33,8 @@ def times(p: Tensor, v: Tensor) -> Tensor:
 
 
 def bernoulli(p: Tensor, keep: float, generator: torch.Generator | None = None) -> Tensor:
-    return torch.bernoulli(torch.full(p.shape, keep, dtype=p.dtype), generator=generator)
+    """What is kept; without dropout torch's random state is left alone."""
+    return torch.bernoulli(torch.full(p.shape, keep, dtype=p.dtype), generator=generator) if keep < 1 else torch.ones_like(p)
 
 
 def right(p: Tensor, v: Tensor, rate: float) -> Tensor:
