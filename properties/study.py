@@ -30,6 +30,7 @@ from verify.allowance import allowance
 from verify.arithmetic import FLASH
 from verify.bounds import ELSEWHERE
 from verify.case import Case
+from verify.engine import BACKEND
 from verify.finding import Finding
 from verify.judging import judge
 from verify.measure import distance, measure
@@ -67,7 +68,7 @@ def soundness(
     if judge_on == "cpu" and device == "cuda":
         kernels, device = [at_gpu(k) for k in kernels], "cpu"
     pairs = [(k, PROPERTIES[n]) for k in kernels for n in LAWS if not PROPERTIES[n].refusal(k, device)]
-    journal, start, counts, chunk = Journal(out / f"{seed}.jsonl"), time.monotonic(), Counter[str](), 0
+    journal, start, counts, chunk = Journal(out, str(seed)), time.monotonic(), Counter[str](), 0
     while time.monotonic() - start < seconds:
         for subject, law in pairs:
             if time.monotonic() - start > seconds:
@@ -87,7 +88,14 @@ def drawn(kernel: registry.Kernel, law: Property, device: str, *, seed: int) -> 
     found: list[Case] = []
 
     @seeded(seed)
-    @settings(max_examples=CHUNK, database=None, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=CHUNK,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+        backend=BACKEND,
+    )
     @given(cases(kernel, device, **law.cases))
     def collect(case: Case) -> None:
         found.append(case)

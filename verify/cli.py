@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import sys
 import time
@@ -11,12 +10,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from verify import environment
+from verify.cli_tables import Device, console
+from verify.cli_tables import app as tables
 from verify.errors import VerifyError
-from verify.reports.pages import WIDTH
 
 app = typer.Typer(
     add_completion=False,
@@ -24,12 +23,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Decide whether an attention kernel is right.",
 )
-console = Console(highlight=False)
-if console.width < WIDTH:  # a narrow terminal or a pipe: long lines wrap there, cells must not be cut
-    console = Console(highlight=False, width=WIDTH)
-
+app.registered_commands += tables.registered_commands
 Target = Annotated[str, typer.Argument(help="a kernel's name, path/to/file.py or path/to/file.py::name")]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is a GPU")]
 
 
 def main() -> None:
@@ -137,6 +132,29 @@ def identify(target: Target, device: Device = None) -> None:
 
 
 @app.command()
+def determinism(
+    target: Target,
+    calls: Annotated[int, typer.Option(min=2, max=10_000, help="calls on the same inputs")] = 20,
+    device: Device = None,
+) -> None:
+    """Say whether a kernel repeats its bits, and whether batch entries and heads are independent. Exit code 1 where it declares
+    to be deterministic and is not.
+    """
+    from verify import determinism as verdicts
+    from verify import registry
+    from verify.isolation import isolated
+
+    device, failed = environment.prepare(device), False
+    for name, kernel in registry.named(target, registry.find(target)).items():
+        with isolated(name, kernel, device) as worker:
+            worker.options()
+            rows = worker.ask("determinism", calls)
+        console.print(verdicts.table(kernel, rows, device))
+        failed |= verdicts.broken(kernel, rows, device)
+    raise typer.Exit(int(failed))
+
+
+@app.command()
 def masks(len_q: Annotated[int, typer.Option(min=1)] = 4, len_k: Annotated[int, typer.Option(min=1)] = 6) -> None:
     """Show every mask as a picture: rows are queries, columns keys, # = visible."""
     from verify.masks import KINDS, Mask
@@ -152,97 +170,6 @@ def masks(len_q: Annotated[int, typer.Option(min=1)] = 4, len_k: Annotated[int, 
         text = examples.get(name, name)
         console.print(f"[bold]{text}[/bold]  {(kind.rule.__doc__ or '').split(chr(10))[0]}", markup=True)
         console.print(Mask.parse(text).picture(len_q, len_k) + "\n", markup=False)
-
-
-@app.command()
-def report(
-    *,
-    draws: Annotated[int | None, typer.Option(min=1, help="draws, the same for every row; default by table")] = None,
-    problem: Annotated[str | None, typer.Option(help="one problem's table instead of the report")] = None,
-    recipe: Annotated[str, typer.Option(help="the inputs of that problem")] = "outliers(0.001,10)",
-    section: Annotated[list[str] | None, typer.Option(help="only this table of the report; may be repeated")] = None,
-    kernel: Annotated[list[str] | None, typer.Option(help="only this kernel (name or file); may be repeated")] = None,
-    dtype: Annotated[list[str] | None, typer.Option(help="fp16, bf16, fp32; may be repeated")] = None,
-    stored: Annotated[Path | None, typer.Option("--from", help="a table.json: measure nothing, write its tables again")] = None,
-    compare: Annotated[tuple[Path, Path] | None, typer.Option(help="OLD.json NEW.json: what moved between two reports")] = None,
-    out: Annotated[Path, typer.Option(help="folder for table.md, .tex, .csv, .json and plots")] = Path("verify-report"),
-    device: Device = None,
-) -> None:
-    """Regenerate the RMSE tables: total = input rounding + kernel arithmetic, beside what the declared arithmetic predicts."""
-    if compare is not None or stored is not None:
-        return import_module("verify.reports.rmse_pages").from_stored(stored, compare, out, console)
-    from verify.reporting import run_report
-
-    chosen: dict[str, Any] = {"targets": kernel or [], "dtypes": dtype or [], "sections": section or [], "draws": draws}
-    run_report(environment.prepare(device), problem=problem, recipe=recipe, **chosen, out=out, console=console)
-
-
-@app.command()
-def bench(
-    *,
-    kernel: Annotated[list[str] | None, typer.Option(help="only this kernel (name or file); may be repeated")] = None,
-    dim: Annotated[list[int] | None, typer.Option(min=1, help="head dim; default 64, 128, 256; may be repeated")] = None,
-    length: Annotated[list[int] | None, typer.Option(min=1, help="default 512, 1024, ... 16384; may be repeated")] = None,
-    mask: Annotated[list[str] | None, typer.Option(help="default full and causal_lower_right; may be repeated")] = None,
-    dtype: Annotated[str, typer.Option(help="fp16 or bf16")] = "bf16",
-    forward_only: Annotated[bool, typer.Option("--forward-only", help="leave out the backward")] = False,
-    out: Annotated[Path, typer.Option(help="folder for speed.md, speed.csv, speed.json, speed.png")] = Path("verify-bench"),
-    device: Device = None,
-) -> None:
-    """Measure TFLOP/s, forward and backward, at FlashAttention-3's shapes, beside the error of the same call. Needs a GPU."""
-    from verify.benching import run_bench
-
-    shapes: dict[str, Any] = {"dims": dim, "lengths": length, "masks": mask, "dtype": dtype, "forward_only": forward_only}
-    run_bench(environment.prepare(device), targets=kernel or [], out=out, console=console, **shapes)
-
-
-@app.command()
-def power(
-    *,
-    fault: Annotated[list[str] | None, typer.Option(help="only this mutant; may be repeated")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="hunts for each mutant, each with its own seed")] = 5,
-    matrix: Annotated[bool, typer.Option("--matrix", help="every mutant under every property, not its own alone")] = False,
-    controls: Annotated[int, typer.Option(min=0, help="cases that each correct variant is judged on")] = 1000,
-    out: Annotated[Path, typer.Option(help="folder for power.md and power.json")] = Path("verify-power"),
-) -> None:
-    """See that the suite finds bugs: known-wrong kernels, cases until each is caught, what other suites' rules say of them, and
-    correct variants that must not be accused. On the CPU. Exit code 1 where one escapes or is accused.
-    """
-    environment.prepare("cpu")
-    from verify.properties.power import run_power
-
-    raise typer.Exit(run_power(fault or [], seeds=seeds, matrix=matrix, controls=controls, out=out, console=console))
-
-
-@app.command()
-def record(
-    *,
-    kernel: Annotated[list[str] | None, typer.Option(help="only this kernel (name or file); may be repeated")] = None,
-    update: Annotated[bool, typer.Option("--update", help="write the figures into the record of this machine")] = False,
-    device: Device = None,
-) -> None:
-    """Compare every kernel's RMSE with the record of this machine and its versions. Exit code 1 where one is WORSE."""
-    for library in ("OMP", "OPENBLAS", "MKL"):  # sums split among threads end in other digits; read when NumPy loads
-        os.environ[f"{library}_NUM_THREADS"] = "1"
-    device = environment.prepare(device)
-    from verify import recording, registry
-
-    registry.load_bundled()
-    kernels = [k for t in kernel or [] for k in registry.find(t)] or list(registry.REGISTRY.values())
-    machine, names = recording.machine(device), {k.name for k in kernels}
-    recorded = recording.read(recording.FILE).get(machine, {})
-    now, reasons = recording.measure_all(kernels, device)
-    reasons.update(f"{name} is unavailable: {why}" for name, why in registry.UNAVAILABLE.items() if not kernel)
-    changes = recording.compare(recorded, now, names)
-    console.print(import_module("verify.reports.terminal").changed(machine, changes))
-    if reasons:
-        console.print(f"no figures: {'; '.join(f'{why} ({count})' for why, count in reasons.items())}", markup=False)
-    if update:
-        recording.update(recording.FILE, machine, names, now)
-        console.print(f"written: {recording.FILE}; review it with `git diff`", markup=False)
-        return
-    console.print("nothing was written; the same command with --update records these figures")
-    raise typer.Exit(int(any(change.mark == "WORSE" for change in changes)))
 
 
 if __name__ == "__main__":

@@ -43,7 +43,8 @@ class Independent(HypothesisProvider):
         """None: the constants that Hypothesis reads in loaded modules would make a seed's cases depend on what is loaded."""
 
 
-AVAILABLE_PROVIDERS["attention-verify"] = Independent
+BACKEND = "attention-verify"
+AVAILABLE_PROVIDERS[BACKEND] = Independent
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,7 @@ def _chunk(hunter: _Hunter, *, database: Path | None) -> None:
         suppress_health_check=list(HealthCheck),
         report_multiple_bugs=False,
         print_blob=False,
-        backend="attention-verify",
+        backend=BACKEND,
     )
 
     @seeded(hunter.seed)

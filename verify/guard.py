@@ -65,12 +65,14 @@ def call(
     try:
         _dirty(problem, inputs)
         since[0] = time.monotonic()
-        with warnings.catch_warnings(), allocations:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what a kernel warns of is no finding, even where pytest turns warnings into errors
-            returned = kernel.fn(leaves.q, leaves.k, leaves.v, **others)
+            with allocations:
+                returned = kernel.fn(leaves.q, leaves.k, leaves.v, **others)
             out, lse = returned if isinstance(returned, tuple) else (returned, None)
             _check_form(problem, out, lse, leaves)
-            gradients = _backward(out, lse, leaves, dlse) if problem.grads and out.requires_grad else {}
+            with allocations:
+                gradients = _backward(out, lse, leaves, dlse) if problem.grads and out.requires_grad else {}
             if out.is_cuda:
                 torch.cuda.synchronize()  # what a launch does wrong shows in its own call
     except Finding:
@@ -82,9 +84,11 @@ def call(
         ) from error
     finally:
         since[0] = 0.0
+        changed = settings.restore()
+    if changed:
+        raise Finding(f"changed torch's {changed}")
     _check_unchanged(inputs, leaves)
     allocations.check()
-    settings.check()
     graph = lse is not None and lse.requires_grad
     return Output(out.detach(), None if lse is None else lse.detach(), **gradients, lse_graph=graph)
 

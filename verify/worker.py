@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from verify import conventions, environment, guard, registry
+from verify import conventions, determinism, environment, guard, registry
 from verify.case import Case
 from verify.finding import Finding
 from verify.judging import judge
@@ -39,6 +39,7 @@ TASKS: dict[str, Callable[..., Any]] = {
     "explain": lambda kernel, device, case, law: explain(kernel, Case.parse(case), law, device),
     "script": lambda kernel, device, case, deadly: script(kernel, Case.parse(case), device, deadly=deadly),
     "conventions": conventions.rows,
+    "determinism": determinism.verdicts,
 }
 
 
