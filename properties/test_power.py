@@ -84,7 +84,7 @@ def _plain(problem: Problem, device: str) -> str | None:
         (heads_swapped, "head-permutation", 16),
         (gradient_of_k_halved, "gradients", 4),
         (batch_entry_0_for_all, "batch-permutation", 16),
-        (last_key, "key-permutation", 9),
+        (last_key, "key-permutation", 128),  # one row; fewer keys need another seed, for the last must weigh and must move
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
@@ -98,8 +98,8 @@ def test_a_planted_defect_is_found_and_shrunk(fn: Callable[..., Tensor], law: st
     assert result.finding is not None
     p = result.finding[0].problem
     assert p.batch * p.heads_q * p.len_q * p.len_k <= largest, str(result.finding[0])
-    assert records[-1].verdict == "finding"
-    assert records[-1].case == str(result.finding[0])
+    assert [r.verdict for r in records[-2:]] == ["finding", "ended"]
+    assert records[-2].case == str(result.finding[0])
 
 
 @pytest.mark.parametrize("law", PROPERTIES)
