@@ -15,7 +15,7 @@ from rich.console import Console
 
 from verify import reporting
 from verify.errors import VerifyError
-from verify.reports import comparison, rmse_pages, rmse_table, stored
+from verify.reports import comparison, pages, rmse_pages, rmse_table, stored
 
 WITHOUT_TORCH = """
 import sys
@@ -170,3 +170,13 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_section_that_is_missing_is_said() -> None:
     with pytest.raises(VerifyError, match="section 'tabel3' is unknown: one of table3, lengths"):
         reporting._chosen(reporting.SECTIONS["cpu"], None, "normal", ["tabel3"])
+
+
+def test_names_stay_in_their_cells() -> None:
+    """Kernels and files come from elsewhere: what they are called is text on every page."""
+    name = r"a|b <script> \input{/etc/passwd} 50% $x_1$ & #"
+    page = pages.markdown("t", ["kernel", "x"], [[name, "1\n2"]])
+    assert r"a\|b &lt;script>" in page
+    assert "1 2" in page
+    for text in (pages.latex("t", ["kernel", "x"], [[name, "1"]]), pages.latex(name, ["kernel"], [["k"]])):
+        assert r"\textbackslash{}input\{/etc/passwd\} 50\% \$x\_1\$ \& \#" in text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tabulate import tabulate
+from tabulate import LATEX_ESCAPE_RULES, tabulate
 
 WIDTH = 170
 """Columns of a terminal that the widest table needs."""
@@ -18,13 +18,18 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], style: str) -
 
 
 def markdown(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> str:
-    """A heading, the table, a list of notes."""
+    """A heading, the table, a list of notes. What a cell holds stays in it, whatever a kernel or file is called."""
     listed = "".join(f"- {note}\n" for note in notes)
-    return f"## {title}\n\n{_table(headings, rows, 'pipe')}\n" + (f"\n{listed}" if listed else "")
+    cells = [[_cell(text) for text in row] for row in rows]
+    return f"## {title}\n\n{_table(headings, cells, 'pipe')}\n" + (f"\n{listed}" if listed else "")
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split("\n"))
 
 
 def latex(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table environment with a caption."""
-    caption = title.replace("_", r"\_").replace("%", r"\%").replace("#", r"\#").replace("&", r"\&")
+    caption = "".join(LATEX_ESCAPE_RULES.get(character, character) for character in title)
     body = _table(headings, rows, "latex_booktabs")
     return f"\\begin{{table}}\n\\centering\n\\caption{{{caption}}}\n{body}\n\\end{{table}}\n"

@@ -25,7 +25,7 @@ PAPER = {
     "naive-fp8": ("baseline FP8", 2.4e-2),
     "fp8-blocks-rotated": ("FlashAttention-3 FP8", 9.1e-3),
     "fp8-rotated": ("FlashAttention-3 FP8, no block quantisation", 9.3e-3),
-    "fp8-blocks": ("FlashAttention-3 FP8, no incoherent processing", 2.4e-2),
+    "fp8-head": ("FlashAttention-3 FP8, no incoherent processing", 2.4e-2),
 }
 """FlashAttention-3's Table 3 (arXiv 2407.08608): total RMSE, inputs in FP16, of the kernel that does what that row says."""
 PAPER_CASE = ("b1.h16.q8192.k8192.d128.fp16.full", "outliers(0.001,10)")

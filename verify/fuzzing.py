@@ -40,10 +40,11 @@ class _Display:
         self.hunted = 0.0
         self.covered: Callable[[list[Record]], Iterator[str]] = lambda records: iter(())
         self.interrupted = False
+        self.run: pytest_plugin.Run | None = None
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
-        run = pytest_plugin.run_of(session.config)
-        run.progress, self.covered = self.show, functools.partial(pytest_plugin.covered, run)
+        self.run = pytest_plugin.run_of(session.config)
+        self.run.progress, self.covered = self.show, functools.partial(pytest_plugin.covered, self.run)
 
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         """A run that came to its end is not resumed."""
@@ -120,6 +121,8 @@ def run_fuzz(
             code = pytest.main(arguments, plugins=[display])
     finally:
         signal.signal(signal.SIGINT, handler)
+    if display.run and display.run.full:
+        raise display.run.full
     names = {kernel.name for kernel in kernels}
     records = [record for record in read(folder) if record.kernel in names]
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.INTERRUPTED):

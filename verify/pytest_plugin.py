@@ -94,6 +94,7 @@ class Run:
         self.journal = Journal(folder, os.environ.get("PYTEST_XDIST_WORKER", "main"), asked)
         self.corpus = Corpus(Path(config.getoption("--corpus") or config.rootpath / ".verify" / "corpus.tsv"))
         self.progress: Callable[[Record], None] = lambda record: None
+        self.full: VerifyError | None = None
         self._in_process = config.getoption("--in-process")
         self._limits = Limits(*filter(None, [config.getoption("--call-seconds")]))
         self._isolated: Isolated | None = None
@@ -118,8 +119,12 @@ class Run:
         self._isolated = None
 
     def record(self, record: Record) -> None:
-        """Append a record and show it."""
-        self.journal.append(record)
+        """Append a record and show it. Ends the run where it cannot be written: what is measured then would be lost."""
+        try:
+            self.journal.append(record)
+        except VerifyError as error:
+            self.full = error
+            pytest.exit(str(error))
         self.progress(record)
 
 

@@ -8,6 +8,7 @@ expected           the emulation of the kernel's declared arithmetic against the
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -40,7 +41,7 @@ CHOICE = "fp8-"
 """How the names of kernels/fp8_choices.py begin: they are of interest in two tables."""
 EMULATED = 1
 """Draws of which the expected error is worked out: an emulation costs ten times as much as all else."""
-SPLIT = 8
+SPLIT = 4
 """Draws in which the error of a kernel that quantises is split: each quantisation has an exact answer of its own."""
 AHEAD = 12
 """Draws that are made while the GPU measures others."""
@@ -119,6 +120,7 @@ def run_report(
         ],
         "sections": [{"name": s.name, "title": s.title, "rows": []} for s in wanted],
     }
+    start = time.monotonic()
     with Progress(console=console, transient=True) as progress:
         steps = [len(s.problems) * len(s.recipes) * s.draws for s in wanted]
         task = progress.add_task("measuring", total=sum(steps))
@@ -126,6 +128,7 @@ def run_report(
             for label in _fill(report, place["rows"], section, kernels, device):
                 progress.update(task, advance=1, description=f"{section.name}: {label}")
                 stored.save(report, path)
+    console.print(f"measured in {time.monotonic() - start:.0f} s")
     rmse_pages.show(report, out, console)
 
 
