@@ -106,7 +106,7 @@ GROUPED, LONG = "b1.h4:2.q9.k9.d8.fp32.full.grads/normal#1", "b1.h1.q70.k65.d8.f
         ("last head", GROUPED, "the sum over the query heads of a group (dk is that of the last of each)"),
         ("grouped", GROUPED, "the sum over the query heads of a group (dk, dv right where a key head has one query head)"),
         ("noise", SQUARE, "dq = scale dS K: the tail of the keys, or how dq is accumulated (dq wrong, dk, of the same dS"),
-        ("reads on", SQUARE, "reads memory that it does not own (out is right with 0, not NaN, beside v)"),
+        ("reads on", SQUARE, "reads memory that it does not own (out is right with 0 beside v)"),
         ("stale", SQUARE, "uses memory that it allocated and did not fill"),
         ("state", SQUARE, "state kept between calls, or a race (out differs"),
         ("strides", f"{SQUARE}@k=sbhd,v=bshd", "the strides or the alignment of v (right where it is contiguous, not bshd)"),

@@ -105,10 +105,13 @@ class Case:
         return Inputs(torch.from_numpy(q), torch.from_numpy(k), torch.from_numpy(v), **rest)
 
     def inputs(self, device: str = "cpu") -> Inputs:
-        """What the kernel is given: rounded to the problem's dtype, on the device, each tensor in its layout, NaN around it."""
+        """What the kernel is given: rounded to the problem's dtype, on the device, each tensor in its layout; around it NaN, or,
+        where the seed is one short of a multiple of four, huge numbers.
+        """
         rounded, layouts = self.draw().rounded(self.problem.dtype).map(lambda t: t.to(device)), dict(self.layouts)
+        around = torch.nan if self.seed % 4 < 3 else torch.finfo(rounded.q.dtype).max / 2
         present = {name: tensor for name in ARRANGED if (tensor := getattr(rounded, name)) is not None}
-        return replace(rounded, **{name: laid_out(tensor, layouts.get(name, "bhsd")) for name, tensor in present.items()})
+        return replace(rounded, **{name: laid_out(tensor, layouts.get(name, "bhsd"), around) for name, tensor in present.items()})
 
 
 def visibility(problem: Problem, device: torch.device, rows: slice | None = None) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """Layouts: how the values of a tensor [B,H,L,D] lie in memory. A layout is added here and nowhere else.
 
-Whatever memory is allocated beside the values holds NaN: gaps between rows, other slots of a packed buffer, a band before the
-first and after the last element. So what a kernel reads and does not own shows, whatever it multiplies it with.
+Whatever memory is allocated beside the values holds NaN, or in some cases huge numbers: gaps between rows, other slots of a
+packed buffer, a band before the first and after the last element. So what a kernel reads and does not own shows, whatever it
+multiplies it with: 0 times NaN is NaN, and a maximum that passes over NaN does not pass over what is huge.
 """
 
 from __future__ import annotations
@@ -47,12 +48,12 @@ LAYOUTS: dict[str, Layout] = {
 the heads, all with the values of the first."""
 
 
-def laid_out(x: Tensor, layout: str = "bhsd") -> Tensor:
-    """The values of x [B,H,L,D] in this layout, NaN around them. `expanded` takes those of the first head for all."""
+def laid_out(x: Tensor, layout: str = "bhsd", around: float = torch.nan) -> Tensor:
+    """The values of x [B,H,L,D] in this layout, NaN or `around` beside them. `expanded` takes those of the first head for all."""
     kind, shape = LAYOUTS[layout], tuple(x.shape)
     wanted = kind.buffer(*shape)
     size = math.prod(wanted)
-    flat = torch.full((2 * BAND + kind.skip + size,), torch.nan, dtype=x.dtype, device=x.device)
+    flat = torch.full((2 * BAND + kind.skip + size,), around, dtype=x.dtype, device=x.device)
     view = kind.view(flat[BAND + kind.skip :][:size].view(wanted), shape)
     if layout == "expanded":
         view[:, :1].copy_(x[:, :1])
