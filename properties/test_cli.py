@@ -73,6 +73,8 @@ GOOD = "b1.h1.q1.k3.d1.fp32.full/integers#0"
         (["replay", "naive", "b1.h1.q-1.k1.d8.bf16.full/normal#0"], "len_q=-1: a length is 0 or more"),
         (["replay", "naive", "nonsense"], "case id 'nonsense' does not parse: write it like"),
         (["replay", "sdpa-math", "b1.h1.q1.k1.d8.bf16.full.softcap=2.0/normal#0"], "sdpa-math does not support"),
+        (["replay", "naive", GOOD, "--sanitizer", "valgrind"], "sanitizer 'valgrind' is unknown: one of memcheck"),
+        (["resume", "absent"], "absent: no interrupted run of `verify fuzz`"),
         (["report", "--problem", "b1"], "problem id 'b1' does not parse: write it like"),
         (["report", "--out", "empty.py/x"], "out=empty.py/x: Not a directory; name a folder"),
         (["kernels", "--device", "tpu"], "device 'tpu' is unknown: cpu or cuda"),
