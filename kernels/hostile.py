@@ -248,7 +248,9 @@ def _launch(what: str) -> Callable[..., Any]:
     def then(q, k, v, out):
         from verify.kernels.hostile_triton import KERNELS  # noqa: PLC0415 - compiled where there is a GPU
 
-        KERNELS[what][(1,)](out)
+        mine = torch.empty(out.shape, dtype=out.dtype, device=out.device).copy_(out)
+        KERNELS[what][(1,)](mine)
+        return mine
 
     then.__name__ = what
     return _on_gpu(then)

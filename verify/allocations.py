@@ -77,14 +77,17 @@ class Allocations(TorchFunctionMode):
 
     def check(self) -> None:
         """Raises Finding where something was written beside what was allocated."""
-        if not self._made:
-            return
-        bits = [flat.view(BITS[flat.element_size()]) for flat, _ in self._made]
-        wrong = [torch.cat([b[:BAND], b[-BAND:]]) != PATTERN.get(flat.dtype, SMALL) for b, (flat, _) in zip(bits, self._made)]
-        if not torch.stack(wrong).any():
+        for device in {flat.device for flat, _ in self._made}:
+            self._check([pair for pair in self._made if pair[0].device == device])
+
+    @staticmethod
+    def _check(made: list[tuple[Tensor, Tensor]]) -> None:
+        bits = [flat.view(BITS[flat.element_size()]) for flat, _ in made]
+        wrong = [torch.cat([b[:BAND], b[-BAND:]]) != PATTERN.get(flat.dtype, SMALL) for b, (flat, _) in zip(bits, made)]
+        if not torch.stack(wrong).any():  # one look at the GPU
             return
         number = next(n for n, elements in enumerate(wrong) if elements.any())
-        found, inside = wrong[number], self._made[number][1]
+        found, inside = wrong[number], made[number][1]
         if found[BAND:].any():
             where = f"element {int(found[BAND:].nonzero()[0])} after the end"
         else:

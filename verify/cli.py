@@ -39,7 +39,7 @@ def main() -> None:
 @app.command()
 def fuzz(
     target: Target,
-    seconds: Annotated[float, typer.Option(help="time for all properties together, shrinking not counted")] = 60.0,
+    seconds: Annotated[float, typer.Option(help="time for all properties together")] = 60.0,
     cases: Annotated[int | None, typer.Option(min=1, help="instead: cases for each property")] = None,
     seed: Annotated[int | None, typer.Option(help="seed of the drawn cases; default: a new one, printed first")] = None,
     property: Annotated[list[str] | None, typer.Option(help="only this property; may be repeated")] = None,
@@ -142,13 +142,19 @@ def determinism(
     """
     from verify import determinism as verdicts
     from verify import registry
+    from verify.finding import Finding
     from verify.isolation import isolated
 
     device, failed = environment.prepare(device), False
     for name, kernel in registry.named(target, registry.find(target)).items():
         with isolated(name, kernel, device) as worker:
-            worker.options()
-            rows = worker.ask("determinism", calls)
+            try:
+                worker.options()
+                rows = worker.ask("determinism", calls)
+            except Finding as finding:
+                console.print(f"{name}: {finding.sentence}", markup=False, soft_wrap=True)
+                failed = True
+                continue
         console.print(verdicts.table(kernel, rows, device))
         failed |= verdicts.broken(kernel, rows, device)
     raise typer.Exit(int(failed))

@@ -52,10 +52,14 @@ class Settings:
         """Put all back; say which were others, and what; empty where none was."""
         changed = []
         for name, (get, put) in self._settings.items():
-            now, was = get(), self._were[name]
-            if now != was:
-                put(was)
-                changed.append(name if isinstance(was, bytes) else f"{name} from {was} to {now}")
+            was = self._were[name]
+            try:
+                now = get()
+                if now != was:
+                    put(was)
+                    changed.append(name if isinstance(was, bytes) else f"{name} from {was} to {now}")
+            except RuntimeError:  # of a GPU that the kernel has lost, which is a finding already
+                continue
         return ", ".join(changed)
 
 
