@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "verify.reports": {"errors", "records", "measure", "reports"},
     "verify.properties": {
         *ORDER,
-        *"judging engine isolation pytest_plugin cli benching identify recording reporting".split(),
+        *"determinism judging engine isolation pytest_plugin cli benching identify recording reporting".split(),
         *"oracles kernels properties reports".split(),
     },
 }
