@@ -13,7 +13,7 @@ from torch import Tensor
 from verify import environment
 from verify.case import ARRANGED, TORCH_DTYPES, Case, Inputs, visibility
 from verify.finding import Finding
-from verify.guard import call, keywords
+from verify.guard import call, keywords, watched
 from verify.layouts import laid_out
 from verify.masks import Mask
 from verify.measure import same
@@ -206,7 +206,10 @@ def reject(kernel: Kernel, case: Case, device: str) -> Verdict:
     for what, tensors in _contradictions(p, x):
         wrong = replace(x, **{name: laid_out(t) for name, t in tensors.items()})
         try:
-            returned = kernel.fn(wrong.q, wrong.k, wrong.v, **keywords(kernel, p, wrong))
+            with watched():
+                returned = kernel.fn(wrong.q, wrong.k, wrong.v, **keywords(kernel, p, wrong))
+                if device == "cuda":
+                    torch.cuda.synchronize()
         except Exception:  # noqa: S112 - whichever way a kernel says no
             continue
         out = returned[0] if isinstance(returned, tuple) else returned

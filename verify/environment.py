@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import sys
+from pathlib import Path
 
 from verify.errors import VerifyError
 
@@ -68,6 +69,14 @@ def in_use(device: str) -> int | None:
     mallinfo.restype = _Mallinfo
     found = mallinfo()
     return found.uordblks + found.hblkhd
+
+
+def held(pid: int | None) -> int:
+    """Bytes of memory that a process holds; 0 where the system does not say."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError):
+        return 0
 
 
 class _Mallinfo(ctypes.Structure):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -22,6 +24,16 @@ from verify.settings import Settings
 GRADIENTS = ("q", "k", "v", "bias")
 since: Any = [0.0]
 """When the present call began, time.monotonic(), 0 between calls. In a worker process this is memory that its watchdog reads."""
+
+
+@contextmanager
+def watched() -> Iterator[None]:
+    """Around what runs a kernel's code."""
+    since[0] = time.monotonic()
+    try:
+        yield
+    finally:
+        since[0] = 0.0
 
 
 @dataclass(frozen=True)
@@ -64,8 +76,7 @@ def call(
     settings, allocations = Settings(inputs.q.device.type, draws=dropout > 0), Allocations()
     try:
         _dirty(problem, inputs)
-        since[0] = time.monotonic()
-        with warnings.catch_warnings():
+        with watched(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what a kernel warns of is no finding, even where pytest turns warnings into errors
             with allocations:
                 returned = kernel.fn(leaves.q, leaves.k, leaves.v, **others)
@@ -83,7 +94,6 @@ def call(
             f"raised {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}{where}"
         ) from error
     finally:
-        since[0] = 0.0
         changed = settings.restore()
     if changed:
         raise Finding(f"changed torch's {changed}")

@@ -1,7 +1,6 @@
 """Isolation: a kernel is called in a worker process, which may crash, hang or take all memory: a finding, and the run goes on.
 
-The worker (worker.py) is forked from a server that has imported torch once, so a new one costs a tenth of a second. It is watched
-from here: how long its present call has taken, how much memory it holds, whether it lives.
+The worker (worker.py) is forked from a server that has imported torch, so a new one is cheap. It is watched from here.
 """
 
 from __future__ import annotations
@@ -14,12 +13,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from verify import environment
 from verify.case import Case
 from verify.errors import VerifyError
 from verify.finding import Finding
@@ -55,7 +57,12 @@ class Limits:
     @property
     def bytes(self) -> int:
         """The limit of memory."""
-        return self.memory or int(SHARE * _memory() / int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+        return self.memory or int(
+            SHARE
+            * os.sysconf("SC_PHYS_PAGES")
+            * os.sysconf("SC_PAGE_SIZE")
+            / int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+        )
 
 
 class Isolated:
@@ -122,7 +129,7 @@ def isolated(target: str, kernel: Kernel, device: str, limits: Limits | None = N
         one.close()
 
 
-@dataclass
+@dataclass(eq=False)
 class _Gone(Exception):
     """A worker is of no more use. `doubtful`: perhaps through no fault of this case; a new one must confirm it."""
 
@@ -147,7 +154,11 @@ class _Worker:
         self._process = context.Process(target=_serve, args=arguments, daemon=True)
         self._process.start()
         theirs.close()
-        kind, *rest = self._reply(Limits(), time.monotonic() + START_SECONDS)
+        try:
+            kind, *rest = self._reply(Limits(), time.monotonic() + START_SECONDS)
+        except (EOFError, ConnectionError) as error:
+            self.close()
+            raise _Gone("ended its process while it started", doubtful=True) from error
         if kind != "ready":
             self.close()
             raise VerifyError(f"{target}: its worker process did not start: {rest[0]}")
@@ -186,7 +197,7 @@ class _Worker:
 
     def _reply(self, limits: Limits, deadline: float | None) -> tuple[Any, ...]:
         while not wait([self._connection], TICK):
-            since, now, held = self._since[0], time.monotonic(), _held(self._process.pid)
+            since, now, held = self._since[0], time.monotonic(), environment.held(self._process.pid)
             if since and now - since > limits.seconds:
                 raise _Gone(f"did not return within {limits.seconds:g} s{self._stuck()}", late=True)
             if held > limits.bytes:
@@ -198,8 +209,8 @@ class _Worker:
 
     def _stuck(self) -> str:
         """Where Python is, if the interpreter still answers."""
-        if self._process.pid is not None:
-            os.kill(self._process.pid, signal.SIGUSR1)
+        with suppress(ProcessLookupError):
+            os.kill(self._process.pid or 0, signal.SIGUSR1)
         time.sleep(2 * TICK)
         return self._said()
 
@@ -223,8 +234,6 @@ def _serve(*arguments: Any) -> None:
 
 def _settings(device: str) -> dict[str, Any]:
     """What a worker takes over of this process."""
-    import torch  # noqa: PLC0415
-
     gpu = torch.cuda.current_device() if device == "cuda" else 0
     return {"threads": torch.get_num_threads(), "gpu": gpu, "sharing": int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))}
 
@@ -233,16 +242,3 @@ def _ending(code: int | None) -> str:
     if code is None:
         return "it closed its pipe"
     return f"exit code {code}" if code >= 0 else signal.Signals(-code).name
-
-
-def _held(pid: int | None) -> int:
-    """Bytes of memory that a process holds; 0 where the system does not say."""
-    try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, IndexError):
-        return 0
-
-
-def _memory() -> int:
-    """Bytes of memory of the machine."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -92,21 +92,24 @@ def _settle(log: str) -> int:
 
 
 def _answer(kernel: Kernel, device: str, task: str, arguments: tuple[Any, ...], output: int) -> tuple[Any, ...]:
+    """("value", it), ("broken", traceback) where this project is at fault, ("finding", sentence, measured, is the GPU lost?)."""
+    sentence, measured, value, trace = "", {}, None, ""
     try:
         value = TASKS[task](kernel, device, *arguments)
-        printed = _printed(output)
     except Finding as finding:
-        _printed(output)
-        return "finding", finding.sentence, finding.measured, _lost(device)
+        sentence, measured = finding.sentence, finding.measured
     except KeyboardInterrupt:  # nobody's Ctrl-C comes here
-        return "finding", "raised KeyboardInterrupt", {}, False
-    except Exception as error:
-        if _lost(device):
-            return "finding", f"lost the GPU: {str(error).strip().splitlines()[0]}", {}, True
-        return "broken", traceback.format_exc()
-    if printed > PRINTED:
-        return "finding", f"wrote {printed} bytes to standard output and error", {}, False
-    return "value", value
+        sentence = "raised KeyboardInterrupt"
+    except Exception:
+        trace = traceback.format_exc()
+    printed, lost = _printed(output), _lost(device)
+    if lost and not sentence:  # perhaps in a call whose exception a law took for an answer
+        sentence = f"lost the GPU: {trace.strip().splitlines()[-1]}" if trace else "lost the GPU"
+    if printed > PRINTED and not sentence and not trace:
+        sentence = f"wrote {printed} bytes to standard output and error"
+    if sentence:
+        return "finding", sentence, measured, lost
+    return ("broken", trace) if trace else ("value", value)
 
 
 def _printed(output: int) -> int:
