@@ -112,7 +112,8 @@ def probe(kernel: Kernel, device: str, tries: Callable[[Case], tuple[str, bool]]
         taken[name] = tuple(kept)
         if name == "dtype" and kept:
             plain = plain.but(dtype=kept[0])
-    layouts, returns_lse = {name: ("bhsd",) for name in ARRANGED}, False
+    layouts: dict[str, tuple[str, ...]] = {name: ("bhsd",) for name in ARRANGED}
+    returns_lse = False
     if taken["dtype"]:
         fails, returns_lse = tries(Case(plain))
         deadly = bool(fails) and not fails.startswith(RAISED)  # any call may end its process: no need to try forty
