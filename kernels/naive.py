@@ -25,7 +25,7 @@ def naive(q, k, v, *, scale, mask, bias, slopes, softcap, dropout):
     if softcap:
         s = softcap * torch.tanh(s / softcap)
     if bias is not None:
-        s = s + bias
+        s = (s + bias).masked_fill(bias == -torch.inf, -torch.inf)  # inf - inf, of a score that has overflowed, is not a number
     if slopes is not None:
         diagonal = torch.arange(len_q, device=q.device)[:, None] + len_k - len_q
         distance = (diagonal - torch.arange(len_k, device=q.device)).abs()

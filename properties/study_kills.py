@@ -38,12 +38,15 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         asked = ["fuzz", str(kernel), "--cases", str(cases), "--seed", str(seed), "--device", device]
         asked += [f"--property={name}" for name in law or []]
+        places = [Path(folder) / name for name in ("whole", "killed")]  # each with a corpus of its own
+        for place in places:
+            place.mkdir()
         start = time.monotonic()
-        _verify(folder, [*asked, "--out", "whole"]).wait()
+        _verify(str(places[0]), [*asked, "--out", "run"]).wait()
         middle = time.monotonic()
-        struck = strike(folder, [*asked, "--out", "killed"], kills, within, random.Random(seed))  # noqa: S311 - no secret
+        struck = strike(str(places[1]), [*asked, "--out", "run"], kills, within, random.Random(seed))  # noqa: S311 - no secret
         spent = f"{middle - start:.0f} s undisturbed, {time.monotonic() - middle:.0f} s with kills"
-        whole, killed = (judged(Path(folder) / name) for name in ("whole", "killed"))
+        whole, killed = (judged(place / "run") for place in places)
     missing, twice = whole - killed, killed - whole
     print(f"{kernel}: {spent}; killed {dict(struck)}")
     print(f"judged {whole.total()} and {killed.total()} cases; missing {missing.total()}, twice or others {twice.total()}")
