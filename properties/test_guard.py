@@ -101,3 +101,37 @@ def test_registering_twice_or_with_an_unknown_keyword_is_an_error() -> None:
 def test_an_unknown_kernel_is_named_with_the_known_ones() -> None:
     with pytest.raises(VerifyError, match=r"kernel 'flash' is unknown: one of .*sdpa-flash"):
         find("flash")
+
+
+def test_what_torch_maps_over_is_left_alone() -> None:
+    """torch.vmap hands allocation functions tensors that have no memory of their own."""
+
+    def maps(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        rows = torch.vmap(lambda row: torch.zeros_like(row) + torch.empty_like(row).fill_(0.0))(q)
+        return rows.new_zeros(CASE.problem.shapes["out"]) + rows.sum()
+
+    assert not call(Kernel("k", maps, frozenset()), CASE.problem, CASE.inputs()).out.any()
+
+
+@pytest.mark.parametrize("at", ["before", "after"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.int32, torch.bool])
+def test_a_write_beside_an_allocation_is_seen(at: str, dtype: torch.dtype) -> None:
+    def wild(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        counters = torch.zeros(7, dtype=dtype)
+        beside = counters.storage_offset() + (7 if at == "after" else -1)
+        counters.new_empty(0).set_(counters.untyped_storage(), beside, (1,), (1,)).zero_()
+        return q.new_zeros(CASE.problem.shapes["out"])
+
+    where = "element 0 after the end" if at == "after" else "element -1 before the beginning"
+    with pytest.raises(Finding, match=f"wrote outside what it allocated: {where} of {dtype} "):
+        run(wild)
+
+
+def test_settings_are_put_back_where_a_kernel_raises() -> None:
+    def fails(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        torch.set_default_dtype(torch.float64)
+        raise ValueError("no")
+
+    with pytest.raises(Finding, match="raised ValueError: no"):
+        run(fails)
+    assert torch.get_default_dtype() == torch.float32

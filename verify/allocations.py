@@ -82,19 +82,23 @@ class Allocations(TorchFunctionMode):
 
     @staticmethod
     def _check(made: list[tuple[Tensor, Tensor]]) -> None:
-        bits = [flat.view(BITS[flat.element_size()]) for flat, _ in made]
-        wrong = [torch.cat([b[:BAND], b[-BAND:]]) != PATTERN.get(flat.dtype, SMALL) for b, (flat, _) in zip(bits, made)]
-        if not torch.stack(wrong).any():  # one look at the GPU
+        wrong = []
+        for flat, _ in made:  # both bands in one operation each, and one look at the GPU for all
+            bits = flat.view(BITS[flat.element_size()])
+            wrong.append(bits.as_strided((2, BAND), (len(bits) - BAND, 1)) != PATTERN.get(flat.dtype, SMALL))
+        if not torch.stack(wrong).any():
             return
         number = next(n for n, elements in enumerate(wrong) if elements.any())
-        found, inside = wrong[number], made[number][1]
-        if found[BAND:].any():
-            where = f"element {int(found[BAND:].nonzero()[0])} after the end"
+        (before, after), inside = wrong[number], made[number][1]
+        if after.any():
+            where = f"element {int(after.nonzero()[0])} after the end"
         else:
-            where = f"element {int(found[:BAND].nonzero()[-1]) - BAND} before the beginning"
+            where = f"element {int(before.nonzero()[-1]) - BAND} before the beginning"
         raise Finding(f"wrote outside what it allocated: {where} of {inside.dtype} {list(inside.shape)}")
 
 
 def _ordinary(x: Tensor) -> bool:
+    if type(x) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(x):  # of torch.vmap, say
+        return False
     plain = x.layout == torch.strided and x.device.type in ("cpu", "cuda") and not x.requires_grad and not x.is_complex()
-    return plain and x.numel() > 0 and type(x) is Tensor and not x.is_pinned()
+    return plain and x.numel() > 0 and not x.is_pinned()

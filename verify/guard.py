@@ -16,7 +16,7 @@ from torch import Tensor
 from verify.allocations import Allocations, leave
 from verify.case import TORCH_DTYPES, Inputs, visibility
 from verify.finding import Finding
-from verify.layouts import same_memory, untouched
+from verify.layouts import same_memory, touched
 from verify.problem import Problem
 from verify.registry import Kernel
 from verify.settings import Settings
@@ -154,11 +154,11 @@ def _backward(out: Tensor, lse: Tensor | None, leaves: Inputs, dlse: Tensor | No
 
 
 def _check_unchanged(before: Inputs, after: Inputs) -> None:
-    for name in (f.name for f in fields(Inputs)):
-        old, new = getattr(before, name), getattr(after, name)
-        if old is not None and not untouched(old, new):
-            own = "its input" if not torch.equal(old.nan_to_num(), new.nan_to_num()) else "memory beside its input"
-            raise Finding(f"changed {own} {name}")
+    names = [f.name for f in fields(Inputs) if getattr(before, f.name) is not None]
+    old, new = ([getattr(inputs, name) for name in names] for inputs in (before, after))
+    if (at := touched(old, new)) is not None:
+        own = "its input" if not torch.equal(old[at].nan_to_num(), new[at].nan_to_num()) else "memory beside its input"
+        raise Finding(f"changed {own} {names[at]}")
 
 
 def _dirty(problem: Problem, inputs: Inputs) -> None:

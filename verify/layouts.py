@@ -67,10 +67,15 @@ def same_memory(x: Tensor) -> Tensor:
     return x.new_empty(0).set_(x.untyped_storage().clone(), x.storage_offset(), x.shape, x.stride())
 
 
-def untouched(before: Tensor, after: Tensor) -> bool:
-    """Whether the memory of two tensors of one layout, gaps and bands included, is the same to the last bit."""
-    one, two = before.untyped_storage(), after.untyped_storage()
-    if before.device.type == "cpu":  # a few times faster than torch on tensors of this size
-        return _memcmp(one.data_ptr(), two.data_ptr(), one.nbytes()) == 0
-    bits = (torch.empty(0, dtype=torch.uint8, device=before.device).set_(storage) for storage in (one, two))
-    return bool(torch.equal(*bits))
+def touched(before: list[Tensor], after: list[Tensor]) -> int | None:
+    """The first of several pairs of tensors of one layout and device whose memory, gaps and bands included, is not the same to
+    the last bit; None where all are.
+    """
+    pairs = [(a.untyped_storage(), b.untyped_storage()) for a, b in zip(before, after, strict=True)]
+    if before[0].device.type == "cpu":  # a few times faster than torch on tensors of this size
+        differ = [_memcmp(a.data_ptr(), b.data_ptr(), a.nbytes()) != 0 for a, b in pairs]
+    else:  # one look at the GPU for all
+        empty = torch.empty(0, dtype=torch.uint8, device=before[0].device)
+        bits = [[empty.new_empty(0).set_(storage) for storage in pair] for pair in pairs]
+        differ = torch.stack([(a != b).any() for a, b in bits]).tolist()
+    return differ.index(True) if True in differ else None

@@ -44,15 +44,16 @@ Stages = Callable[..., dict[str, Callable[[], Any]]]
 
 @dataclass(frozen=True)
 class Known:
-    """A known defect of a kernel: what it is, with its source, which problems can show it, on which families of inputs and by
-    which properties (any, if none is named). They are judged all the same; what they break there is counted as known, and a
-    defect that no longer shows is reported.
+    """A known defect of a kernel: what it is, with its source, which problems can show it, on which families of inputs, by which
+    properties and in which layouts of some tensor (any, if none is named). They are judged all the same; what they break there is
+    counted as known, and a defect that no longer shows is reported.
     """
 
     what: str
     where: Callable[[Problem, str], bool]
     recipes: tuple[str, ...] = ()
     laws: tuple[str, ...] = ()
+    layouts: tuple[str, ...] = ()
     crashes: bool = False
     """It takes the process along: such a case is not run."""
 
@@ -82,12 +83,12 @@ class Kernel:
     def defect(self, case: Case, device: str, law: str) -> Known | None:
         """What is known to be wrong with this kernel on such a case of this property."""
         possible = (k for k in self.known if law in (k.laws or (law,)) and case.recipe.name in (k.recipes or (case.recipe.name,)))
-        return next((k for k in possible if k.where(case.problem, device)), None)
+        ways = {way for _, way in case.layouts}
+        return next((k for k in possible if (not k.layouts or ways & {*k.layouts}) and k.where(case.problem, device)), None)
 
     def known_defect(self, case: Case, device: str, law: str) -> str:
         """The same in words; empty where nothing is."""
-        found = self.defect(case, device, law)
-        return found.what if found else ""
+        return found.what if (found := self.defect(case, device, law)) else ""
 
     def unsupported(self, problem: Problem, device: str, *, dropout: float = 0.0) -> str | None:
         """Why this kernel can't do this problem on this device ("cpu", "cuda"), with this dropout; None where it can."""
@@ -193,9 +194,7 @@ def _attempt(name: str, load: Callable[[], Any]) -> None:
 
 
 def load_file(path: Path) -> list[Kernel]:
-    """Run a Python file and return the kernels it registered. Its folder is importable from it. Raises VerifyError where the
-    file is missing, raises, or registers nothing.
-    """
+    """Run a Python file, return the kernels it registered. Raises VerifyError where it is missing, raises, or registers none."""
     if not path.is_file():
         raise VerifyError(f"{path}: no such file; name a kernel ({', '.join(REGISTRY)}) or a Python file that registers one")
     if path.resolve() in _LOADED:
