@@ -34,7 +34,8 @@ NOTES = (
     "total: against FP64 attention of the unrounded inputs (what the paper prints)",
     "input rounding, quantisation: FP64 attention of the values that the kernel multiplies against that of the unrounded inputs",
     "kernel arithmetic, alpha, bias: against FP64 attention of the values that the kernel multiplies",
-    "expected: FP64 emulation of the declared roundings, against the same",
+    "expected: FP64 emulation of the declared roundings, against the same; of the first draw, as is measured / expected",
+    "where a kernel quantises, its error is split in the first few draws; total is of all",
 )
 
 
