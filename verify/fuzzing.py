@@ -101,6 +101,7 @@ def run_fuzz(
         "cases": cases,
         "seed": seed,
         "laws": laws,
+        "call_seconds": call_seconds,
     }
     left = None if seconds is None else max(1.0, seconds - (_spent(folder) if resumed else 0.0))
     matrix_test = Path(properties.__file__).parent / "test_kernels.py"
@@ -111,7 +112,7 @@ def run_fuzz(
     arguments = [f"{matrix_test}::test_kernel_holds", "-p", "verify.pytest_plugin", "-p", "no:terminal", "-p", "no:cacheprovider"]
     arguments += ["--import-mode=importlib", "--noconftest", "-c", os.devnull, f"--rootdir={folder}", "--kernel", target]
     arguments += [f"--draw-seed={seed}", f"--records={folder}", f"--device={device}", f"--call-seconds={call_seconds}"]
-    arguments += [f"--corpus={Path('.verify') / 'corpus.tsv'}", f"--run={json.dumps({**asked, 'call_seconds': call_seconds})}"]
+    arguments += [f"--corpus={Path('.verify') / 'corpus.tsv'}", f"--run={json.dumps(asked)}"]
     arguments += [f"--seconds={left}"] if left else [f"--cases={cases}"]
     arguments += [f"--property={law}" for law in laws] + (["--resume"] if resumed else [])
     start = time.monotonic()
