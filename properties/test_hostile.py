@@ -91,7 +91,7 @@ def test_a_hostile_kernel_gets_its_finding(name: str, hostile: dict[str, Kernel]
         limits = replace(limits, seconds=60.0)
     with isolated(f"{FILE}::{name}", hostile[name], run.device, limits) as worker:
         worker.options()
-        budget = Budget(judged=60, shrink_seconds=3.0)
+        budget = Budget(judged=60, shrink_seconds=1.0)
         found = hunt(hostile[name], PROPERTIES[law], run.device, budget=budget, seed=1, judging=worker.judge)
     assert found.finding is not None
     case, finding = found.finding
@@ -110,7 +110,7 @@ def test_what_is_no_offence_is_not_found(name: str, hostile: dict[str, Kernel], 
 
 def test_the_neighbours_of_hostile_kernels_get_the_verdicts_that_they_get_alone(tmp_path: Path, run: Run) -> None:
     """One run of pytest in two processes: kernels that crash, hang, fill memory and change settings between two honest ones."""
-    bad = "segfault os-exit sets-dtype leaks endless-loop".split()
+    bad = "segfault sets-dtype leaks endless-loop".split()
     bad += list(GPU) if run.device == "cuda" else []
     honest = ["naive", f"{FILE}::honest"]
     for folder, targets in (("alone", honest), ("among", [honest[0], *(f"{FILE}::{name}" for name in bad), honest[1]])):
@@ -120,20 +120,20 @@ def test_the_neighbours_of_hostile_kernels_get_the_verdicts_that_they_get_alone(
             "--device",
             run.device,
             "--cases",
-            "12",
+            "8",
             "--property",
             "oracle",
             "--call-seconds",
             "2",
             "--shrink-seconds",
-            "2",
+            "1",
         ]
         command += [f"--kernel={target}" for target in targets] + [f"--records={tmp_path / folder}"]
         command += [f"--corpus={tmp_path / folder}.tsv", f"{Path(__file__).parent / 'test_kernels.py'}::test_kernel_holds"]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500, check=False)
         assert done.returncode == int(folder == "among"), done.stdout + done.stderr
     alone, among = (_verdicts(tmp_path / folder, "naive", "honest") for folder in ("alone", "among"))
-    assert len(alone) == 24
+    assert len(alone) == 16
     assert among == alone
     found = {r.kernel for r in read(tmp_path / "among") if r.verdict == "finding"}
     assert found == {*bad} - {"leaks"}  # seen by another property

@@ -29,9 +29,9 @@ def test_a_case_that_was_finished_is_read_once(tmp_path: Path) -> None:
 
 
 def test_a_killed_run_goes_on_without_a_gap_or_a_duplicate(tmp_path: Path) -> None:
-    asked = ["fuzz", "naive", "--cases", "40", "--seed", "1", "--property", "oracle", "--property", "repeat", "--device", "cpu"]
+    asked = ["fuzz", "naive", "--cases", "50", "--seed", "1", "--property", "oracle", "--property", "repeat", "--device", "cpu"]
     subprocess.run([sys.executable, "-m", "verify", *asked, "--out", "whole"], cwd=tmp_path, check=True, capture_output=True)
-    struck = strike(str(tmp_path), [*asked, "--out", "killed"], 3, 6.0, random.Random(2))  # noqa: S311 - no secret
+    struck = strike(str(tmp_path), [*asked, "--out", "killed"], 2, 2.0, random.Random(2))  # noqa: S311 - no secret
     assert judged(tmp_path / "killed") == judged(tmp_path / "whole")
     assert struck
     with pytest.raises(VerifyError, match="no interrupted run"):

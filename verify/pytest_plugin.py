@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 JUDGED = {"cpu": 25, "cuda": 40}
 """Cases judged for each kernel and property in a plain `pytest` run, ..."""
-PATIENCE = 8.0
+PATIENCE = 4.0
 """... or as many as so many seconds allow: an interpreted kernel is slow. The closing table says how many it were."""
 
 
