@@ -17,13 +17,15 @@ from rich.table import Table
 
 from verify import environment
 from verify.case import Case
-from verify.kernels.fp8_choices import CHOICES as KERNELS
-from verify.kernels.triton_fp8 import BEST
 from verify.measure import measure
 from verify.oracles import dense
 from verify.oracles.formats import dequantised
 from verify.reports.comparison import change
 from verify.reports.rmse_table import pooled
+
+environment.prepare()  # before anything imports Triton
+from verify.kernels.fp8_choices import CHOICES as KERNELS  # noqa: E402
+from verify.kernels.triton_fp8 import BEST  # noqa: E402
 
 PAPER = KERNELS["fp8-blocks-rotated"]
 CHOICES = {
