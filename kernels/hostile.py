@@ -35,18 +35,15 @@ def _cuda(problem: Problem, device: str) -> str | None:
     return "needs a GPU" if device != "cuda" else _plain(problem, device)
 
 
-def hostile(
-    then: Callable[..., Any], *, supports: Callable[[Problem, str], str | None] = _plain, deterministic: bool = False
-) -> Callable[..., Any]:
+def hostile(then: Callable[..., Any], *, supports: Callable[[Problem, str], str | None] = _plain) -> Callable[..., Any]:
     """Register attention that calls then(q, k, v, out), out [B,H,Q,Dv], and returns what that returns, or out."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None) -> Tensor:
-        out = naive(q, k, v, scale=scale, mask=mask, bias=None, slopes=None, softcap=0.0, dropout=0.0)
-        out = out[0] if isinstance(out, tuple) else out
+        out, _ = naive(q, k, v, scale=scale, mask=mask, bias=None, slopes=None, softcap=0.0, dropout=0.0)
         other = then(q, k, v, out) if q.shape[2] >= MANY else None
         return out if other is None else other
 
-    declared = Arithmetic(normalized_probs=True, stored_scores="input", deterministic=deterministic)
+    declared = Arithmetic(normalized_probs=True, stored_scores="input")
     kernel(name=then.__name__.replace("_", "-"), supports=supports, arithmetic=declared)(attend)
     return then
 

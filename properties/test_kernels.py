@@ -21,8 +21,8 @@ def test_kernel_holds(run: Run, target: str, law: Property, request: pytest.Fixt
     if target in run.unavailable:
         pytest.skip(f"{target} is unavailable: {run.unavailable[target]}")
     kernel, config, judging = run.kernels[target], request.config, run.judging(target)
-    about = kernel.name, law.name
-    if about in run.ended:
+    about, seed = (kernel.name, law.name), config.getoption("--draw-seed")
+    if (*about, seed) in run.ended:
         pytest.skip(f"{target}: ended before this run was resumed")
     if why := law.refusal(kernel, run.device):
         run.record(Record(kernel.name, law.name, "", "unsupported", why))
@@ -31,10 +31,8 @@ def test_kernel_holds(run: Run, target: str, law: Property, request: pytest.Fixt
     judged = config.getoption("--cases") or (None if seconds else JUDGED[run.device])
     patience = None if config.getoption("--cases") else PATIENCE
     budget = Budget(judged, patience if seconds is None else _share(seconds, request), config.getoption("--shrink-seconds"))
-    seed = config.getoption("--draw-seed")
-    done = run.judged.get(about)
-    asked = {"budget": budget, "seed": seed, "record": run.record, "corpus": run.corpus, "judging": judging, "done": done}
-    result = hunt(kernel, law, run.device, **asked)
+    asked = {"budget": budget, "seed": seed, "record": run.record, "corpus": run.corpus, "judging": judging}
+    result = hunt(kernel, law, run.device, **asked, done=run.judged.get(about))
     if result.finding:
         case, finding = result.finding
         request.node.user_properties.append(("verdict", "finding"))

@@ -62,6 +62,8 @@ def test_two_runs_in_one_folder_write_files_of_their_own(tmp_path: Path) -> None
         journal.append(Record("k", "oracle", case, "held", seed=7))
     assert sorted(r.case for r in read(tmp_path)) == ["a", "b", "c"]
     assert done(tmp_path)[0]["k", "oracle"] == {(7, case, "held"): 1 for case in "abc"}
+    two.append(Record("k", "oracle", "", "ended", seed=2, seconds=3.0))
+    assert done(tmp_path)[1] == {("k", "oracle", 2): 3.0}  # of the other run, seed 1, this property has not ended
     with pytest.raises(VerifyError, match="still going on"):
         interrupted(tmp_path)
     two.ended()

@@ -22,7 +22,6 @@ from verify.properties.options import options, plain_problem
 from verify.properties.property import TENSORS, difference
 from verify.registry import Kernel
 
-CALLS = 20
 SHAPES = {"cpu": (2, 4, 2, 33, 65), "cuda": (8, 16, 4, 1024, 1024)}
 """batch, heads, key heads, queries, keys: on a GPU 1024 blocks of 128 queries, several for each multiprocessor."""
 Row = tuple[str, str, str]

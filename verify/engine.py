@@ -103,10 +103,10 @@ def hunt(
     if hunter.found.finding is not None:
         case, finding = hunter.found.finding
         record(hunter.record_of(case, "finding", finding.sentence, measured=finding.measured))
-    record(Record(kernel.name, law.name, "", "ended", seed=seed, seconds=round(time.monotonic() - start, 2)))
     if corpus:
         for case in (*hunter.found.shown.values(), *([hunter.found.finding[0]] if hunter.found.finding else [])):
             corpus.add(kernel.name, law.name, case)
+    record(Record(kernel.name, law.name, "", "ended", seed=seed, seconds=round(time.monotonic() - start, 2)))
     return hunter.found
 
 

@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -17,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from verify import conventions, environment, properties, pytest_plugin
 from verify.case import Case
+from verify.engine import SEED_STEP
 from verify.errors import VerifyError
 from verify.finding import Finding
 from verify.isolation import CALL_SECONDS, Isolated, Limits, isolated
@@ -94,7 +96,7 @@ def run_fuzz(
     for law in laws:
         named_law(law)
     writable(folder)
-    asked = {
+    asked: dict[str, Any] = {
         "target": str(Path(target).resolve()) if ".py" in target else target,
         "device": device,
         "seconds": seconds,
@@ -103,18 +105,13 @@ def run_fuzz(
         "laws": laws,
         "call_seconds": call_seconds,
     }
-    left = None if seconds is None else max(1.0, seconds - (_spent(folder) if resumed else 0.0))
-    matrix_test = Path(properties.__file__).parent / "test_kernels.py"
+    left = None if seconds is None else max(1.0, seconds - (_spent(folder, seed) if resumed else 0.0))
     for name, kernel in named(target, kernels).items():
         with isolated(name, kernel, device, Limits(call_seconds)) as worker:
             console.print(conventions.table(kernel, _conventions(worker)))
     display = _Display(console, left)
-    arguments = [f"{matrix_test}::test_kernel_holds", "-p", "verify.pytest_plugin", "-p", "no:terminal", "-p", "no:cacheprovider"]
-    arguments += ["--import-mode=importlib", "--noconftest", "-c", os.devnull, f"--rootdir={folder}", "--kernel", target]
-    arguments += [f"--draw-seed={seed}", f"--records={folder}", f"--device={device}", f"--call-seconds={call_seconds}"]
-    arguments += [f"--corpus={Path('.verify') / 'corpus.tsv'}", f"--run={json.dumps(asked)}"]
-    arguments += [f"--seconds={left}"] if left else [f"--cases={cases}"]
-    arguments += [f"--property={law}" for law in laws] + (["--resume"] if resumed else [])
+    arguments = [*_arguments(folder, **asked | {"target": target, "seconds": left}), f"--run={json.dumps(asked)}"]
+    arguments += ["--resume"] if resumed else []
     start = time.monotonic()
     handler = signal.signal(signal.SIGINT, display.interrupt)
     try:
@@ -135,10 +132,31 @@ def run_fuzz(
     if code == pytest.ExitCode.INTERRUPTED:
         console.print(f"interrupted; what follows was measured before; verify resume {shlex.quote(str(folder))} goes on")
     _summary(records, target, kernels, device, time.monotonic() - start, folder, console, Limits(call_seconds))
-    for line in (_throughput(records, display.hunted), *display.covered(records)):
+    speed = [] if resumed else [_throughput(records, display.hunted)]  # the records are of several runs, the time of the last
+    for line in (*speed, *display.covered(records)):
         console.print(line, markup=False)
     judged = any(r.verdict in JUDGED for r in records)
     return int(not judged or any(r.verdict in ("failed", "finding") for r in records))
+
+
+def _arguments(
+    folder: Path,
+    *,
+    target: str,
+    device: str,
+    seconds: float | None,
+    cases: int | None,
+    seed: int,
+    laws: list[str],
+    call_seconds: float,
+) -> list[str]:
+    """Pytest's, for what `verify resume` would be told of a run."""
+    matrix_test = Path(properties.__file__).parent / "test_kernels.py"
+    arguments = [f"{matrix_test}::test_kernel_holds", "-p", "verify.pytest_plugin", "-p", "no:terminal", "-p", "no:cacheprovider"]
+    arguments += ["--import-mode=importlib", "--noconftest", "-c", os.devnull, f"--rootdir={folder}", "--kernel", target]
+    arguments += [f"--draw-seed={seed}", f"--records={folder}", f"--device={device}", f"--call-seconds={call_seconds}"]
+    arguments += [f"--corpus={Path('.verify') / 'corpus.tsv'}", f"--seconds={seconds}" if seconds else f"--cases={cases}"]
+    return arguments + [f"--property={law}" for law in laws]
 
 
 def run_resume(folder: Path, console: Console) -> int:
@@ -155,11 +173,12 @@ def run_resume(folder: Path, console: Console) -> int:
     return max(codes)
 
 
-def _spent(folder: Path) -> float:
-    """Seconds that the runs of a folder have hunted."""
+def _spent(folder: Path, seed: int) -> float:
+    """Seconds that the runs of a folder with this seed have hunted."""
     _, ended = done(folder)
-    rest = (r.seconds or 0.0 for r in read(folder) if (r.kernel, r.property) not in ended)
-    return sum(ended.values()) + sum(rest)
+    mine = (r for r in read(folder) if r.seed is not None and (r.seed - seed) % SEED_STEP == 0)
+    rest = (r.seconds or 0.0 for r in mine if (r.kernel, r.property, seed) not in ended)
+    return sum(spent for (*_, of), spent in ended.items() if of == seed) + sum(rest)
 
 
 def _conventions(worker: Isolated) -> list[tuple[str, str]]:

@@ -67,11 +67,9 @@ def call(
     whose out carries no graph gives no gradients.
     """
     leaves = inputs.map(lambda t: same_memory(t.detach()))
-    if problem.grads:
-        for name in wrt:
-            tensor = getattr(leaves, name)
-            if tensor is not None:
-                tensor.requires_grad_()
+    for tensor in (getattr(leaves, name) for name in wrt if problem.grads):
+        if tensor is not None:
+            tensor.requires_grad_()
     others = keywords(kernel, problem, leaves, dropout=dropout)
     settings, allocations = Settings(inputs.q.device.type, draws=dropout > 0), Allocations()
     try:

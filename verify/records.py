@@ -114,17 +114,19 @@ def read(folder: Path) -> Iterator[Record]:
             yield replace(found[-1], verdict="unfinished")
 
 
-def done(folder: Path) -> tuple[dict[tuple[str, str], Counter[Drawn]], dict[tuple[str, str], float]]:
-    """By kernel and property: the cases that were judged, by the seed that drew them; the seconds it took, where it ended."""
+def done(folder: Path) -> tuple[dict[tuple[str, str], Counter[Drawn]], dict[tuple[str, str, int | None], float]]:
+    """By kernel and property: the cases that were judged, by the seed that drew them; with the run's seed: the seconds it took,
+    where it ended.
+    """
     judged: dict[tuple[str, str], Counter[Drawn]] = {}
-    ended: dict[tuple[str, str], float] = {}
+    ended: dict[tuple[str, str, int | None], float] = {}
     for path in sorted(folder.glob("*.jsonl")):
         for record in _records(path):
             about = record.kernel, record.property
             if record.verdict in VERDICTS:
                 judged.setdefault(about, Counter())[record.seed, record.case, record.verdict] += 1
             elif record.verdict == "ended":
-                ended[about] = ended.get(about, 0.0) + (record.seconds or 0.0)
+                ended[*about, record.seed] = ended.get((*about, record.seed), 0.0) + (record.seconds or 0.0)
     return judged, ended
 
 
