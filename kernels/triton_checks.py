@@ -61,24 +61,24 @@ def checked(
         raise VerifyError(f"{name}: mask={mask}: dense is not a rule for Triton; hand it over as a boolean tensor")
     named = {"q": q, "k": k, "v": v, "mask": None if isinstance(mask, Mask) else mask, "bias": bias, "slopes": slopes}
     tensors = {tensor: t for tensor, t in named.items() if t is not None}
-    for tensor, t in tensors.items():
-        rank, right = (1 if tensor == "slopes" else 4), {"mask": torch.bool, "slopes": torch.float32}.get(tensor, q.dtype)
-        checks = [
-            (t.dim() != rank, f"{tensor}.shape={[*t.shape]}: {rank} dimensions, not {t.dim()}"),
-            (t.dtype != right, f"{tensor}.dtype={t.dtype}: {right}, as q is {q.dtype}"),
-            (t.device != q.device, f"{tensor}.device={t.device}: all on one device, q is on {q.device}"),
-        ]
-        if sentence := next((sentence for wrong, sentence in checks if wrong), None):
-            raise VerifyError(f"{name}: {sentence}")
-    (batch, heads, len_q, dim_qk), (_, heads_kv, len_k, dim_v) = q.shape, v.shape
+    shapes, kinds, device = {n: t.shape for n, t in tensors.items()}, {n: t.dtype for n, t in tensors.items()}, q.device
+    for tensor, kind in kinds.items():
+        rank, right = (1 if tensor == "slopes" else 4), {"mask": torch.bool, "slopes": torch.float32}.get(tensor, kinds["q"])
+        if len(shapes[tensor]) != rank:
+            raise VerifyError(f"{name}: {tensor}.shape={[*shapes[tensor]]}: {rank} dimensions, not {len(shapes[tensor])}")
+        if kind != right:
+            raise VerifyError(f"{name}: {tensor}.dtype={kind}: {right}, as q is {kinds['q']}")
+        if (other := tensors[tensor].device) != device:
+            raise VerifyError(f"{name}: {tensor}.device={other}: all on one device, q is on {device}")
+    (batch, heads, len_q, dim_qk), (_, heads_kv, len_k, dim_v) = shapes["q"], shapes["v"]
     wanted = {"k": (batch, heads_kv, len_k, dim_qk), "v": (batch, heads_kv, len_k, dim_v), "slopes": (heads,)}
-    for tensor, t in tensors.items():
-        shape = wanted.get(tensor, (batch, heads, len_q, dim_qk if tensor == "q" else len_k))
-        if not all(n == m or (n == 1 and tensor in ("mask", "bias")) for n, m in zip(t.shape, shape, strict=True)):
-            raise VerifyError(f"{name}: {tensor}.shape={[*t.shape]}: {[*shape]}, or 1 where a mask or bias is broadcast")
-    dtype = next((label for label, kind in DTYPES.items() if kind == q.dtype), str(q.dtype))
-    sizes: dict[str, Any] = {"heads_q": heads, "heads_kv": heads_kv, "len_q": len_q, "len_k": len_k}
-    problem = Problem(batch=batch, **sizes, dim_qk=dim_qk, dim_v=dim_v, dtype=dtype, mask=rules)
-    if sentence := supports(problem, q.device.type):
+    for tensor, shape in shapes.items():
+        sizes = wanted.get(tensor, (batch, heads, len_q, dim_qk if tensor == "q" else len_k))
+        if not all(n == m or (n == 1 and tensor in ("mask", "bias")) for n, m in zip(shape, sizes, strict=True)):
+            raise VerifyError(f"{name}: {tensor}.shape={[*shape]}: {[*sizes]}, or 1 where a mask or bias is broadcast")
+    dtype = next((label for label, kind in DTYPES.items() if kind == kinds["q"]), str(kinds["q"]))
+    lengths: dict[str, Any] = {"heads_q": heads, "heads_kv": heads_kv, "len_q": len_q, "len_k": len_k}
+    problem = Problem(batch=batch, **lengths, dim_qk=dim_qk, dim_v=dim_v, dtype=dtype, mask=rules)
+    if sentence := supports(problem, device.type):
         raise VerifyError(f"{name}: {sentence}")
     return problem

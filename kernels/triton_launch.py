@@ -130,8 +130,9 @@ def _no_slopes(device: torch.device) -> torch.Tensor:
 
 def descriptor(t: torch.Tensor, rows: int, dim: int) -> TensorDescriptor:
     """What TMA needs to move [rows, dim] of a tensor [B,H,n,D]."""
-    apart = [16 if n == 1 else stride for n, stride in zip(t.shape[:3], t.stride()[:3], strict=True)]
-    return TensorDescriptor(t, list(t.shape), [*apart, 1], [1, 1, rows, dim])
+    shape = list(t.shape)
+    apart = [16 if n == 1 else stride for n, stride in zip(shape[:3], t.stride()[:3], strict=True)]
+    return TensorDescriptor(t, shape, [*apart, 1], [1, 1, rows, dim])
 
 
 def strides(tensors: Mapping[str, torch.Tensor | None]) -> dict[str, int]:
@@ -142,9 +143,10 @@ def strides(tensors: Mapping[str, torch.Tensor | None]) -> dict[str, int]:
 
 def _describable(t: torch.Tensor) -> bool:
     """Whether TMA can load it: rows of contiguous elements, every address a multiple of 16 bytes, nothing repeated."""
-    strides = [stride * t.itemsize for n, stride in zip(t.shape[:3], t.stride()[:3], strict=True) if n > 1]
-    dense = t.stride(3) == 1 or t.shape[3] == 1
-    return dense and t.data_ptr() % 16 == 0 and all(stride > 0 and stride % 16 == 0 and stride < 2**40 for stride in strides)
+    shape, strides, size = t.shape, t.stride(), t.itemsize
+    dense = strides[3] == 1 or shape[3] == 1
+    apart = [stride * size for n, stride in zip(shape[:3], strides[:3], strict=True) if n > 1]
+    return dense and t.data_ptr() % 16 == 0 and all(stride > 0 and stride % 16 == 0 and stride < 2**40 for stride in apart)
 
 
 def loadable(t: torch.Tensor) -> torch.Tensor:
@@ -265,22 +267,24 @@ class Launch:
     def common(self, kind: int, tile: Tiles, *, by_keys: bool, flags: int = 0) -> tuple[int, dict[str, Any]]:
         """(how many programs: one per block of rows, or of keys; the arguments that all kernels of this tile take)"""
         batch, heads, group, len_q, len_k, *_ = self.shape
-        table = plan(self.rules, batch, len_q, len_k, tile[:2], self.q.device, by_keys=by_keys)
+        device = self.q.device
+        table = plan(self.rules, batch, len_q, len_k, tile[:2], device, by_keys=by_keys)
         mask, bias = (None if t is None else t.expand(batch, heads, len_q, len_k) for t in (self.seen, self.bias))
         linear = self.flags & ~MASK.value != 0 or self.scale == 0
-        integers = _integers(self.rules, batch, self.q.device)
-        return table.shape[1] * batch * (heads // group if by_keys else heads), {
+        integers = _integers(self.rules, batch, device)
+        entries, blocks, _ = table.shape
+        return blocks * batch * (heads // group if by_keys else heads), {
             **strides({"mask": mask, "bias": bias}),
             "mask": (table if mask is None else mask).view(torch.uint8),
             "bias": self.q if bias is None else bias,
-            "slopes": _no_slopes(self.q.device) if self.slopes is None else self.slopes,
+            "slopes": _no_slopes(device) if self.slopes is None else self.slopes,
             "integers": integers,
             "terms": integers.shape[0],
             "rules": _rules(),
             "plan": table,
-            "plan_b": table.stride(0) if table.shape[0] > 1 else 0,
+            "plan_b": table.stride(0) if entries > 1 else 0,
             **self.shape._asdict(),
-            "blocks": table.shape[1],
+            "blocks": blocks,
             "flags": self.flags | flags,
             "before": self.scale if linear else math.copysign(1.0, self.scale),
             "factor": LOG2E.value if linear else abs(self.scale) * LOG2E.value,

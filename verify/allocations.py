@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -43,31 +44,34 @@ def zeroed() -> Iterator[None]:
         _UNFILLED_WITH.pop()
 
 
-def leave(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-    """Leave the same in memory that the allocator is likely to hand out next."""
-    torch.full(shape, _UNFILLED_WITH[-1], dtype=dtype, device=device)
+def leave(sizes: set[int], device: torch.device) -> None:
+    """Leave the same in memory that the allocator is likely to hand out next for tensors of these many bytes."""
+    if device.type == "cuda":
+        sizes = {-(-size // CUDA_BLOCK) * CUDA_BLOCK for size in sizes}
+    every_bit = 255 if _UNFILLED_WITH[-1] else 0  # all of them set: a NaN in every format
+    [torch.full((size,), every_bit, dtype=torch.uint8, device=device) for size in sizes]  # all there at once
 
 
 _UNFILLED_WITH = [torch.nan]
+CUDA_BLOCK = 512
+"""Bytes; torch's allocator hands out multiples of it on a GPU."""
 
 
 class Allocations(TorchFunctionMode):
-    """Around a call of a kernel; afterwards `check`."""
+    """Around a call of a kernel; afterwards `bands` are to be looked at."""
 
     def __init__(self) -> None:
         super().__init__()
         self._made: list[tuple[Tensor, Tensor]] = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
+        result = func(*args, **kwargs) if kwargs else func(*args)
         known = func in UNFILLED or func in FILLED
         if not known or torch.compiler.is_compiling() or (kwargs and kwargs.get("out") is not None) or not _ordinary(result):
             return result
-        size = result.untyped_storage().nbytes() // result.element_size()
-        flat = torch.empty(size + 2 * BAND, dtype=result.dtype, device=result.device)
-        flat.view(BITS[flat.element_size()]).fill_(PATTERN.get(flat.dtype, SMALL))
-        inside = torch.empty(0, dtype=flat.dtype, device=flat.device)
-        inside.set_(flat.untyped_storage(), BAND, result.shape, result.stride())
+        size, bits = result.untyped_storage().nbytes() // result.element_size(), BITS[result.element_size()]
+        flat = torch.full((size + 2 * BAND,), PATTERN.get(result.dtype, SMALL), dtype=bits, device=result.device)
+        inside = result.new_empty(0).set_(flat.untyped_storage(), BAND, result.shape, result.stride())
         if func in FILLED:
             inside.copy_(result)
         elif _UNFILLED_WITH[-1] == 0:
@@ -75,26 +79,26 @@ class Allocations(TorchFunctionMode):
         self._made.append((flat, inside))
         return inside
 
-    def check(self) -> None:
-        """Raises Finding where something was written beside what was allocated."""
-        for device in {flat.device for flat, _ in self._made}:
-            self._check([pair for pair in self._made if pair[0].device == device])
+    def bands(self) -> tuple[list[Tensor], list[Tensor]]:
+        """What should lie after and before each allocation, and what lies there, as bytes."""
+        wanted, found = [], []
+        for flat, inside in self._made:
+            memory, size = flat.view(torch.uint8), BAND * flat.element_size()
+            wanted += 2 * [_band(inside.dtype, flat.dtype, flat.device)]
+            found += [memory[-size:], memory[:size]]
+        return wanted, found
 
-    @staticmethod
-    def _check(made: list[tuple[Tensor, Tensor]]) -> None:
-        wrong = []
-        for flat, _ in made:  # both bands in one operation each, and one look at the GPU for all
-            bits = flat.view(BITS[flat.element_size()])
-            wrong.append(bits.as_strided((2, BAND), (len(bits) - BAND, 1)) != PATTERN.get(flat.dtype, SMALL))
-        if not torch.stack(wrong).any():
-            return
-        number = next(n for n, elements in enumerate(wrong) if elements.any())
-        (before, after), inside = wrong[number], made[number][1]
-        if after.any():
-            where = f"element {int(after.nonzero()[0])} after the end"
-        else:
-            where = f"element {int(before.nonzero()[-1]) - BAND} before the beginning"
-        raise Finding(f"wrote outside what it allocated: {where} of {inside.dtype} {list(inside.shape)}")
+    def finding(self, at: int) -> Finding:
+        """What to say of a band that is not as it should be."""
+        (wanted, found), inside = ([bands[at] for bands in self.bands()]), self._made[at // 2][1]
+        wrong = (wanted != found).view(BAND, -1).any(1).nonzero()
+        where = f"{int(wrong[-1]) - BAND} before the beginning" if at % 2 else f"{int(wrong[0])} after the end"
+        return Finding(f"wrote outside what it allocated: element {where} of {inside.dtype} {list(inside.shape)}")
+
+
+@cache
+def _band(dtype: torch.dtype, bits: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full((BAND,), PATTERN.get(dtype, SMALL), dtype=bits, device=device).view(torch.uint8)
 
 
 def _ordinary(x: Tensor) -> bool:

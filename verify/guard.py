@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import traceback
 import warnings
@@ -16,7 +17,7 @@ from torch import Tensor
 from verify.allocations import Allocations, leave
 from verify.case import TORCH_DTYPES, Inputs, visibility
 from verify.finding import Finding
-from verify.layouts import same_memory, touched
+from verify.layouts import memory, moved, touched
 from verify.problem import Problem
 from verify.registry import Kernel
 from verify.settings import Settings
@@ -66,7 +67,9 @@ def call(
     With problem.grads, backpropagates inputs.do through out, and dlse [B,H,Q] through the LSE, to the inputs of `wrt`; a kernel
     whose out carries no graph gives no gradients.
     """
-    leaves = inputs.map(lambda t: same_memory(t.detach()))
+    before = {f.name: memory(t) for f in fields(Inputs) if (t := getattr(inputs, f.name)) is not None}
+    after = {name: memory.clone() for name, memory in before.items()}
+    leaves = Inputs(**{name: moved(getattr(inputs, name), to) for name, to in after.items()})
     for tensor in (getattr(leaves, name) for name in wrt if problem.grads):
         if tensor is not None:
             tensor.requires_grad_()
@@ -95,8 +98,9 @@ def call(
         changed = settings.restore()
     if changed:
         raise Finding(f"changed torch's {changed}")
-    _check_unchanged(inputs, leaves)
-    allocations.check()
+    wanted, found = allocations.bands()
+    if (at := touched([*before.values(), *wanted], [*after.values(), *found])) is not None:
+        raise _changed([*before][at], inputs, leaves) if at < len(before) else allocations.finding(at - len(before))
     graph = lse is not None and lse.requires_grad
     return Output(out.detach(), None if lse is None else lse.detach(), **gradients, lse_graph=graph)
 
@@ -151,19 +155,15 @@ def _backward(out: Tensor, lse: Tensor | None, leaves: Inputs, dlse: Tensor | No
     return {"d" + n: g for n, g in zip(names, gradients, strict=True)}
 
 
-def _check_unchanged(before: Inputs, after: Inputs) -> None:
-    names = [f.name for f in fields(Inputs) if getattr(before, f.name) is not None]
-    old, new = ([getattr(inputs, name) for name in names] for inputs in (before, after))
-    if (at := touched(old, new)) is not None:
-        own = "its input" if not torch.equal(old[at].nan_to_num(), new[at].nan_to_num()) else "memory beside its input"
-        raise Finding(f"changed {own} {names[at]}")
+def _changed(name: str, inputs: Inputs, leaves: Inputs) -> Finding:
+    given, now = (getattr(those, name).nan_to_num() for those in (inputs, leaves))
+    return Finding(f"changed {'memory beside its input' if torch.equal(given, now) else 'its input'} {name}")
 
 
 def _dirty(problem: Problem, inputs: Inputs) -> None:
     """For results that are allocated out of Python's sight."""
-    for name in ("out", "lse", "q", "k", "v") if problem.grads else ("out", "lse"):
-        for dtype in {inputs.q.dtype, torch.float32}:
-            leave(problem.shapes[name], dtype, inputs.q.device)
+    elements = {math.prod(problem.shapes[name]) for name in (("out", "lse", "q", "k", "v") if problem.grads else ("out", "lse"))}
+    leave({n * size for n in elements for size in (inputs.q.element_size(), 4)}, inputs.q.device)
 
 
 def _last_line(error: BaseException) -> str:

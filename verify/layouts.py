@@ -62,20 +62,31 @@ def laid_out(x: Tensor, layout: str = "bhsd", around: float = torch.nan) -> Tens
     return view
 
 
+def memory(x: Tensor) -> Tensor:
+    """All the memory that x lies in, gaps and bands included, as bytes [n]."""
+    return torch.empty(0, dtype=torch.uint8, device=x.device).set_(x.untyped_storage())
+
+
+def moved(x: Tensor, to: Tensor) -> Tensor:
+    """x, with the same strides and offset, in other memory, which holds the same as memory(x)."""
+    return x.new_empty(0).set_(to.untyped_storage(), x.storage_offset(), x.shape, x.stride())
+
+
 def same_memory(x: Tensor) -> Tensor:
     """A copy of x with the same strides, in a copy of all the memory that x lies in, gaps and bands included."""
-    return x.new_empty(0).set_(x.untyped_storage().clone(), x.storage_offset(), x.shape, x.stride())
+    return moved(x, memory(x).clone())
 
 
 def touched(before: list[Tensor], after: list[Tensor]) -> int | None:
-    """The first of several pairs of tensors of one layout and device whose memory, gaps and bands included, is not the same to
-    the last bit; None where all are.
-    """
-    pairs = [(a.untyped_storage(), b.untyped_storage()) for a, b in zip(before, after, strict=True)]
-    if before[0].device.type == "cpu":  # a few times faster than torch on tensors of this size
-        differ = [_memcmp(a.data_ptr(), b.data_ptr(), a.nbytes()) != 0 for a, b in pairs]
-    else:  # one look at the GPU for all
-        empty = torch.empty(0, dtype=torch.uint8, device=before[0].device)
-        bits = [[empty.new_empty(0).set_(storage) for storage in pair] for pair in pairs]
-        differ = torch.stack([(a != b).any() for a, b in bits]).tolist()
-    return differ.index(True) if True in differ else None
+    """The first of several pairs of memories that are not the same to the last bit; None where all are."""
+    for device in dict.fromkeys(memory.device for memory in before):
+        there = [n for n, memory in enumerate(before) if memory.device == device]
+        if device.type == "cpu":  # a few times faster than torch at these sizes
+            differ = (n for n in there if _memcmp(before[n].data_ptr(), after[n].data_ptr(), len(before[n])))
+        elif torch.equal(torch.cat([before[n] for n in there]), torch.cat([after[n] for n in there])):  # one look for all
+            continue
+        else:
+            differ = (n for n in there if not torch.equal(before[n], after[n]))
+        if (first := next(differ, None)) is not None:
+            return first
+    return None

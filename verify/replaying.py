@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import PackageNotFoundError, files
 from typing import Any
 
 from rich.console import Console
@@ -77,15 +80,25 @@ def why(ask: Callable[..., Any], case: Case, law: str) -> list[str]:
 def run_sanitized(tool: str, target: str, case: Case, law: str) -> int:
     """The same under a tool of compute-sanitizer, which prints what it sees. Returns 1 where it sees anything, or as run_replay.
 
+    Every tensor is an allocation of its own then: within torch's pools the tool could not tell one from the next.
     Raises VerifyError for an unknown tool, or where compute-sanitizer is not installed.
     """
     if tool not in TOOLS:
         raise VerifyError(f"sanitizer {tool!r} is unknown: one of {', '.join(TOOLS)}")
-    program = shutil.which("compute-sanitizer")
-    if program is None:
-        raise VerifyError("compute-sanitizer is not installed, or not on PATH; it comes with the CUDA toolkit")
     again = [sys.executable, "-m", "verify", "replay", target, str(case), "--property", law, "--device", "cuda", "--in-process"]
-    return int(subprocess.run([program, "--tool", tool, "--error-exitcode", "1", *again], check=False).returncode != 0)  # noqa: S603
+    command, apart = [_sanitizer(), "--tool", tool, "--error-exitcode", "1", *again], {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return int(subprocess.run(command, check=False, env=os.environ | apart).returncode != 0)  # noqa: S603
+
+
+def _sanitizer() -> str:
+    """The program, from PATH or from its package, which does not put it there."""
+    if program := shutil.which("compute-sanitizer"):
+        return program
+    with suppress(PackageNotFoundError):
+        for file in files("nvidia-cuda-sanitizer-api") or []:
+            if file.name == "compute-sanitizer":
+                return str(file.locate())
+    raise VerifyError("compute-sanitizer is not on PATH, nor installed by: pip install nvidia-cuda-sanitizer-api")
 
 
 def named_law(name: str) -> Property:

@@ -14,7 +14,7 @@ def _attribute(module: Any, name: str) -> Setting:
     return lambda: getattr(module, name), lambda value: setattr(module, name, value)
 
 
-_SUBNORMAL = torch.tensor(2.0**-140)
+_SUBNORMAL = 2.0**-1060
 _cuda, _cudnn = torch.backends.cuda, torch.backends.cudnn
 SETTINGS: dict[str, Setting] = {
     "float32 matmul precision": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
@@ -28,10 +28,10 @@ SETTINGS: dict[str, Setting] = {
     "cuDNN deterministic": _attribute(_cudnn, "deterministic"),
     "deterministic algorithms": (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
     "default dtype": (torch.get_default_dtype, torch.set_default_dtype),
-    "default device": (torch.get_default_device, torch.set_default_device),
+    "default device": (lambda: torch.empty(0).device, lambda was: torch.set_default_device(None if was.type == "cpu" else was)),
     "number of threads": (torch.get_num_threads, torch.set_num_threads),
     "gradient mode": (torch.is_grad_enabled, torch.set_grad_enabled),
-    "denormal flushing": (lambda: not (_SUBNORMAL * 1.0).item(), torch.set_flush_denormal),
+    "denormal flushing": (lambda: _SUBNORMAL * 1.0 == 0.0, torch.set_flush_denormal),
 }
 
 
@@ -44,8 +44,11 @@ class Settings:
         if not draws:
             self._settings["random state"] = (lambda: _bytes(torch.get_rng_state()), lambda b: torch.set_rng_state(_tensor(b)))
             if device == "cuda":
-                get, put = torch.cuda.get_rng_state, torch.cuda.set_rng_state
-                self._settings["random state of the GPU"] = (lambda: _bytes(get()), lambda b: put(_tensor(b)))
+                generator = torch.cuda.default_generators[torch.cuda.current_device()]
+                self._settings["random state of the GPU"] = (
+                    lambda: (generator.initial_seed(), generator.get_offset()),
+                    lambda state: (generator.manual_seed(state[0]), generator.set_offset(state[1])),
+                )
         self._were = {name: get() for name, (get, _) in self._settings.items()}
 
     def restore(self) -> str:
