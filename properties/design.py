@@ -5,7 +5,6 @@ Pairwise testing: Kuhn, Wallace, Gallo 2004, IEEE Trans. Software Eng. 30(6). Th
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterable
 from functools import lru_cache
 from itertools import combinations
@@ -19,15 +18,18 @@ from verify.properties.options import PLAIN, Options, options
 from verify.registry import Kernel
 
 Row = dict[str, str]
-ARRAYS = 3
-"""Covering arrays, each with its levels in another order: what a pair leaves open is filled with the first, which should vary."""
+ARRAYS = 6
+"""Covering arrays, each with its levels in another order: what a pair leaves open is filled with the first, which takes turns."""
 ODD_SCALES = (0.0, -0.3, 1e-3)
 """No scale that anybody asks for, and yet legal."""
+SLIDING = "sliding"
+"""A window that ends at the diagonal, as most models' do, and which many kernels have a path for."""
 EXAMPLES = {
     "full": "full",
     "causal_upper_left": "causal_upper_left",
     "causal_lower_right": "causal_lower_right",
     "window": "window(3,1)",
+    SLIDING: "window(3,0)",
     "prefix_lm": "prefix_lm(3)",
     "padding": "padding(5)",
     "blocks": "blocks(4,5)",
@@ -43,7 +45,7 @@ def levels(case: Case) -> Row:
     names = [name for name, _ in case.layouts]
     return {
         "dtype": p.dtype,
-        "mask": next(iter(p.mask.names)) if len(p.mask.parts) == 1 else "two",
+        "mask": _kind(p.mask),
         "mask_as": p.mask_as,
         "bias": p.bias,
         "softcap": "softcap" if p.softcap else "none",
@@ -62,10 +64,16 @@ def levels(case: Case) -> Row:
     }
 
 
+def _kind(mask: Mask) -> str:
+    (name, arguments), *others = mask.parts
+    return "two" if others else SLIDING if name == "window" and arguments[1] == 0 else name
+
+
 def _parameters(taken: Options, *, full_mask: bool, hides: bool, no_bias: bool, grads: bool) -> dict[str, list[str]]:
     t = taken.taken
     kinds = {name for mask in t["mask"] for name in mask.names}
-    masks = ["full"] if full_mask else [k for k in EXAMPLES if k in kinds or (k == "two" and len(kinds) > 2)]
+    has = {"two": len(kinds) > 2, SLIDING: "window" in kinds}
+    masks = ["full"] if full_mask else [k for k in EXAMPLES if has.get(k, k in kinds)]
     arranged = [
         name for name in ARRANGED if len(taken.layouts[name]) > 1 and (name != "do" or grads) and (name != "bias" or not no_bias)
     ]
@@ -103,10 +111,14 @@ def rows(
 
     found: list[Row] = [{name: values[0] for name, values in parameters.items()}]  # what a case shrinks to
     for order in range(ARRAYS):
-        shuffle = random.Random(order).sample  # noqa: S311 - no secret
-        mixed = [shuffle(values, len(values)) for values in parameters.values()]
+        mixed = [_turned(values, order + number) for number, values in enumerate(parameters.values())]
         found += [dict(zip(names, row, strict=True)) for row in AllPairs(mixed, filter_func=legal)]
     return tuple(found)
+
+
+def _turned(values: list[str], by: int) -> list[str]:
+    by %= len(values)
+    return values[by:] + values[:by]
 
 
 def _problem(row: Row, taken: Options, *, grads: bool) -> Problem:

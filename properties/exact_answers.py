@@ -33,7 +33,7 @@ def uniform(kernel: Kernel, case: Case, device: str) -> Verdict:
     return _without_scores(kernel, case, device, one_hot=False)
 
 
-@holds(no_bias=True)
+@holds(no_bias=True, hides=True)
 def one_hot(kernel: Kernel, case: Case, device: str) -> Verdict:
     """Q = 0, V_j = e_(j mod Dv): out_ic = (visible keys j with j mod Dv = c) / (visible keys): which keys a row saw."""
     return _without_scores(kernel, case, device, one_hot=True)

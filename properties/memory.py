@@ -162,8 +162,8 @@ def _as_wanted(after: Tensor, wanted: Tensor, what: str, sure: Tensor) -> None:
 
 @holds()
 def call_sequence(kernel: Kernel, case: Case, device: str) -> Verdict:
-    """f(x), f(y), f(x), where y differs from x in one argument: y's answer is right, x's is the same both times, and the first
-    result has not changed meanwhile.
+    """f(x), f(y), f(z), f(x), where y and z differ from x in one argument each: their answers are right, x's is the same both
+    times, and the first result has not changed meanwhile.
     """
     known = truth(case, device)
     others = [
@@ -171,14 +171,16 @@ def call_sequence(kernel: Kernel, case: Case, device: str) -> Verdict:
         for what, other in _neighbours(case, known, options(kernel, device).layouts)
         if kernel.unsupported(other.problem, device) is None
     ]
-    what, other = others[case.seed % len(others)]
     first = answer(kernel, known)
     kept = {name: t.clone() for name in TENSORS if (t := getattr(first, name)) is not None}
-    judge(kernel, answer(kernel, other), other, names=("out", "lse"))
-    for name, tensor in kept.items():
-        if not same(tensor, getattr(first, name)).all():
-            raise Finding(f"{name} of the first call changed when the kernel was called again with {what}")
-    return Verdict(bitwise=agree(answer(kernel, known), first, limits(kernel, known), f"before a call with {what};"))
+    chosen = [others[n] for n in rng(case).permutation(len(others))[:2]]
+    for what, other in chosen:
+        judge(kernel, answer(kernel, other), other, names=("out", "lse"))
+        for name, tensor in kept.items():
+            if not same(tensor, getattr(first, name)).all():
+                raise Finding(f"{name} of the first call changed when the kernel was called again with {what}")
+    between = " and ".join(what for what, _ in chosen)
+    return Verdict(bitwise=agree(answer(kernel, known), first, limits(kernel, known), f"before calls with {between};"))
 
 
 def _neighbours(case: Case, known: Truth, layouts: dict[str, tuple[str, ...]]) -> Iterator[tuple[str, Truth]]:

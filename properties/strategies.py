@@ -16,7 +16,7 @@ from verify.arithmetic import Arithmetic, Quantisation
 from verify.case import Case
 from verify.masks import FULL, Mask
 from verify.problem import Problem
-from verify.properties.design import ODD_SCALES, Row, rows
+from verify.properties.design import ODD_SCALES, SLIDING, Row, rows
 from verify.properties.options import options
 from verify.recipes import Recipe
 from verify.registry import Kernel
@@ -25,6 +25,8 @@ LENGTHS = (1, 2, 3, 4, 5, 7, 8, 9, 12, 16, 17, 31, 33, 34, 63, 64, 65, 76, 88, 1
 FEW = 8
 """The first so many of LENGTHS see little: they come up a fifth as often."""
 LONG = (441, 503, 512, 600, 1001, 1024, 2047)
+SIDES = (0, 1, 2, 7, 17, 63, 64, 65, 130)
+"""How far a window reaches; one that reaches over all keys hides nothing."""
 BATCHES = (2, 3)
 RECIPES = (
     "integers normal normal normal uniform normal(5) normal(0.1) outliers(0.01,10) one_sign sink hot_channel(30) shift(90) ties"
@@ -35,10 +37,10 @@ RECIPES = (
 USED = {
     "mask": 7,
     "mask_as": 4,
-    "bias": 4,
+    "bias": 5,
     "softcap": 3,
     "scale": 3,
-    "heads": 6,
+    "heads": 7,
     "batch": 5,
     "dim_v": 3,
     "lengths": 7,
@@ -52,22 +54,24 @@ SCORES_AT_MOST = {"cpu": 2**17, "cuda": 2**23}
 @st.composite
 def masks(draw: Callable[..., Any], kinds: frozenset[str], batch: int, len_q: int, len_k: int, *, two: bool = False) -> Mask:
     """One of these kinds with arguments that matter at these lengths, or two of them composed; shrinks to `full`."""
-    name = draw(st.sampled_from([k for k in _KIND_ORDER if k in kinds] or ["full"]))
-    mask = Mask(((name, draw(_arguments(name, batch, len_q, len_k))),))
-    if two:
-        other = draw(st.sampled_from([k for k in _KIND_ORDER if k in kinds]))
-        mask = mask & Mask(((other, draw(_arguments(other, batch, len_q, len_k))),))
-    return mask
+    wanted = [k for k in _KIND_ORDER if k in kinds]
+    mask = draw(_part(draw(st.sampled_from(wanted or ["full"])), batch, len_q, len_k))
+    return mask & draw(_part(draw(st.sampled_from(wanted)), batch, len_q, len_k)) if two else mask
 
 
-_KIND_ORDER = ("full", "causal_upper_left", "causal_lower_right", "padding", "window", "prefix_lm", "blocks", "dense")
+_KIND_ORDER = ("full", "causal_upper_left", "causal_lower_right", "padding", SLIDING, "window", "prefix_lm", "blocks", "dense")
+
+
+def _part(name: str, batch: int, len_q: int, len_k: int) -> st.SearchStrategy[Mask]:
+    arguments = _arguments(name, batch, len_q, len_k)
+    return arguments.map(lambda a: Mask((("window", (a[0], 0)) if name == SLIDING else (name, a),)))
 
 
 def _arguments(name: str, batch: int, len_q: int, len_k: int) -> st.SearchStrategy[tuple[int, ...]]:
     if name == "padding":
         return st.lists(st.integers(0, len_k), min_size=batch, max_size=batch).map(tuple)
-    if name == "window":
-        side = st.sampled_from([-1, 0, 1, 2, 7, 63, 64, 65, max(len_k - 1, 0)])
+    if name in ("window", SLIDING):
+        side = st.sampled_from([-1, *2 * [side for side in SIDES if side < len_k - 1], max(len_k - 1, 0)])
         return st.tuples(side, side)
     if name == "prefix_lm":
         return st.tuples(st.integers(0, len_k))
@@ -109,11 +113,14 @@ def problems(
     elif used["lengths"]:
         len_q, len_k = _as_row(row["lengths"], len_q, len_k)
     several = draw(st.sampled_from(BATCHES))
-    batch = several if used["batch"] and row["batch"] == "several" else 1
+    each_its_own = used["mask"] and row["mask"] == "padding"  # a length for each entry
+    batch = several if row["batch"] == "several" and (used["batch"] or each_its_own) else 1
     kinds = {"one": lambda q, k: q == 1, "several": lambda q, k: q == k > 1, "grouped": lambda q, k: q > k}
     wanted = [h for h in taken["heads"] if kinds[row["heads"]](*h)] or list(taken["heads"])
     heads = draw(st.sampled_from(wanted))
-    batch, heads = _affordable(batch, heads if used["heads"] else (1, 1), device, len_q * len_k)
+    bias = row["bias"] if used["bias"] or row["layout"] == "bias" else "none"
+    several_heads = used["heads"] or bias == "alibi"  # which has a slope for each
+    batch, heads = _affordable(batch, heads if several_heads else (1, 1), device, len_q * len_k)
     dim, other = draw(st.sampled_from(taken["dim_qk"])), draw(st.sampled_from(taken["dim_v"]))
     caps, scales = [c for c in taken["softcap"] if c] or [0.0], [c for c in taken["scale"] if c is not None] or [None]
     odd = [c for c in scales if c in ODD_SCALES] or scales
@@ -134,7 +141,7 @@ def problems(
         dtype=row["dtype"],
         mask=mask,
         mask_as=row["mask_as"] if mask != FULL and (used["mask_as"] or "rule" not in taken["mask_as"]) else "rule",
-        bias=row["bias"] if used["bias"] else "none",
+        bias=bias,
         scale={"given": given, "odd": strange}.get(row["scale"]) if used["scale"] else None,
         softcap=cap if used["softcap"] and row["softcap"] == "softcap" else 0.0,
         grads=grads,
