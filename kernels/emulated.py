@@ -385,10 +385,10 @@ class Program:
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, problem: Problem, mask: Tensor | None, bias: Tensor | None, slopes: Tensor | None,
-    scale: float, softcap: float, variant: Variant, faults: frozenset[str],
+    scale: float, softcap: float, variant: Variant, faults: frozenset[str], program: type[Program] = Program,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """q [B,H,Q,D], k [B,Hk,K,D], v [B,Hk,K,Dv] -> out [B,H,Q,Dv], lse [B,H,Q] float32; CPU. ValueError for other shapes."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tuple(tensor.shape) != problem.shapes[name] or tensor.dtype != q.dtype:
             raise ValueError(f"{name} is {list(tensor.shape)} in {tensor.dtype}, not {list(problem.shapes[name])} in {q.dtype}")
-    return Attention.apply(q, k, v, bias, Program(problem, scale, mask, slopes, softcap, variant, faults))
+    return Attention.apply(q, k, v, bias, program(problem, scale, mask, slopes, softcap, variant, faults))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from verify.engine import Budget, hunt
+from verify.kernels.blind import BLIND
 from verify.kernels.emulated_memory import CHANCE
-from verify.kernels.mutants import BLIND, CONTROLS, MUTANTS, control, honest, mutant
+from verify.kernels.mutants import CONTROLS, MUTANTS, control, honest, mutant
 from verify.properties.laws import PROPERTIES
 
 CASES = 600
