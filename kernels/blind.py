@@ -41,10 +41,10 @@ class UnseenKeys(Program):
 
     def backward(self, *arguments) -> tuple[Tensor | None, ...]:
         """Nothing stored there."""
-        p, (dq, dk, dv, dbias) = self.problem, super().backward(*arguments)
+        p, (dq, *both, dbias) = self.problem, super().backward(*arguments)
         nobody = ~self.visible(torch.arange(p.len_q), torch.arange(p.len_k)).any(2).squeeze(1)  # [B|1,K]
         unseen = nobody[:, None, :, None]
-        return dq, dk.masked_fill(unseen, torch.nan), dv.masked_fill(unseen, torch.nan), dbias
+        return dq, *(t if t is None else t.masked_fill(unseen, torch.nan) for t in both), dbias
 
 
 class PaddedLSE(Program):

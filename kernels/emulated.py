@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -385,7 +386,7 @@ class Program:
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, problem: Problem, mask: Tensor | None, bias: Tensor | None, slopes: Tensor | None,
-    scale: float, softcap: float, variant: Variant, faults: frozenset[str], program: type[Program] = Program,
+    scale: float, softcap: float, variant: Variant, faults: frozenset[str], program: Callable[..., Program] = Program,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """q [B,H,Q,D], k [B,Hk,K,D], v [B,Hk,K,Dv] -> out [B,H,Q,Dv], lse [B,H,Q] float32; CPU. ValueError for other shapes."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):

@@ -9,6 +9,7 @@ keys or queries.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from verify.arithmetic import Arithmetic, Quantisation
@@ -32,7 +33,7 @@ class Mutant:
     kind: str
     law: str
     variant: Variant = PLAIN
-    program: type[Program] = Program
+    program: Callable[..., Program] = Program
 
 
 def _mutants() -> dict[str, Mutant]:
@@ -158,7 +159,7 @@ def control(name: str) -> Kernel:
 
 @functools.cache  # what is found out about a kernel is kept by the kernel
 def _kernel(
-    name: str, variant: Variant, arithmetic: Arithmetic, faults: frozenset[str], program: type[Program] = Program
+    name: str, variant: Variant, arithmetic: Arithmetic, faults: frozenset[str], program: Callable[..., Program] = Program
 ) -> Kernel:
     fn = functools.partial(attention, variant=variant, faults=faults, program=program)
     supports = functools.partial(_supports, fp8=variant.fp8)

@@ -61,7 +61,7 @@ class Property:
 
 PROPERTIES: dict[str, Property] = {}
 BOTH = ("out", "lse")
-TENSORS = ("out", "lse", "dv", "dq", "dk", "dbias")
+TENSORS = ("out", "lse", "dq", "dk", "dv", "dbias")
 
 
 def holds(

@@ -20,7 +20,7 @@ from verify.guard import call, keywords
 from verify.kernels import torch_sdpa
 from verify.measure import distance
 from verify.problem import Problem
-from verify.properties.trial import TENSORS
+from verify.properties.property import TENSORS
 from verify.properties.truth import Truth, truth
 from verify.registry import Kernel
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from verify.case import TORCH_DTYPES, Case, Inputs, has_empty_row, visibility
+from verify.case import TORCH_DTYPES, Case, Inputs, has_empty_row, part, visibility
 from verify.guard import call
 from verify.masks import FULL, Mask
 from verify.problem import Problem
@@ -81,21 +81,8 @@ def alone(kernel: Kernel, case: Case, device: str) -> Verdict:
     b, g = (int(n) for n in rng(case).integers((p.batch, p.heads_kv)))
     if p.batch * p.heads_kv == 1:
         return Verdict(unsupported="it is alone")
-    heads, bias = slice(g * p.group, (g + 1) * p.group), x.bias
-    if bias is not None:
-        bias = bias[b : b + 1] if bias.shape[0] > 1 else bias
-        bias = bias[:, heads] if bias.shape[1] > 1 else bias
-    single = Inputs(
-        x.q[b : b + 1, heads],
-        x.k[b : b + 1, g : g + 1],
-        x.v[b : b + 1, g : g + 1],
-        x.do[b : b + 1, heads],
-        bias,
-        None if x.slopes is None else x.slopes[heads],
-    )
-    mask = Mask(tuple((n, a[b : b + 1] if n == "padding" else a) for n, a in p.mask.parts))
-    known = about(p.but(batch=1, heads_q=p.group, heads_kv=1, mask=mask), single)
-    whole = answer(kernel, truth(case, device)).out[b : b + 1, heads]
+    known = about(*part(p, x, slice(b, b + 1), slice(g, g + 1)))
+    whole = answer(kernel, truth(case, device)).out[b : b + 1, g * p.group : (g + 1) * p.group]
     out = answer(kernel, known).out
     compare("out", out, whole, limits(kernel, known)["out"], against=f"within the batch (entry {b}, key head {g})", times=2)
     return Verdict(bitwise=torch.equal(out, whole))

@@ -19,12 +19,12 @@ from verify.layouts import laid_out, same_memory
 from verify.measure import distance, measure, same
 from verify.oracles import dense
 from verify.problem import Problem
+from verify.properties.property import TENSORS
 from verify.properties.strategies import SCORES_AT_MOST
 from verify.properties.truth import Truth, truth
 from verify.recipes import NORMAL
 from verify.registry import Kernel
 
-TENSORS = ("out", "lse", "dq", "dk", "dv", "dbias")
 CALLS = 3
 """So many calls on the same inputs show whether anything else matters."""
 AMPLE = 8

@@ -11,6 +11,7 @@ import torch
 
 from verify.errors import VerifyError
 from verify.layouts import LAYOUTS, laid_out
+from verify.masks import Mask
 from verify.problem import EXAMPLE, Problem
 from verify.recipes import NORMAL, Recipe
 
@@ -112,6 +113,20 @@ class Case:
         around = torch.nan if self.seed % 4 < 3 else torch.finfo(rounded.q.dtype).max / 2
         present = {name: tensor for name in ARRANGED if (tensor := getattr(rounded, name)) is not None}
         return replace(rounded, **{name: laid_out(tensor, layouts.get(name, "bhsd"), around) for name, tensor in present.items()})
+
+
+def part(problem: Problem, x: Inputs, entries: slice, key_heads: slice) -> tuple[Problem, Inputs]:
+    """These entries of the batch, and these key heads with their groups of query heads, as a problem of its own."""
+    batch, kept = range(problem.batch)[entries], range(problem.heads_kv)[key_heads]
+    heads = slice(kept.start * problem.group, kept.stop * problem.group)
+    bias = x.bias
+    if bias is not None:
+        bias = bias[entries] if bias.shape[0] > 1 else bias
+        bias = bias[:, heads] if bias.shape[1] > 1 else bias
+    slopes = None if x.slopes is None else x.slopes[heads]
+    inputs = Inputs(x.q[entries, heads], x.k[entries, key_heads], x.v[entries, key_heads], x.do[entries, heads], bias, slopes)
+    mask = Mask(tuple((n, a[entries] if n == "padding" else a) for n, a in problem.mask.parts))
+    return problem.but(batch=len(batch), heads_q=len(kept) * problem.group, heads_kv=len(kept), mask=mask), inputs
 
 
 def visibility(problem: Problem, device: torch.device, rows: slice | None = None) -> torch.Tensor:

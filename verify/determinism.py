@@ -12,7 +12,7 @@ from itertools import product
 
 from rich.table import Table
 
-from verify.case import ARRANGED, Case, Inputs
+from verify.case import Case, Inputs, part
 from verify.errors import VerifyError
 from verify.guard import Output, call
 from verify.layouts import laid_out
@@ -56,11 +56,11 @@ def _answers(kernel: Kernel, problem: Problem, device: str, calls: int) -> Itera
     first, text = call(kernel, problem, x), str(problem)
     different = next((d for n in range(2, calls + 1) if (d := _again(kernel, problem, x, first, n))), "")
     yield text, f"the same bits in {calls} calls", _said(different)
-    entry, group = problem.batch - 1, problem.group
-    alone = call(kernel, problem.but(batch=1), _part(x, slice(entry, None), slice(None), slice(None)))
-    yield text, "the last batch entry alone: the same bits", _said(difference(_cut(first, slice(entry, None), {}), alone))
-    heads, key_heads = slice(problem.heads_q - group, None), slice(problem.heads_kv - 1, None)
-    alone = call(kernel, problem.but(heads_q=group, heads_kv=1), _part(x, slice(None), heads, key_heads))
+    last, every = slice(problem.batch - 1, None), slice(None)
+    alone = _alone(kernel, problem, x, last, every)
+    yield text, "the last batch entry alone: the same bits", _said(difference(_cut(first, last, {}), alone))
+    heads, key_heads = slice(problem.heads_q - problem.group, None), slice(problem.heads_kv - 1, None)
+    alone = _alone(kernel, problem, x, every, key_heads)
     mine = _cut(first, slice(None), dict.fromkeys(("out", "lse", "dq"), heads) | dict.fromkeys(("dk", "dv"), key_heads))
     yield text, "the last head group alone: the same bits", _said(difference(mine, alone))
 
@@ -70,10 +70,9 @@ def _again(kernel: Kernel, problem: Problem, x: Inputs, first: Output, number: i
     return f"call {number}: {different}" if different else ""
 
 
-def _part(x: Inputs, entries: slice, heads: slice, key_heads: slice) -> Inputs:
-    of = {"q": heads, "do": heads, "k": key_heads, "v": key_heads}
-    cut = {name: laid_out(getattr(x, name)[entries, of[name]]) for name in ARRANGED if getattr(x, name) is not None}
-    return replace(x, **cut)
+def _alone(kernel: Kernel, problem: Problem, x: Inputs, entries: slice, key_heads: slice) -> Output:
+    smaller, inputs = part(problem, x, entries, key_heads)
+    return call(kernel, smaller, inputs.map(laid_out))
 
 
 def _cut(output: Output, entries: slice, heads: dict[str, slice]) -> Output:
