@@ -194,8 +194,6 @@ def _pages(
     headings = ["class", "mutant", "property", "caught", "cases", "s", *ELSEWHERE]
     yield markdown("Known-wrong kernels: judged cases to the first finding", headings, rows, notes)
     if cells:
-        laws = list(PROPERTIES)
-        table = [[fault, *(str(cells[fault, law, 0] or "") for law in laws)] for fault in chosen]
-        yield markdown(
-            f"Which property sees which mutant within {IN_MATRIX} cases: the case it was seen in", ["mutant", *laws], table
-        )
+        seen = {fault: sorted((n, law) for (name, law, _), n in cells.items() if name == fault and n) for fault in chosen}
+        lines = (f"- {fault}: {', '.join(f'{law} {n}' for n, law in by) or '-'}\n" for fault, by in seen.items())
+        yield f"## Which properties see which mutant within {IN_MATRIX} cases, and in which\n\n{''.join(lines)}"
