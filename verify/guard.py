@@ -68,7 +68,7 @@ def call(
     whose out carries no graph gives no gradients.
     """
     before = {f.name: memory(t) for f in fields(Inputs) if (t := getattr(inputs, f.name)) is not None}
-    after = {name: memory.clone() for name, memory in before.items()}
+    after = {name: held.clone() for name, held in before.items()}
     leaves = Inputs(**{name: moved(getattr(inputs, name), to) for name, to in after.items()})
     for tensor in (getattr(leaves, name) for name in wrt if problem.grads):
         if tensor is not None:
