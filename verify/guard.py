@@ -82,7 +82,7 @@ def call(
             with allocations:
                 returned = kernel.fn(leaves.q, leaves.k, leaves.v, **others)
             out, lse = returned if isinstance(returned, tuple) else (returned, None)
-            _check_form(problem, out, lse, leaves)
+            _check_form(problem, out, lse, leaves.q, {held.data_ptr(): name for name, held in after.items() if len(held)})
             with allocations:
                 gradients = _backward(out, lse, leaves, dlse) if problem.grads and out.requires_grad else {}
             if out.is_cuda:
@@ -122,8 +122,9 @@ def keywords(kernel: Kernel, problem: Problem, x: Inputs, *, dropout: float = 0.
     return {name: offered[name] for name in kernel.takes}
 
 
-def _check_form(problem: Problem, out: Any, lse: Any, inputs: Inputs) -> None:
-    for name, tensor, dtype in (("out", out, inputs.q.dtype), ("lse", lse, torch.float32)):
+def _check_form(problem: Problem, out: Any, lse: Any, q: Tensor, taken: dict[int, str]) -> None:
+    """taken: the addresses of its inputs' memory."""
+    for name, tensor in (("out", out), ("lse", lse)):
         if name == "lse" and tensor is None:
             continue
         if not isinstance(tensor, Tensor):
@@ -131,19 +132,16 @@ def _check_form(problem: Problem, out: Any, lse: Any, inputs: Inputs) -> None:
         wanted = problem.shapes[name]
         if tuple(tensor.shape) != wanted:
             raise Finding(f"{name} has shape {list(tensor.shape)}, not {list(wanted)}")
-        if tensor.device != inputs.q.device:
-            raise Finding(f"{name} is on {tensor.device}, its inputs on {inputs.q.device}")
-        if name == "out" and tensor.dtype != dtype:
-            raise Finding(f"{name} is {tensor.dtype}, its inputs {dtype}")
+        if tensor.device != q.device:
+            raise Finding(f"{name} is on {tensor.device}, its inputs on {q.device}")
+        if name == "out" and tensor.dtype != q.dtype:
+            raise Finding(f"{name} is {tensor.dtype}, its inputs {q.dtype}")
         if not tensor.numel():
             continue
         if any(step == 0 and size > 1 for size, step in zip(tensor.shape, tensor.stride(), strict=True)):
             raise Finding(f"elements of {name} share memory: shape {list(tensor.shape)}, strides {list(tensor.stride())}")
-        memory = tensor.untyped_storage().data_ptr()
-        for other in (f.name for f in fields(Inputs)):
-            given = getattr(inputs, other)
-            if given is not None and given.numel() and given.untyped_storage().data_ptr() == memory:
-                raise Finding(f"{name} lies in the memory of its input {other}")
+        if owner := taken.get(tensor.untyped_storage().data_ptr()):
+            raise Finding(f"{name} lies in the memory of its input {owner}")
 
 
 def _backward(out: Tensor, lse: Tensor | None, leaves: Inputs, dlse: Tensor | None) -> dict[str, Tensor]:
