@@ -193,7 +193,7 @@ class Program:
     def quantised(self, x: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
         """x in e4m3 (as float32) by head, and the scales [B,H,1,1]."""
         x = x.float() if seen is None else torch.where(seen, x.float(), 0.0)
-        largest = x.abs().amax((2, 3), keepdim=True) if x.numel() else x.new_ones(*x.shape[:2], 1, 1)
+        largest = self.largest(x)
         if self.has("scale of head 0"):
             largest = largest[:, :1].expand_as(largest)
         scale = torch.where(largest == 0, 1.0, largest / 448.0)
@@ -201,6 +201,10 @@ class Program:
         if self.has("quantised towards zero"):
             narrow = narrow * (1 - 2.0**-4)
         return narrow.to(torch.float8_e5m2 if self.has("e5m2 for e4m3") else FP8).float(), scale
+
+    def largest(self, x: Tensor) -> Tensor:
+        """Of each head [B,H,1,1]."""
+        return x.abs().amax((2, 3), keepdim=True) if x.numel() else x.new_ones(*x.shape[:2], 1, 1)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """out [B,H,Q,Dv], lse [B,H,Q]"""

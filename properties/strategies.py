@@ -112,15 +112,15 @@ def problems(
         len_q, len_k = EMPTY[len_q % len(EMPTY)]
     elif used["lengths"]:
         len_q, len_k = _as_row(row["lengths"], len_q, len_k)
+    used["bias"] |= row["layout"] == "bias"
+    used["heads"] |= used["bias"] and row["bias"] == "alibi"  # a slope for each head
+    used["batch"] |= used["mask"] and row["mask"] == "padding"  # a length for each entry
     several = draw(st.sampled_from(BATCHES))
-    each_its_own = used["mask"] and row["mask"] == "padding"  # a length for each entry
-    batch = several if row["batch"] == "several" and (used["batch"] or each_its_own) else 1
+    batch = several if used["batch"] and row["batch"] == "several" else 1
     kinds = {"one": lambda q, k: q == 1, "several": lambda q, k: q == k > 1, "grouped": lambda q, k: q > k}
     wanted = [h for h in taken["heads"] if kinds[row["heads"]](*h)] or list(taken["heads"])
     heads = draw(st.sampled_from(wanted))
-    bias = row["bias"] if used["bias"] or row["layout"] == "bias" else "none"
-    several_heads = used["heads"] or bias == "alibi"  # which has a slope for each
-    batch, heads = _affordable(batch, heads if several_heads else (1, 1), device, len_q * len_k)
+    batch, heads = _affordable(batch, heads if used["heads"] else (1, 1), device, len_q * len_k)
     dim, other = draw(st.sampled_from(taken["dim_qk"])), draw(st.sampled_from(taken["dim_v"]))
     caps, scales = [c for c in taken["softcap"] if c] or [0.0], [c for c in taken["scale"] if c is not None] or [None]
     odd = [c for c in scales if c in ODD_SCALES] or scales
@@ -141,7 +141,7 @@ def problems(
         dtype=row["dtype"],
         mask=mask,
         mask_as=row["mask_as"] if mask != FULL and (used["mask_as"] or "rule" not in taken["mask_as"]) else "rule",
-        bias=bias,
+        bias=row["bias"] if used["bias"] else "none",
         scale={"given": given, "odd": strange}.get(row["scale"]) if used["scale"] else None,
         softcap=cap if used["softcap"] and row["softcap"] == "softcap" else 0.0,
         grads=grads,
