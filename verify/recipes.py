@@ -95,6 +95,13 @@ def uneven_heads(rng: np.random.Generator, problem: Problem, factor: float = 64.
     return q, k * size / factor**0.5, v * size
 
 
+def growing(rng: np.random.Generator, problem: Problem, factor: float = 8.0) -> Triple:
+    """Rows from 1 to `factor` times as large along the sequence: what a scale or a maximum of the first tile cannot take."""
+    q, k, v = normal(rng, problem)
+    of_q, of_k = (factor ** np.linspace(0.0, 1.0, n).reshape(-1, 1) for n in (problem.len_q, problem.len_k))
+    return q * of_q / factor**0.5, k * of_k / factor**0.5, v * of_k
+
+
 def constant(rng: np.random.Generator, problem: Problem, value: float = 1000.0) -> Triple:
     """Every element the same large value (clamped to the dtype's range): score overflow, exact ties."""
     return _each(problem, lambda shape: np.full(shape, value))
@@ -107,7 +114,7 @@ def tiny(rng: np.random.Generator, problem: Problem, size: float = 1e-6) -> Trip
 
 RECIPES = {
     f.__name__: f
-    for f in (integers, normal, uniform, outliers, shift, rising, ties, sink, one_sign, hot_channel, uneven_heads, constant, tiny)
+    for f in (integers, normal, uniform, outliers, shift, rising, ties, sink, one_sign, hot_channel, uneven_heads, growing, constant, tiny)
 }
 
 
