@@ -14,11 +14,14 @@ import torch._dynamo
 from torch.nn.attention import flex_attention as flex
 
 from verify.arithmetic import Arithmetic
+from verify.masks import Mask
 from verify.problem import Problem
 from verify.registry import kernel
 
 DIMS = (16, 64, 128)
 """Head dims that are judged: each is compiled apart, in some ten seconds. tl.dot multiplies none below 16."""
+SHAPES = {"fp32": (16, 2, 2), "fp16": (64, 4, 2), "bf16": (128, 6, 2)}
+"""Head dim and heads that are drawn in each dtype: every other pair would be compiled apart, too."""
 GRAPHS = 2**16
 """Graphs that torch may compile; beyond its own limit it would fall back to attention that is not compiled, or raise."""
 LIMITS = ("recompile_limit", "accumulated_recompile_limit", "cache_size_limit", "accumulated_cache_size_limit")
@@ -48,13 +51,22 @@ def supports(problem: Problem, device: str) -> str | None:
     return next((sentence for wrong, sentence in checks if wrong), None)
 
 
+def bucket(problem: Problem) -> Problem:
+    """The same lengths, mask and options in one of few shapes: a head dim and a number of heads for each dtype, no batch of 1."""
+    (dim, heads_q, heads_kv), mask = SHAPES[problem.dtype], problem.mask
+    if problem.batch == 1:
+        mask = Mask(tuple((name, numbers * 2 if name == "padding" else numbers) for name, numbers in mask.parts))
+    batch = max(2, problem.batch)
+    return problem.but(dim_qk=dim, dim_v=dim, heads_q=heads_q, heads_kv=heads_kv, batch=batch, mask=mask)
+
+
 @functools.cache
 def _compiled():
     """Lengths are values at run time; without a whole graph it raises rather than run uncompiled."""
     return torch.compile(flex.flex_attention, dynamic=True, fullgraph=True)
 
 
-@kernel(name="flex-attention", arithmetic=arithmetic, supports=supports, layouts=lambda device: ("bhsd", "bshd"))
+@kernel(name="flex-attention", arithmetic=arithmetic, supports=supports, layouts=lambda device: ("bhsd", "bshd"), bucket=bucket)
 def flex_attention(q, k, v, *, scale, mask, bias, slopes, softcap):
     """q [B,H,Q,D], k [B,Hk,K,D], v [B,Hk,K,Dv] of FP32, FP16 or BF16 on a GPU -> (out [B,H,Q,Dv], lse [B,H,Q] float32). Raises
     what torch raises where it has no kernel (a tile that does not fit into shared memory).

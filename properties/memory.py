@@ -194,9 +194,12 @@ def _neighbours(case: Case, known: Truth, layouts: dict[str, tuple[str, ...]]) -
     for mask in ("causal_lower_right", "window(0,2)") if p.mask_as != "rule" else ("full",):
         if str(p.mask) != mask:
             yield f"the mask {mask}", about(plain.but(mask=Mask.parse(mask)), x)
-    shorter = {n: t[:, :, : p.len_k // 2] for n, t in (("k", x.k), ("v", x.v))}
+    keys = {"k": x.k, "v": x.v}
     if p.bias == "none" and p.len_k > 1:
-        yield "half the keys", about(plain.but(len_k=p.len_k // 2), replace(x, **shorter))
+        half = {n: t[:, :, : p.len_k // 2] for n, t in keys.items()}
+        yield "half the keys", about(plain.but(len_k=p.len_k // 2), replace(x, **half))
+        twice = {n: laid_out(torch.cat([t, t], 2)) for n, t in keys.items()}
+        yield "twice the keys", about(plain.but(len_k=2 * p.len_k), replace(x, **twice))
 
 
 @holds()

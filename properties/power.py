@@ -51,11 +51,13 @@ USUAL = dict(zip(ELSEWHERE, (FLASH_CASES, FLASH_CASES, TUTORIAL_CASES, BENCH_CAS
 """What each rule's own suite runs it on, in kind: tests/test_flash_attn.py (also for torch's defaults); the tutorial's test_op;
 KernelBench's five draws of torch.rand (smaller)."""
 Job = tuple[str, str, int]
+"""Mutant or variant, property, and the seed, or how many cases."""
 T = TypeVar("T")
 
 
-def run_power(faults: list[str], *, seeds: int, matrix: bool, controls: int, out: Path, console: Console) -> int:
-    """Measure, print and write power.md and power.json. Returns 1 where a mutant escapes or a correct variant is accused.
+def run_power(faults: list[str], *, seeds: range, matrix: bool, controls: int, out: Path, console: Console) -> int:
+    """Measure, print and write power.md and power.json: a hunt for each mutant with each of the seeds, so many cases for each
+    correct variant by the first seed. Returns 1 where a mutant escapes or a correct variant is accused.
 
     Raises VerifyError for an unknown mutant or a folder that cannot be written, before anything is measured.
     """
@@ -65,28 +67,27 @@ def run_power(faults: list[str], *, seeds: int, matrix: bool, controls: int, out
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise VerifyError(f"out={out}: {error.strerror}; name a folder that can be written") from error
-    chosen = faults or list(MUTANTS)
-    own = [(fault, MUTANTS[fault].law, seed) for fault in chosen for seed in range(seeds)]
+    chosen = (faults or list(MUTANTS)) if seeds else []
+    own = [(fault, MUTANTS[fault].law, seed) for fault in chosen for seed in seeds]
     grid = [(fault, law, 0) for fault in chosen for law in PROPERTIES] if matrix else []
     variants = [] if faults else list(CONTROLS)
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"), _start) as pool:
         each = partial(_each, pool, console)
-        hunts = dict(zip(own, each("mutants", _detect, own, seeds), strict=True))
+        hunts = dict(zip(own, each("mutants", _detect, own, len(seeds) or 1), strict=True))
         cells = dict(zip(grid, each("matrix", _cell, grid, len(PROPERTIES)), strict=True))
-        names = [*chosen, *CONTROLS]
+        names = [*chosen, *CONTROLS] if chosen else []
         rules = dict(zip(names, pool.map(_caught_elsewhere, names), strict=True))
-        jobs = [(name, law, controls) for name in variants for law in PROPERTIES]
-        accused = list(each("controls", _accused, jobs, len(PROPERTIES)))
-    judged = sum(n for n, _ in accused)
-    wrong = [sentence for _, sentence in accused if sentence]
-    page = "\n".join(_pages(chosen, hunts, cells, rules, judged, wrong))
+        shares = [(name, law, share) for name in variants for law, share in _shares(name, controls)]
+        accused = dict(zip(shares, each("controls", partial(_accused, seeds.start), shares, 1), strict=True))
+    page = "\n".join(_pages(chosen, hunts, cells, rules, accused))
     write(out / "power.md", page)
     write(
         out / "power.json",
         json.dumps({"hunts": [(*k, *v) for k, v in hunts.items()], "matrix": [(*k, v) for k, v in cells.items()]}),
     )
     console.print(page, markup=False, soft_wrap=True)
-    return int(bool(wrong) or any(cases is None for cases, _, _ in hunts.values()))
+    wrong = any(sentence for _, sentence in accused.values())
+    return int(wrong or any(cases is None for cases, _, _ in hunts.values()))
 
 
 def _each(
@@ -120,13 +121,16 @@ def _cell(job: Job) -> int | None:
     return found.judged + 1 if found.finding else None
 
 
-def _accused(job: Job) -> tuple[int, str]:
-    """(cases judged, the accusation) of a correct variant under one property: its share of so many cases."""
-    name, law, cases = job
-    kernel, share = control(name), max(1, -(-cases // len(PROPERTIES)))
-    if not cases or PROPERTIES[law].refusal(kernel, "cpu"):
-        return 0, ""
-    found = hunt(kernel, PROPERTIES[law], "cpu", budget=Budget(judged=share, seconds=2.0 * share), seed=0)
+def _shares(name: str, cases: int) -> list[tuple[str, int]]:
+    """So many cases of a correct variant, shared among the properties that it is judged by."""
+    laws = [law for law in PROPERTIES if not PROPERTIES[law].refusal(control(name), "cpu")] if cases else []
+    return [(law, -(-cases // len(laws))) for law in laws]
+
+
+def _accused(seed: int, job: Job) -> tuple[int, str]:
+    """(cases judged, the accusation) of a correct variant under one property."""
+    name, law, share = job
+    found = hunt(control(name), PROPERTIES[law], "cpu", budget=Budget(judged=share, seconds=2.0 * share), seed=seed)
     return found.judged, f"{name}: {law}: {found.finding[0]}: {found.finding[1].sentence}" if found.finding else ""
 
 
@@ -165,34 +169,38 @@ def _said(rules: dict[str, list[str]], fault: str, rule: str) -> str:
     return "-" if rule in rules[honest(fault)] else "caught" if rule in rules[fault] else ""
 
 
+def _row(fault: str, found: list[tuple[int | None, float, str]], rules: dict[str, list[str]]) -> list[str]:
+    caught = [cases for cases, _, _ in found if cases is not None]
+    cases = f"{median(caught):g}" if len(caught) == len(found) else "-"
+    figures = [f"{len(caught)}/{len(found)}", cases, f"{median(s for _, s, _ in found):.2f}"]
+    return [MUTANTS[fault].kind, fault, MUTANTS[fault].law, *figures, *(_said(rules, fault, rule) for rule in ELSEWHERE)]
+
+
+def _notes(table: list[list[str]], rules: dict[str, list[str]]) -> Iterator[str]:
+    chosen, medians = [row[1] for row in table], [float(row[4]) for row in table if row[4] != "-"]
+    yield f"{len(medians)} of {len(chosen)} are caught with every seed; cases to a finding: median {median(medians or [0]):g}"
+    for rule in ELSEWHERE:
+        fair = [f for f in chosen if rule not in rules[honest(f)]]
+        caught, blamed = (sum(rule in rules[x] for x in names) for names in (fair, CONTROLS))
+        yield f"{rule}: catches {caught} of {len(fair)}; accuses {blamed} of {len(CONTROLS)} correct variants (-: that one)"
+
+
 def _pages(
     chosen: list[str],
     hunts: dict[Job, tuple[int | None, float, str]],
     cells: dict[Job, int | None],
     rules: dict[str, list[str]],
-    judged: int,
-    wrong: list[str],
+    accused: dict[Job, tuple[int, str]],
 ) -> Iterator[str]:
-    rows, medians = [], []
-    for fault in chosen:
-        found = [h for (name, _, _), h in hunts.items() if name == fault]
-        caught = [cases for cases, _, _ in found if cases is not None]
-        cases = median(caught) if len(caught) == len(found) else None
-        medians.append(cases)
-        m, spent = MUTANTS[fault], median(s for _, s, _ in found)
-        figures = [f"{len(caught)}/{len(found)}", "-" if cases is None else f"{cases:g}", f"{spent:.2f}"]
-        rows.append([m.kind, fault, m.law, *figures, *(_said(rules, fault, rule) for rule in ELSEWHERE)])
-    reached = sorted(m for m in medians if m is not None)
-    notes = [f"{len(reached)} of {len(chosen)} are caught with every seed; cases to a finding: median {median(reached or [0]):g}"]
-    for rule in ELSEWHERE:
-        fair = [f for f in chosen if rule not in rules[honest(f)]]
-        caught_by, accused = (sum(rule in rules[x] for x in names) for names in (fair, CONTROLS))
-        notes.append(
-            f"{rule}: catches {caught_by} of {len(fair)}; accuses {accused} of {len(CONTROLS)} correct variants (-: that one)"
-        )
-    notes += [f"correct variants: {len(CONTROLS)}, {judged} cases judged, {len(wrong)} accused", *wrong]
-    headings = ["class", "mutant", "property", "caught", "cases", "s", *ELSEWHERE]
-    yield markdown("Known-wrong kernels: judged cases to the first finding", headings, rows, notes)
+    if chosen:
+        headings = ["class", "mutant", "property", "caught", "cases", "s", *ELSEWHERE]
+        table = [_row(fault, [h for (name, _, _), h in hunts.items() if name == fault], rules) for fault in chosen]
+        yield markdown("Known-wrong kernels: judged cases to the first finding", headings, table, list(_notes(table, rules)))
+    if accused:
+        judged = [sum(n for (name, _, _), (n, _) in accused.items() if name == variant) for variant in CONTROLS]
+        wrong = [sentence for _, sentence in accused.values() if sentence]
+        each = f"{sum(judged)} cases judged ({min(judged)} to {max(judged)} each)"
+        yield "\n".join(f"- {line}" for line in (f"correct variants: {len(CONTROLS)}, {each}, {len(wrong)} accused", *wrong))
     if cells:
         seen = {fault: sorted((n, law) for (name, law, _), n in cells.items() if name == fault and n) for fault in chosen}
         lines = (f"- {fault}: {', '.join(f'{law} {n}' for n, law in by) or '-'}\n" for fault, by in seen.items())

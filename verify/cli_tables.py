@@ -67,7 +67,10 @@ def bench(
 def power(
     *,
     fault: Annotated[list[str] | None, typer.Option(help="only this mutant; may be repeated")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="hunts for each mutant, each with its own seed")] = 5,
+    seeds: Annotated[
+        int, typer.Option(min=0, help="hunts for each mutant, each with its own seed; 0: the correct ones only")
+    ] = 5,
+    seed: Annotated[int, typer.Option(min=0, help="the first of them")] = 0,
     matrix: Annotated[bool, typer.Option("--matrix", help="every mutant under every property, not its own alone")] = False,
     controls: Annotated[int, typer.Option(min=0, help="cases that each correct variant is judged on")] = 1000,
     out: Annotated[Path, typer.Option(help="folder for power.md and power.json")] = Path("verify-power"),
@@ -78,7 +81,8 @@ def power(
     environment.prepare("cpu")
     from verify.properties.power import run_power
 
-    raise typer.Exit(run_power(fault or [], seeds=seeds, matrix=matrix, controls=controls, out=out, console=console))
+    budget: dict[str, Any] = {"seeds": range(seed, seed + seeds), "matrix": matrix, "controls": controls}
+    raise typer.Exit(run_power(fault or [], **budget, out=out, console=console))
 
 
 @app.command()

@@ -112,10 +112,10 @@ def tiny(rng: np.random.Generator, problem: Problem, size: float = 1e-6) -> Trip
     return normal(rng, problem, size)
 
 
-RECIPES = {
-    f.__name__: f
-    for f in (integers, normal, uniform, outliers, shift, rising, ties, sink, one_sign, hot_channel, uneven_heads, growing, constant, tiny)
-}
+_PLAIN = (integers, normal, uniform, outliers)
+_OF_SCORES = (shift, rising, ties, sink)
+_OF_SIZES = (one_sign, hot_channel, uneven_heads, growing, constant, tiny)
+RECIPES = {f.__name__: f for f in (*_PLAIN, *_OF_SCORES, *_OF_SIZES)}
 
 
 @dataclass(frozen=True)

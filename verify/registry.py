@@ -75,6 +75,7 @@ class Kernel:
     stages: Stages | None = None
     tiles: tuple[int, ...] = ()
     layouts: Callable[[str], tuple[str, ...]] | None = None
+    bucket: Callable[[Problem], Problem] | None = None
 
     def numerics(self, problem: Problem, device: str) -> Arithmetic:
         """The arithmetic declared for this problem on this device."""
@@ -130,6 +131,7 @@ def kernel(
     stages: Stages | None = None,
     tiles: tuple[int, ...] = (),
     layouts: Callable[[str], tuple[str, ...]] | None = None,
+    bucket: Callable[[Problem], Problem] | None = None,
 ) -> Any:
     """Register a kernel; usable bare or with arguments. Returns the function unchanged. `arithmetic` is a value or a function of
     (problem, device). `supports(problem, device)` returns None or one sentence that says why not; one that takes a keyword
@@ -137,13 +139,13 @@ def kernel(
     `known` lists known defects: a run stays green with them in sight. `stages`, called like the kernel, gives the parts that
     `verify bench` times apart. `tiles`: sizes of blocks that the kernel works in; lengths around them are tried more often.
     `layouts(device)`: those of verify/layouts.py that may be tried at all (what it refuses with an exception need not be left
-    out, what crashes it must). Raises VerifyError for an unknown keyword in the signature or a name already taken.
+    out, what crashes it must). `bucket(problem)`, for a kernel that is compiled for each shape: the problem that is drawn in the
+    place of this one, of few shapes. Raises VerifyError for an unknown keyword in the signature or a name already taken.
     """
     if fn is None:
         options = functools.partial(kernel, name=name, arithmetic=arithmetic, supports=supports)
-        return functools.partial(
-            options, dtypes=dtypes, empty_row=empty_row, known=known, stages=stages, tiles=tiles, layouts=layouts
-        )
+        drawn = {"tiles": tiles, "layouts": layouts, "bucket": bucket}
+        return functools.partial(options, dtypes=dtypes, empty_row=empty_row, known=known, stages=stages, **drawn)
     label = name or getattr(fn, "__name__", "kernel").replace("_", "-")
     takes = _keywords(fn, label)
     if wrong := [d for d in dtypes if d not in DTYPES]:
@@ -155,7 +157,7 @@ def kernel(
     if other and other.origin != origin:
         raise VerifyError(f"kernel {label!r} is registered twice: {other.origin} and {origin}; give one another name=")
     REGISTRY[label] = Kernel(
-        label, fn, takes, arithmetic, supports, tuple(dtypes), empty_row, known, origin, stages, tiles, layouts
+        label, fn, takes, arithmetic, supports, tuple(dtypes), empty_row, known, origin, stages, tiles, layouts, bucket
     )
     return fn
 
