@@ -12,6 +12,9 @@ from verify.problem import Problem
 from verify.registry import kernel
 
 HEADS = Quantisation("e4m3", 0, rotated=True)
+ALIGNED = ("bhsd", "bshd", "sbhd", "packed", "columns", "expanded")
+"""Layouts with rows at multiples of 16 bytes; others end in `CUDA error: an illegal instruction was encountered`, which takes the
+process's GPU along (fa3-fwd 0.0.3, H200)."""
 SUMS = "fp22"
 """Hopper's FP8 products keep 14 bits of their sums."""
 
@@ -46,7 +49,7 @@ def _attention(q, k, v, *, scale, problem, **scales):
     return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
 
 
-@kernel(name="fa3", supports=_supports, dtypes=("bf16",))
+@kernel(name="fa3", supports=_supports, dtypes=("bf16",), layouts=lambda device: ALIGNED)
 def fa3(q, k, v, *, scale, problem):
     """BF16."""
     return _attention(q, k, v, scale=scale, problem=problem)
@@ -57,6 +60,7 @@ def fa3(q, k, v, *, scale, problem):
     arithmetic=Arithmetic(quantised=HEADS, exp="fused", probs="e4m3", probs_scale=256.0, scores=SUMS, accumulate=SUMS),
     supports=_supports_fp8,
     dtypes=("bf16",),
+    layouts=lambda device: ALIGNED,
 )
 def fa3_fp8(q, k, v, *, scale, problem):
     """e4m3, a scale for each head, Q and K rotated."""

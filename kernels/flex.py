@@ -16,7 +16,7 @@ from torch.nn.attention import flex_attention as flex
 from verify.arithmetic import Arithmetic
 from verify.masks import Mask
 from verify.problem import Problem
-from verify.registry import kernel
+from verify.registry import Known, kernel
 
 DIMS = (16, 64, 128)
 """Head dims that are judged: each is compiled apart, in some ten seconds. tl.dot multiplies none below 16."""
@@ -30,6 +30,9 @@ FUSED = Arithmetic(exp="fused", batch_sum="input", deterministic=True)
 """2^(s log2(e) - maximum), P and dS rounded to the input's dtype for the products, all sums in FP32, dk and dv of a group in one
 running sum, delta = rowsum(dO * out), scale after the products. The gradient of a bias is stored for every head and batch entry.
 """
+
+
+MORE_VALUES = Known("takes more values than keys, and leaves the rest out (torch 2.11)", lambda p, device: True, laws=("reject",))
 
 
 def arithmetic(problem: Problem, device: str) -> Arithmetic:
@@ -66,7 +69,14 @@ def _compiled():
     return torch.compile(flex.flex_attention, dynamic=True, fullgraph=True)
 
 
-@kernel(name="flex-attention", arithmetic=arithmetic, supports=supports, layouts=lambda device: ("bhsd", "bshd"), bucket=bucket)
+@kernel(
+    name="flex-attention",
+    arithmetic=arithmetic,
+    supports=supports,
+    known=(MORE_VALUES,),
+    layouts=lambda device: ("bhsd", "bshd"),
+    bucket=bucket,
+)
 def flex_attention(q, k, v, *, scale, mask, bias, slopes, softcap):
     """q [B,H,Q,D], k [B,Hk,K,D], v [B,Hk,K,Dv] of FP32, FP16 or BF16 on a GPU -> (out [B,H,Q,Dv], lse [B,H,Q] float32). Raises
     what torch raises where it has no kernel (a tile that does not fit into shared memory).

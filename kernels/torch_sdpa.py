@@ -97,11 +97,17 @@ SOME_GRADIENTS = Known(
     laws=("gradient-subsets",),
     crashes=True,
 )
+ODD_BIAS = Known(
+    "misaligned address where a bias starts off 16 bytes, as within a packed buffer (cuDNN 9.19)",
+    lambda p, device: p.bias in ("qk", "hqk", "bhqk") and p.len_k % 8 > 0,
+    layouts=("packed",),
+    crashes=True,
+)
 KNOWN = {
     "math": (NO_KEYS,),
     "flash": (NO_POSITIVE_SCALE, SPLIT_KEYS, SWALLOWS_NAN, MORE_VALUES),
     "efficient": (SOME_GRADIENTS, LAST_ROW),
-    "cudnn": (NO_POSITIVE_SCALE, EMPTY_ROW, LOW_LSE, LOW_LSE_SHIFTED, FINITE_MASK),
+    "cudnn": (NO_POSITIVE_SCALE, EMPTY_ROW, LOW_LSE, LOW_LSE_SHIFTED, FINITE_MASK, ODD_BIAS),
 }
 MISALIGNED = ("odd", "gapped")
 """Layouts whose rows start off 16 bytes: flash (q, k, v) and efficient (v) end in `CUDA error: misaligned address`, which takes

@@ -38,7 +38,7 @@ EXAMPLES = {
 }
 """A mask of each kind; `two`: two of them at once."""
 USUAL = ("causal_lower_right", "two")
-"""What models use most: rows with these masks come twice."""
+"""The masks that models use most."""
 
 
 def levels(case: Case) -> Row:
@@ -115,7 +115,12 @@ def rows(
     for order in range(ARRAYS):
         mixed = [_turned(values, order + number) for number, values in enumerate(parameters.values())]
         found += [dict(zip(names, row, strict=True)) for row in AllPairs(mixed, filter_func=legal)]
-    return (*found, *(row for row in found if row["mask"] in USUAL))
+    return (*found, *(row for row in found if _usual(row)))
+
+
+def _usual(row: Row) -> bool:
+    """Rows that come twice: what models use most, and ALiBi where its heads differ."""
+    return row["mask"] in USUAL or (row["bias"] == "alibi" and row["heads"] != "one")
 
 
 def _turned(values: list[str], by: int) -> list[str]:

@@ -94,17 +94,17 @@ def lse_gradient(kernel: Kernel, case: Case, device: str) -> Verdict:
     arithmetic = kernel.numerics(p, device)
     narrow = replace(arithmetic, probs=arithmetic.dscores, normalized_probs=False, probs_scale=1.0, quantised=None)
     allowed = replace(about(problem, replace(x, v=x.k, do=signs.to(x.do) * x.q)), exact=exact).allowances(narrow)
-    floor, unit, largest = (
-        FLOOR[p.dtype],
-        UNIT[p.dtype],
-        x.k.abs().double().amax((2, 3), keepdim=True).repeat_interleave(p.group, 1),
-    )
-    swing = torch.expm1(allowed["lse"].limit).unsqueeze(-1) * largest  # P is formed again from the stored LSE
-    for name, want, limit in (
-        ("dq", scale * signs * exact.out, abs(scale) * (allowed["out"].limit + swing)),
-        ("dk", exact.dv, max(abs(scale), 1.0) * allowed["dv"].limit if exact.dv is not None else None),
-    ):
-        if want is not None and limit is not None:
-            rest = unit * want.abs() + floor  # it is stored once more
-            compare(name, getattr(got, name), want, both(Allowance(limit, {"dS": limit}), rest), against="exact", times=2)
+    floor, unit, keys = FLOOR[p.dtype], UNIT[p.dtype], x.k.abs().double().repeat_interleave(p.group, 1)
+    swing = torch.expm1(allowed["lse"].limit).unsqueeze(-1) * keys.amax(2, keepdim=True)  # P is formed again from the stored LSE
+    flushed = 2 * FLOOR[arithmetic.format("dscores", p.dtype)] * max(abs(scale), 1.0)  # stored: dS, and scale * dS
+    queries = x.q.abs().double().unflatten(1, (p.heads_kv, p.group)).sum((2, 3)).unsqueeze(2)
+    limits_of = {"dq": abs(scale) * (allowed["out"].limit + swing) + flushed * keys.sum(2, keepdim=True)}
+    wanted = {"dq": scale * signs * exact.out}
+    if exact.dv is not None:
+        limits_of["dk"] = max(abs(scale), 1.0) * allowed["dv"].limit + flushed * queries
+        wanted["dk"] = exact.dv
+    for name, want in wanted.items():
+        allowance = Allowance(limits_of[name], {"dS": limits_of[name]})
+        rest = unit * want.abs() + floor  # it is stored once more
+        compare(name, getattr(got, name), want, both(allowance, rest), against="exact", times=2)
     return Verdict()

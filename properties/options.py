@@ -16,7 +16,7 @@ from verify.problem import Problem
 from verify.registry import Kernel
 
 DIMS = (1, 2, 3, 4, 8, 16, 24, 32, 40, 64, 72, 80, 96, 128, 192, 256)
-HEADS = ((1, 1), (2, 1), (2, 2), (3, 3), (4, 2), (5, 1), (6, 2), (7, 1), (8, 8), (14, 2), (16, 4))
+HEADS = ((1, 1), (2, 1), (2, 2), (3, 3), (4, 2), (5, 1), (6, 2), (6, 6), (7, 1), (8, 8), (14, 2), (16, 4))
 RAISED = "raised"
 """How guard.call begins where the kernel raises."""
 SCALES = (None, 1.0, 0.5, 0.0, -0.3, 1e-3, 4.0)

@@ -11,6 +11,7 @@ from torch import Tensor
 from verify.bounds import Allowance
 from verify.case import Case
 from verify.guard import Output, call
+from verify.layouts import laid_out
 from verify.masks import Mask
 from verify.properties.property import BOTH, Verdict, agree, answer, both, holds, limits, rng
 from verify.properties.truth import Truth, about, truth
@@ -51,7 +52,7 @@ def split(kernel: Kernel, case: Case, device: str) -> Verdict:
 def _keys(known: Truth, keys: slice) -> Truth:
     x = known.inputs
     k, v = x.k[:, :, keys], x.v[:, :, keys]
-    bias = None if x.bias is None else x.bias[..., keys]
+    bias = None if x.bias is None else laid_out(x.bias[..., keys])
     return about(known.problem.but(len_k=k.shape[2]), replace(x, k=k, v=v, bias=bias))
 
 
@@ -109,7 +110,7 @@ def last_rows(kernel: Kernel, case: Case, device: str) -> Verdict:
     n = 1 + case.seed % 3
     if p.len_q <= n:
         return Verdict(unsupported="they are the whole")
-    bias = None if x.bias is None else x.bias[:, :, -n:]
+    bias = None if x.bias is None else laid_out(x.bias[:, :, -n:])  # a view may start at any alignment
     some = about(p.but(len_q=n, grads=False), replace(x, q=x.q[:, :, -n:], do=x.do[:, :, -n:], bias=bias))
     return _rows(kernel, known, some, slice(p.len_q - n, None))
 
@@ -126,7 +127,7 @@ def prefix(kernel: Kernel, case: Case, device: str) -> Verdict:
     if low > high:
         return Verdict(unsupported="no prefix of both queries and keys")
     n = int(rng(case).integers(low, high + 1))
-    bias = None if x.bias is None else x.bias[:, :, :n, : n + offset]
+    bias = None if x.bias is None else laid_out(x.bias[:, :, :n, : n + offset])
     first = replace(x, q=x.q[:, :, :n], do=x.do[:, :, :n], k=x.k[:, :, : n + offset], v=x.v[:, :, : n + offset], bias=bias)
     return _rows(kernel, known, about(p.but(len_q=n, len_k=n + offset, grads=False), first), slice(0, n))
 

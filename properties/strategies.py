@@ -32,7 +32,7 @@ BATCHES = (2, 3)
 RECIPES = (
     "integers normal normal normal uniform normal(5) normal(0.1) outliers(0.01,10) one_sign sink hot_channel(30) shift(90) ties"
     " constant(1000) shift(-90) tiny shift(1e4) constant(133120) rising(30) rising(-30) outliers(0.01,10) one_sign one_sign sink"
-    " tiny growing uniform one_sign hot_channel(30) uneven_heads normal(5) uneven_heads one_sign normal normal"
+    " tiny growing tiny uniform one_sign hot_channel(30) uneven_heads normal(5) uneven_heads one_sign normal normal"
 ).split()
 """Hypothesis likes the first and the last: those that tell little (equal scores, overflow, underflow) stand between."""
 OF_SCALES = "hot_channel(30) uneven_heads growing growing".split()

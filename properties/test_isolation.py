@@ -83,6 +83,7 @@ def test_a_layout_that_crashes_is_taken_and_the_rest_is_known(target: str) -> No
     kernel = found(target, "fears-packed")
     with isolated(f"{target}::fears-packed", kernel, "cpu") as worker:
         options = worker.options()
+        assert worker.ask("determinism", 2)  # asks what the kernel takes, which the worker after the crash must know
         assert {"bhsd", "packed", "bshd"} <= set(options.layouts["q"])
         packed = Case.parse(f"{CASE}@q=packed")
         with pytest.raises(AssertionError, match="ended its process: SIGSEGV"):

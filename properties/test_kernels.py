@@ -85,6 +85,7 @@ REGRESSIONS = (
     ),  # and so the expected error is 1.4 times as large
     ("naive", "oracle", "b1.h3.q1.k4.d1.fp64.full.bias=alibi/integers#0"),  # ALiBi rounded to FP32 in an FP64 problem
     ("naive", "gradients", "b1.h2:1.q1.k3.d1.fp16.causal_lower_right.grads/rising(30)#0"),  # dk of each head is subnormal
+    ("naive", "lse-gradient", "b1.h1.q1.k441.d1.fp16.full.scale=0.001.grads/integers#0"),  # and so is scale * dS
 )
 
 

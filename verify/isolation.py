@@ -77,6 +77,7 @@ class Isolated:
         """What the kernel takes, for the worker and for this process; a layout that ends the worker is one that it takes."""
         if not known(self.kernel, self.device):
             learn(self.kernel, self.device, probe(self.kernel, self.device, self._tries))
+            self.ask("learn", known(self.kernel, self.device))  # else it would try it all again, and crash again
         return options(self.kernel, self.device)
 
     def judge(self, kernel: Kernel, law: Property, case: Case, device: str) -> Record:

@@ -8,8 +8,8 @@ lse [B,H,Q] float32. It names the keywords that it takes, and what it does not t
     bias: Tensor | None      added to the scaled scores, dtype of q, [B|1, H|1, Q, K]
     slopes: Tensor | None    ALiBi, float32 [H]: bias_ij = -slope |i + len_k - len_q - j|
     softcap: float           0 = none
-    dropout: float           probability that a weight is dropped, 0 = none; those kept are divided by 1 - dropout. Drawn anew in
-                             every call from torch's generator (torch.manual_seed), once for forward and backward
+    dropout: float           probability that a weight is dropped, 0 = none; those kept are divided by 1 - dropout. Drawn in every
+                             call anew from torch's generator (torch.manual_seed), once for forward and backward
     problem: Problem         all of it; serves for `mask` where the kernel applies the rules of problem.mask itself
 """
 
@@ -139,13 +139,12 @@ def kernel(
     `known` lists known defects: a run stays green with them in sight. `stages`, called like the kernel, gives the parts that
     `verify bench` times apart. `tiles`: sizes of blocks that the kernel works in; lengths around them are tried more often.
     `layouts(device)`: those of verify/layouts.py that may be tried at all (what it refuses with an exception need not be left
-    out, what crashes it must). `bucket(problem)`, for a kernel that is compiled for each shape: the problem that is drawn in the
-    place of this one, of few shapes. Raises VerifyError for an unknown keyword in the signature or a name already taken.
+    out, what crashes it must). `bucket(problem)`: the one that is drawn in its place, of few shapes, if each is compiled apart.
+    Raises VerifyError for an unknown keyword in the signature or a name already taken.
     """
     if fn is None:
-        options = functools.partial(kernel, name=name, arithmetic=arithmetic, supports=supports)
-        drawn = {"tiles": tiles, "layouts": layouts, "bucket": bucket}
-        return functools.partial(options, dtypes=dtypes, empty_row=empty_row, known=known, stages=stages, **drawn)
+        given = {"name": name, "arithmetic": arithmetic, "supports": supports, "dtypes": dtypes, "empty_row": empty_row}
+        return functools.partial(kernel, **given, known=known, stages=stages, tiles=tiles, layouts=layouts, bucket=bucket)
     label = name or getattr(fn, "__name__", "kernel").replace("_", "-")
     takes = _keywords(fn, label)
     if wrong := [d for d in dtypes if d not in DTYPES]:

@@ -34,6 +34,7 @@ PARENT_DIED = 1
 TASKS: dict[str, Callable[..., Any]] = {
     "judge": lambda kernel, device, law, case: judge(kernel, PROPERTIES[law], Case.parse(case), device),
     "check": lambda kernel, device, law, case: PROPERTIES[law].check(kernel, Case.parse(case), device),
+    "learn": learn,
     "tries": lambda kernel, device, case: tries(kernel, Case.parse(case), device=device),
     "show": lambda kernel, device, case: list(shown(kernel, Case.parse(case), device)),
     "explain": lambda kernel, device, case, law: explain(kernel, Case.parse(case), law, device),
