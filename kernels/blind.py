@@ -211,8 +211,8 @@ class BinaryGradient(Program):
 
     def backward(self, *arguments) -> tuple[Tensor | None, ...]:
         """Too small by log 2."""
-        *first, dlse, needs = arguments
-        return super().backward(*first, dlse * math.log(2), needs)
+        q, k, v, bias, out, lse, do, dlse, needs = arguments
+        return super().backward(q, k, v, bias, out, lse, do, dlse * math.log(2), needs)
 
 
 class ByQueryHead(Program):

@@ -36,91 +36,90 @@ class Mutant:
     program: Callable[..., Program] = Program
 
 
-def _mutants() -> dict[str, Mutant]:
-    fp8 = Variant(fp8=True)
-    table: list[tuple[str, str, tuple[str, ...]]] = [
-        ("A", "oracle", ("division by an empty sum", "hidden scores are finite", "first tile hidden", "maximum starts at 0")),
-        ("A", "shift", ("hidden scores are -1e4",)),
-        ("A", "uniform", ("LSE of an empty row is 0",)),
-        ("A", "empty-row", ("empty rows in the backward",)),
-        ("B", "ones", ("keys beyond the end count",)),
-        (
-            "B",
-            "oracle",
-            ("tail of V not masked", "last rows not stored", "keys in whole tiles only", "values beyond dim_qk not stored"),
-        ),
-        ("B", "one-hot", ("one key too many",)),
-        ("B", "layout", ("head dim not masked",)),
-        ("C", "one-hot", ("upper left for lower right", "causal: strictly below", "window one too wide")),
-        ("C", "one-hot", ("window's right edge ignored", "mask of entry 0")),
-        ("C", "mask-equivalence", ("window's first tile skipped",)),
-        ("C", "last-rows", ("causal bound without the offset",)),
-        ("C", "no-leak", ("diagonal tile of full blocks unmasked",)),
-        ("C", "ones", ("hidden after the softmax",)),
-        ("C", "oracle", ("bias of head 0",)),
-        (
-            "D",
-            "layout",
-            ("q: taken for contiguous", "k: taken for contiguous", "v: taken for contiguous", "bias: taken for contiguous"),
-        ),
-        ("D", "layout", ("k by q's strides", "v by k's strides", "storage offset ignored")),
-        ("D", "grouped-heads", ("key head h % heads_kv",)),
-        ("E", "oracle", ("offsets in 16 bits", "grid of 8 heads")),
-        ("F", "gradients", ("lost update",)),
-        ("F", "repeat", ("last bit wavers", "exchanged rows, one call in 20")),
-        ("G", "uniform", ("LSE in base 2",)),
-        ("G", "shift", ("LSE without the maximum",)),
-        ("G", "oracle", ("row sum not rescaled", "sum not rescaled")),
-        ("H", "gradients", ("delta forgotten", "delta in the input's dtype", "dq not scaled", "dk scaled twice")),
-        ("H", "gradients", ("dq without the last keys", "dv without the last rows", "softcap's slope forgotten")),
-        ("H", "gradients", ("last head of the group", "dbias of the first entry", "group sum in BF16")),
-        ("H", "gradients", ("do: taken for contiguous",)),
-        ("H", "lse-gradient", ("LSE's gradient dropped",)),
-        ("H", "gradient-subsets", ("dv only with dq",)),
-        ("J", "oracle", ("scale of the padded head dim", "scale without log2(e)", "softcap after the bias", "bias scaled")),
-        ("J", "query-scaling", ("always the default scale",)),
-        ("J", "oracle", ("ALiBi from the upper left", "ALiBi by key head")),
-        ("K", "oracle", ("S in the input's dtype", "Q scaled in the input's dtype", "no maximum", "one tile's sum in BF16")),
-        (
-            "K",
-            "oracle",
-            ("P truncated", "exponential off by 1e-3", "out rounded towards zero", "row sum in 16 bits", "out 0.1 % too large"),
-        ),
-        ("L", "call-sequence", ("result remembered by shape", "scale remembered by shape", "mask remembered by shape")),
-        ("L", "call-sequence", ("one output buffer for all calls",)),
-        ("M", "oracle", ("raises without queries", "nothing stored without keys")),
-        ("M", "one-hot", ("no mask for a single query",)),
-        # the first ten that were written after the suite
-        ("C", "one-hot", ("first tile twice",)),
-        ("D", "oracle", ("bias transposed",)),
-        ("D", "alone", ("batch of K by all query heads",)),
-        ("E", "one-hot", ("rows counted in 7 bits",)),
-        ("G", "oracle", ("LSE in BF16",)),
-        ("H", "gradients", ("dk one key further",)),
-        ("J", "oracle", ("slopes in FP16", "scale twice under a softcap")),
-        ("K", "oracle", ("V in BF16",)),
-        ("K", "nan", ("NaN scores become 0",)),
-    ]
-    found = [Mutant(fault, kind, law) for kind, law, faults in table for fault in faults]
-    found += [
-        Mutant(fault, "G", "split" if "LSE" in fault else "oracle", BY_FOUR)
-        for fault in ("parts averaged", "merged LSE is the larger")
-    ]
-    eight = (
-        "V's scale forgotten",
-        "K's scale twice",
-        "P scaled by 1/16",
-        "P scaled beyond its range",
-        "e5m2 for e4m3",
-        "quantised towards zero",
-    )
-    found += [Mutant(fault, "I", "oracle", fp8) for fault in eight]
-    found += [Mutant("scale of head 0", "I", "oracle", fp8), Mutant("scales of hidden keys", "I", "no-leak", fp8)]
-    return {m.fault: m for m in found}
-
-
-MUTANTS = _mutants()
-MUTANTS |= {fault: Mutant(fault, kind, law, Variant(fp8=kind == "I"), program) for fault, (kind, law, program) in BLIND.items()}
+FAULTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("A", "oracle", ("division by an empty sum", "hidden scores are finite", "first tile hidden", "maximum starts at 0")),
+    ("A", "shift", ("hidden scores are -1e4",)),
+    ("A", "uniform", ("LSE of an empty row is 0",)),
+    ("A", "empty-row", ("empty rows in the backward",)),
+    ("B", "ones", ("keys beyond the end count",)),
+    (
+        "B",
+        "oracle",
+        ("tail of V not masked", "last rows not stored", "keys in whole tiles only", "values beyond dim_qk not stored"),
+    ),
+    ("B", "one-hot", ("one key too many",)),
+    ("B", "layout", ("head dim not masked",)),
+    ("C", "one-hot", ("upper left for lower right", "causal: strictly below", "window one too wide")),
+    ("C", "one-hot", ("window's right edge ignored", "mask of entry 0")),
+    ("C", "mask-equivalence", ("window's first tile skipped",)),
+    ("C", "last-rows", ("causal bound without the offset",)),
+    ("C", "no-leak", ("diagonal tile of full blocks unmasked",)),
+    ("C", "ones", ("hidden after the softmax",)),
+    ("C", "oracle", ("bias of head 0",)),
+    (
+        "D",
+        "layout",
+        ("q: taken for contiguous", "k: taken for contiguous", "v: taken for contiguous", "bias: taken for contiguous"),
+    ),
+    ("D", "layout", ("k by q's strides", "v by k's strides", "storage offset ignored")),
+    ("D", "grouped-heads", ("key head h % heads_kv",)),
+    ("E", "oracle", ("offsets in 16 bits", "grid of 8 heads")),
+    ("F", "gradients", ("lost update",)),
+    ("F", "repeat", ("last bit wavers", "exchanged rows, one call in 20")),
+    ("G", "uniform", ("LSE in base 2",)),
+    ("G", "shift", ("LSE without the maximum",)),
+    ("G", "oracle", ("row sum not rescaled", "sum not rescaled")),
+    ("H", "gradients", ("delta forgotten", "delta in the input's dtype", "dq not scaled", "dk scaled twice")),
+    ("H", "gradients", ("dq without the last keys", "dv without the last rows", "softcap's slope forgotten")),
+    ("H", "gradients", ("last head of the group", "dbias of the first entry", "group sum in BF16")),
+    ("H", "gradients", ("do: taken for contiguous",)),
+    ("H", "lse-gradient", ("LSE's gradient dropped",)),
+    ("H", "gradient-subsets", ("dv only with dq",)),
+    ("J", "oracle", ("scale of the padded head dim", "scale without log2(e)", "softcap after the bias", "bias scaled")),
+    ("J", "query-scaling", ("always the default scale",)),
+    ("J", "oracle", ("ALiBi from the upper left", "ALiBi by key head")),
+    ("K", "oracle", ("S in the input's dtype", "Q scaled in the input's dtype", "no maximum", "one tile's sum in BF16")),
+    (
+        "K",
+        "oracle",
+        ("P truncated", "exponential off by 1e-3", "out rounded towards zero", "row sum in 16 bits", "out 0.1 % too large"),
+    ),
+    ("L", "call-sequence", ("result remembered by shape", "scale remembered by shape", "mask remembered by shape")),
+    ("L", "call-sequence", ("one output buffer for all calls",)),
+    ("M", "oracle", ("raises without queries", "nothing stored without keys")),
+    ("M", "one-hot", ("no mask for a single query",)),
+    # the first ten that were written after the suite
+    ("C", "one-hot", ("first tile twice",)),
+    ("D", "oracle", ("bias transposed",)),
+    ("D", "alone", ("batch of K by all query heads",)),
+    ("E", "one-hot", ("rows counted in 7 bits",)),
+    ("G", "oracle", ("LSE in BF16",)),
+    ("H", "gradients", ("dk one key further",)),
+    ("J", "oracle", ("slopes in FP16", "scale twice under a softcap")),
+    ("K", "oracle", ("V in BF16",)),
+    ("K", "nan", ("NaN scores become 0",)),
+)
+"""Class, the property that must catch them, faults."""
+PARTED = {"parts averaged": "oracle", "merged LSE is the larger": "split"}
+"""Of parts of the keys, and the property that must catch each."""
+EIGHT = {
+    "V's scale forgotten": "oracle",
+    "K's scale twice": "oracle",
+    "P scaled by 1/16": "oracle",
+    "P scaled beyond its range": "oracle",
+    "e5m2 for e4m3": "oracle",
+    "quantised towards zero": "oracle",
+    "scale of head 0": "oracle",
+    "scales of hidden keys": "no-leak",
+}
+"""Of FP8, likewise."""
+_ALL = (
+    *(Mutant(fault, kind, law) for kind, law, faults in FAULTS for fault in faults),
+    *(Mutant(fault, "G", law, BY_FOUR) for fault, law in PARTED.items()),
+    *(Mutant(fault, "I", law, Variant(fp8=True)) for fault, law in EIGHT.items()),
+    *(Mutant(fault, kind, law, Variant(fp8=kind == "I"), program) for fault, (kind, law, program) in BLIND.items()),
+)
+MUTANTS = {mutant.fault: mutant for mutant in _ALL}
 CONTROLS: dict[str, tuple[Variant, Arithmetic]] = {
     "tiles of 64 x 64": (PLAIN, FLASH_TILED),
     "tiles of 16 x 16": (Variant(rows=16, keys=16), Arithmetic(tile=16)),

@@ -138,10 +138,9 @@ def problems(
     odd = [c for c in scales if c in ODD_SCALES] or scales
     usual = [c for c in scales if c not in ODD_SCALES] or scales
     cap, given, strange = draw(st.sampled_from(caps)), draw(st.sampled_from(usual)), draw(st.sampled_from(odd))
-    every = frozenset(name for mask in taken["mask"] for name in mask.names) - ({"full"} if hides else set())
-    kind = row["mask"] if used["mask"] else "full"
-    chosen = every - {"full"} if kind == "two" else every if kind == "full" and hides else frozenset({kind})
-    mask = FULL if full_mask else draw(masks(chosen, batch, len_q, len_k, two=kind == "two"))
+    every = frozenset(name for mask in taken["mask"] for name in mask.names)
+    allowed = _kinds(row["mask"] if used["mask"] else "full", every, hides=hides)
+    mask = FULL if full_mask else draw(masks(allowed, batch, len_q, len_k, two=used["mask"] and row["mask"] == "two"))
     return Problem(
         batch=batch,
         heads_q=heads[0],
@@ -158,6 +157,13 @@ def problems(
         softcap=cap if used["softcap"] and row["softcap"] == "softcap" else 0.0,
         grads=grads,
     )
+
+
+def _kinds(kind: str, every: frozenset[str], *, hides: bool) -> frozenset[str]:
+    """Kinds of masks that a row's may be of; one that hides something where it must."""
+    if kind == "two":
+        return every - {"full"}
+    return every - {"full"} if kind == "full" and hides else frozenset({kind})
 
 
 def _as_row(way: str, len_q: int, len_k: int) -> tuple[int, int]:

@@ -110,9 +110,23 @@ def run_fuzz(
         with isolated(name, kernel, device, Limits(call_seconds)) as worker:
             console.print(conventions.table(kernel, _conventions(worker)))
     display = _Display(console, left)
-    arguments = [*_arguments(folder, **asked | {"target": target, "seconds": left}), f"--run={json.dumps(asked)}"]
-    arguments += ["--resume"] if resumed else []
+    how = [f"--run={json.dumps(asked)}", *["--resume"] * resumed]
+    arguments = [*_arguments(folder, **asked | {"target": target, "seconds": left}), *how]
     start = time.monotonic()
+    if _pytest(display, arguments, folder) == pytest.ExitCode.INTERRUPTED:
+        console.print(f"interrupted; what follows was measured before; verify resume {shlex.quote(str(folder))} goes on")
+    names = {kernel.name for kernel in kernels}
+    records = [record for record in read(folder) if record.kernel in names]
+    _summary(records, target, kernels, device, time.monotonic() - start, folder, console, Limits(call_seconds))
+    speed = [] if resumed else [_throughput(records, display.hunted)]  # the records are of several runs, the time of the last
+    for line in (*speed, *display.covered(records)):
+        console.print(line, markup=False)
+    judged = any(r.verdict in JUDGED for r in records)
+    return int(not judged or any(r.verdict in ("failed", "finding") for r in records))
+
+
+def _pytest(display: _Display, arguments: list[str], folder: Path) -> int:
+    """Its exit code: of a run that ended, with findings or without, or was interrupted. Raises VerifyError for any other end."""
     handler = signal.signal(signal.SIGINT, display.interrupt)
     try:
         with display.progress:
@@ -121,22 +135,12 @@ def run_fuzz(
         signal.signal(signal.SIGINT, handler)
     if display.run and display.run.full:
         raise display.run.full
-    names = {kernel.name for kernel in kernels}
-    records = [record for record in read(folder) if record.kernel in names]
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.INTERRUPTED):
         raise VerifyError(f"the run broke off (pytest: {pytest.ExitCode(code).name}); what was measured is in {folder}")
     if display.broken:
-        raise VerifyError(
-            f"the run broke off by itself, which is a defect of attention-verify; please report it:\n{display.broken[0]}"
-        )
-    if code == pytest.ExitCode.INTERRUPTED:
-        console.print(f"interrupted; what follows was measured before; verify resume {shlex.quote(str(folder))} goes on")
-    _summary(records, target, kernels, device, time.monotonic() - start, folder, console, Limits(call_seconds))
-    speed = [] if resumed else [_throughput(records, display.hunted)]  # the records are of several runs, the time of the last
-    for line in (*speed, *display.covered(records)):
-        console.print(line, markup=False)
-    judged = any(r.verdict in JUDGED for r in records)
-    return int(not judged or any(r.verdict in ("failed", "finding") for r in records))
+        ours = "the run broke off by itself, which is a defect of attention-verify; please report it"
+        raise VerifyError(f"{ours}:\n{display.broken[0]}")
+    return code
 
 
 def _arguments(

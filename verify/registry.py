@@ -143,8 +143,8 @@ def kernel(
     Raises VerifyError for an unknown keyword in the signature or a name already taken.
     """
     if fn is None:
-        given = {"name": name, "arithmetic": arithmetic, "supports": supports, "dtypes": dtypes, "empty_row": empty_row}
-        return functools.partial(kernel, **given, known=known, stages=stages, tiles=tiles, layouts=layouts, bucket=bucket)
+        half: Any = functools.partial(kernel, name=name, arithmetic=arithmetic, supports=supports, dtypes=dtypes, known=known)
+        return functools.partial(half, empty_row=empty_row, stages=stages, tiles=tiles, layouts=layouts, bucket=bucket)
     label = name or getattr(fn, "__name__", "kernel").replace("_", "-")
     takes = _keywords(fn, label)
     if wrong := [d for d in dtypes if d not in DTYPES]:
