@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from hypothesis import seed as seeded
 from verify.case import Case
 from verify.corpus import Corpus
 from verify.engine import Budget, hunt
+from verify.kernels.flex import SHAPES, bucket
 from verify.kernels.mutants import control, mutant
 from verify.properties.design import coverage, levels, rows
 from verify.properties.laws import PROPERTIES
@@ -32,22 +34,37 @@ def test_the_rows_have_every_pair_that_the_kernel_takes(name: str) -> None:
 
 
 def test_drawn_cases_reach_nearly_all_pairs_and_every_level() -> None:
-    kernel, drawn = control("tiles of 64 x 64"), list[Case]()
-
-    @seeded(1)
-    @settings(max_examples=500, database=None, deadline=None, phases=[Phase.generate], backend="attention-verify",
-              suppress_health_check=list(HealthCheck))  # fmt: skip
-    @given(cases(kernel, "cpu"))
-    def draw(case: Case) -> None:
-        drawn.append(case)
-
-    draw()
+    kernel = control("tiles of 64 x 64")
+    drawn = _drawn(kernel, 500)
     had, every = coverage(kernel, "cpu", drawn)
     assert had > 0.9 * every
     seen = {pair for case in drawn for pair in levels(case).items()}
     assert {pair for row in rows(kernel, "cpu") for pair in row.items()} <= seen
     around = {n for tile in kernel.tiles for n in (tile - 1, tile, tile + 1, 2 * tile + 1)}
     assert around <= {n for case in drawn for n in (case.problem.len_q, case.problem.len_k)}
+
+
+def test_a_kernel_with_buckets_is_drawn_in_their_shapes() -> None:
+    """FlexAttention's: a head dim and a number of heads for each dtype, never a batch of 1, and all else as ever."""
+    drawn = _drawn(replace(control("tiles of 64 x 64"), bucket=bucket), 100)
+    shapes = {(p.dtype, p.dim_qk, p.dim_v, p.heads_q, p.heads_kv) for p in (case.problem for case in drawn)}
+    assert shapes == {(dtype, dim, dim, *heads) for dtype, (dim, *heads) in SHAPES.items()}
+    assert {case.problem.batch for case in drawn} == {2, 3}
+    assert len({case.problem.mask for case in drawn}) > 20
+
+
+def _drawn(kernel: Kernel, number: int) -> list[Case]:
+    found: list[Case] = []
+
+    @seeded(1)
+    @settings(max_examples=number, database=None, deadline=None, phases=[Phase.generate], backend="attention-verify",
+              suppress_health_check=list(HealthCheck))  # fmt: skip
+    @given(cases(kernel, "cpu"))
+    def draw(case: Case) -> None:
+        found.append(case)
+
+    draw()
+    return found
 
 
 def test_a_pair_is_covered_by_a_case_that_has_both() -> None:

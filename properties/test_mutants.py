@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
+from rich.console import Console
 
 from verify.engine import Budget, hunt
 from verify.kernels.blind import BLIND
 from verify.kernels.emulated_memory import CHANCE
 from verify.kernels.mutants import CONTROLS, MUTANTS, control, honest, mutant
+from verify.properties import power
 from verify.properties.laws import PROPERTIES
 
 CASES = 600
@@ -38,3 +43,14 @@ def test_a_correct_variant_is_not_accused(name: str) -> None:
 
 def test_every_mutant_is_a_control_but_for_its_fault() -> None:
     assert {honest(fault) for fault in MUTANTS} <= set(CONTROLS)
+
+
+def test_the_correct_variants_alone_are_judged_by_every_property(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`verify power --seeds 0`: no mutant is hunted; the cases of a variant are shared among its properties."""
+    monkeypatch.setattr(power, "CONTROLS", {"FP8": CONTROLS["FP8"]})
+    said = Console(record=True, width=120)
+    assert power.run_power([], seeds=range(3, 3), matrix=False, controls=20, out=tmp_path, console=said) == 0
+    counted = re.search(r"correct variants: 1, (\d+) cases judged", said.export_text())
+    assert counted
+    assert 20 <= int(counted[1]) <= len(PROPERTIES)
+    assert "Known-wrong" not in (tmp_path / "power.md").read_text()
