@@ -4,6 +4,7 @@ inputs of those suites' own kind; correct variants, which nobody may accuse.
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -100,6 +101,7 @@ def _each(
 def _start() -> None:
     environment.prepare("cpu")
     torch.set_num_threads(1)
+    gc.freeze()  # what was loaded stays: collections need not look at it
 
 
 def _detect(job: Job) -> tuple[int | None, float, str]:

@@ -67,8 +67,8 @@ class Hunt:
     """the first case that showed each known defect"""
 
 
-class _ShrunkEnough(BaseException):
-    """Leaves Hypothesis when the time for shrinking is over; not an Exception, so that Hypothesis lets it through."""
+class _Enough(BaseException):
+    """Leaves Hypothesis when enough was judged, or the time is up; not an Exception, so that Hypothesis lets it through."""
 
 
 def hunt(
@@ -95,7 +95,7 @@ def hunt(
         hunter.seed = seed + SEED_STEP * chunk
         try:
             _chunk(hunter, database=corpus.path.parent / "hypothesis" if corpus else None)
-        except (Finding, _ShrunkEnough):
+        except (Finding, _Enough):
             pass
         except Flaky:
             hunter.doubt()
@@ -137,9 +137,9 @@ class _Hunter:
         """Judge one case; raises its Finding, which Hypothesis then shrinks."""
         if self.shrinking_since:
             if time.monotonic() - self.shrinking_since > self.budget.shrink_seconds:
-                raise _ShrunkEnough
+                raise _Enough
         elif self.over():
-            return
+            raise _Enough
         else:
             before = next((v for v in VERDICTS if self.done[self.seed, str(case), v]), "")
             if before and before != "failed":
@@ -169,7 +169,7 @@ class _Hunter:
         for case in kept:
             try:
                 self.attempt(case)
-            except Finding:
+            except (Finding, _Enough):
                 return
 
     def _keep(self, case: Case, finding: Finding) -> None:
