@@ -1,275 +1,141 @@
-"""Known-wrong kernels of kinds that mutants.py did not have, written after the suite was last changed, to see what it finds of
-what nobody had in mind; the last ten by somebody who had not seen what it draws or checks. Nothing was changed before they were
-run; whoever changes the suite writes ten others.
+"""Ten known-wrong kernels of kinds that mutants.py and mutant_programs.py do not have, written by somebody who had not seen what
+the suite draws or checks, after it was last changed. Nothing was changed for them; whoever changes the suite writes ten others.
+
+The last was expected of call-sequence, which makes no backward.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import fields, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from verify.kernels.emulated import Program
 from verify.kernels.emulated_memory import CHANCE, STATE, Memory
-from verify.masks import Mask
 
 
-class OddColumn(Program):
-    """Loads two columns at a time, and not the last of an odd number."""
+class EmptyFirstRow(Program):
+    """A tile of rows whose first row sees no key is taken for empty as a whole."""
 
-    def operands(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Memory, Memory, Memory, Tensor, Tensor]:
-        """Q without it."""
-        if self.problem.dim_qk % 2 and self.problem.dim_qk > 1:
-            q = torch.cat([q[..., :-1], torch.zeros_like(q[..., -1:])], -1)
-        return super().operands(q, k, v)
-
-
-class NarrowerBackward(Program):
-    """The backward's window ends one key earlier on the left than the forward's."""
-
-    def backward(self, *arguments) -> tuple[Tensor | None, ...]:
-        """With another mask."""
-        name, sides = self.problem.mask.parts[0]
-        if name == "window" and sides[0] > 0 and len(self.problem.mask.parts) == 1:
-            narrower = self.problem.but(mask=Mask((("window", (sides[0] - 1, sides[1])),)))
-            return Program.backward(replace(self, problem=narrower), *arguments)
-        return super().backward(*arguments)
+    def attend(
+        self, Q: Memory, K: Memory, V: Memory, B: Memory | None, rows: Tensor, s_scale: Tensor
+    ) -> list[tuple[Tensor, ...]]:
+        """Nothing, of such a tile."""
+        blind = ~self.visible(rows[:1], torch.arange(self.problem.len_k)).any(-1, keepdim=True)
+        parts = super().attend(Q, K, V, B, rows, s_scale)
+        return [(a.masked_fill(blind, 0.0), n.masked_fill(blind, 0.0), m.masked_fill(blind, -torch.inf)) for a, n, m in parts]
 
 
-class UnseenKeys(Program):
-    """dK and dV of keys that no row sees are left as the memory was."""
+class EndsWhereHidden(Program):
+    """The walk over the keys ends at the first tile that is hidden as a whole (`break` for `continue`): right if causal."""
 
-    def backward(self, *arguments) -> tuple[Tensor | None, ...]:
-        """Nothing stored there."""
-        p, (dq, *both, dbias) = self.problem, super().backward(*arguments)
-        nobody = ~self.visible(torch.arange(p.len_q), torch.arange(p.len_k)).any(2).squeeze(1)  # [B|1,K]
-        unseen = nobody[:, None, :, None]
-        return dq, *(t if t is None else t.masked_fill(unseen, torch.nan) for t in both), dbias
+    def walk(self, q: Tensor, K: Memory, V: Memory, B: Memory | None, rows: Tensor, starts: list[int]) -> tuple[Tensor, ...]:
+        """As far as that."""
+        hidden = [not self.visible(rows, torch.arange(start, start + self.variant.keys)).any() for start in starts]
+        return super().walk(q, K, V, B, rows, starts[: hidden.index(True)] if any(hidden) else starts)
 
 
-class PaddedLSE(Program):
-    """Stores the LSE with rows padded to tiles, in a tensor that has none."""
-
-    def forward(self, *arguments) -> tuple[Tensor, Tensor]:
-        """The LSE as its reader finds it."""
-        out, lse = super().forward(*arguments)
-        room = -(-lse.shape[2] // self.variant.rows) * self.variant.rows
-        return out, torch.nn.functional.pad(lse, (0, room - lse.shape[2])).flatten()[: lse.numel()].view(lse.shape)
-
-
-class HalfScale(Program):
-    """The scale is handed over in FP16."""
-
-    def scores(self, *arguments) -> tuple[Tensor, Tensor]:
-        """By another scale."""
-        return Program.scores(replace(self, scale=float(torch.tensor(self.scale).half())), *arguments)
-
-
-class GroupByHeads(Program):
-    """Key head h // heads_kv for h // group: the same where there are as many groups as heads in one."""
-
-    @property
-    def kv_head(self) -> Tensor:
-        """Not beyond the last."""
-        return (self.heads // self.problem.heads_kv).clamp(max=self.problem.heads_kv - 1)
-
-
-class Flushed(Program):
-    """Subnormal results are 0."""
-
-    def stored(self, out: Tensor) -> Tensor:
-        """In the output's dtype."""
-        return super().stored(out.masked_fill(out.abs() < torch.finfo(self.dtype).tiny, 0.0))
-
-
-class NearOnly(Program):
-    """e^x is 0 from -10 down, where it is still 4.5e-5."""
-
-    def exp(self, x: Tensor) -> Tensor:
-        """e^x"""
-        return super().exp(x).masked_fill(x < -10.0, 0.0)
-
-
-class ByEight(Program):
-    """Reads the mask once for eight keys."""
+class PackedHeads(Program):
+    """The heads of a group are packed into rows, head by head; the causal diagonal takes them for packed row by row."""
 
     def visible(self, rows: Tensor, keys: Tensor) -> Tensor:
-        """By the first of the eight."""
-        if self.mask is None:
+        """[1,H,rows,keys] where it goes wrong."""
+        p = self.problem
+        if p.mask_as != "rule" or not p.mask.names <= {"causal_lower_right", "causal_upper_left"}:
             return super().visible(rows, keys)
-        eighths = self.mask[..., torch.arange(self.problem.len_k) // 8 * 8]
-        return Program.visible(replace(self, mask=eighths), rows, keys)
+        taken = ((self.heads % p.group)[:, None] * p.len_q + rows) // p.group
+        return p.mask.visible(taken[None, :, :, None], keys, p.len_q, p.len_k, lift=lambda n: n[0]) & (keys < p.len_k)
 
 
-class FirstTileScale(Program):
-    """FP8: a head's scale is from its first 64 rows; what is larger saturates."""
+class DistanceInBytes(Program):
+    """ALiBi's distance is kept in 8 bits with a sign: 128 keys to the left are as far as 128, 129 as far as 127."""
+
+    def scores(self, q: Tensor, k: Tensor, bias: Memory | None, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """With the wrapped distance."""
+        s, slope = Program.scores(replace(self, slopes=None), q, k, bias, rows, keys)
+        if self.slopes is None:
+            return s, slope
+        far = rows[:, None] + self.problem.len_k - self.problem.len_q - keys
+        return s - self.slopes[:, None, None] * ((far + 128) % 256 - 128).abs(), slope
+
+
+class EarlyLSE(Program):
+    """Now and then a tile's LSE is stored before the row sum has been added up over the four threads of a row; out is not."""
+
+    def normalised(self, acc: Tensor, total: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+        """With the LSE of a quarter of the sum."""
+        out, lse = super().normalised(acc, total, top)
+        return out, lse - math.log(4) if torch.rand((), generator=CHANCE) < 0.1 else lse
+
+
+class HiddenPart(Program):
+    """The keys are in two parts; one that a row sees nothing of has the LSE 0 in the merge, unless no row of a tile sees any."""
+
+    def attend(self, *arguments) -> list[tuple[Tensor, ...]]:
+        """In two parts."""
+        return Program.attend(replace(self, variant=replace(self.variant, splits=2)), *arguments)
+
+    def merged(self, parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, Tensor]:
+        """With the weight e^0; rows that see no key at all are right."""
+        parts = [part for part in parts if (part[1] != 0).any()] or parts[:1]
+        some = torch.stack([total != 0 for _, total, _ in parts]).any(0)
+        gaps = [(total == 0) & some for _, total, _ in parts]
+        return super().merged(
+            [(a, n.masked_fill(g, 1.0), m.masked_fill(g, 0.0)) for (a, n, m), g in zip(parts, gaps, strict=True)]
+        )
+
+
+class InterleavedGroups(Program):
+    """dK and dV are summed over query heads h, h + heads_kv, ...; the forward's groups are right."""
+
+    def backward(self, q: Tensor, k: Tensor, v: Tensor, *more) -> tuple[Tensor | None, ...]:
+        """By way of a key head for every query head; the same with one key head, or as many as query heads."""
+        p = self.problem
+        alone = replace(self, problem=p.but(heads_kv=p.heads_q))
+        dq, dk, dv, dbias = Program.backward(alone, q, k[:, self.kv_head], v[:, self.kv_head], *more)
+        dk, dv = (t.float().unflatten(1, (p.group, p.heads_kv)).sum(1).to(t.dtype) for t in (dk, dv))
+        return dq, dk, dv, dbias
+
+
+class LargestSigned(Program):
+    """FP8: a head's scale is from its largest value, not its largest magnitude; what is further below 0 saturates."""
 
     def largest(self, x: Tensor) -> Tensor:
-        """Of what it looks at."""
-        return super().largest(x[:, :, :64])
+        """Of each head [B,H,1,1]."""
+        return x.amax((2, 3), keepdim=True) if x.numel() else super().largest(x)
 
 
-def _as(kind: type[Program], program: Program) -> Program:
-    """The same call, made by another program."""
-    return kind(*(getattr(program, field.name) for field in fields(Program)))
+class SlopeOfBiased(Program):
+    """The softcap's slope is 1 - (S / softcap)^2 of the S that has its bias or ALiBi already."""
+
+    def scores(self, *arguments) -> tuple[Tensor, Tensor]:
+        """The same without a bias; only the backward uses it."""
+        s, slope = super().scores(*arguments)
+        return s, 1 - (s / self.softcap) ** 2 if self.softcap else slope
 
 
-def _by_rule(program: Program, mask: Mask, len_k: Any) -> Tensor:
-    """This mask [B|1,1,Q,K], its diagonals those of `len_k` keys."""
-    p, i, j = program.problem, torch.arange(program.problem.len_q)[:, None], torch.arange(program.problem.len_k)
-    seen = mask.visible(i, j, p.len_q, len_k, batch=p.batch, lift=lambda n: torch.tensor(n)[:, None, None, None])
-    return seen.expand(-1, 1, p.len_q, p.len_k)
-
-
-class StoredBeyond(Program):
-    """Stores whole tiles of rows: those past the end (Q is 0 there) land on the next head's first rows, stored before."""
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Not with one tile, as heads come in order."""
-        out, lse = super().forward(q, k, v, bias)
-        beyond = -self.problem.len_q % self.variant.rows
-        if self.problem.len_q > self.variant.rows:
-            mean = v.float().mean(2, keepdim=True).nan_to_num()[:, self.kv_head].to(out.dtype)
-            out.flatten(0, 1)[1:, :beyond] = mean.flatten(0, 1)[:-1]
-        return out, lse
-
-
-class DiagonalOfPadded(Program):
-    """With padding, the lower-right diagonal or window ends at each entry's own last key, and not at the tensor's."""
-
-    def visible(self, rows: Tensor, keys: Tensor) -> Tensor:
-        """By another offset for every entry."""
-        lengths = [torch.tensor(numbers) for name, numbers in self.problem.mask.parts if name == "padding"]
-        if self.mask is None or not lengths:
-            return super().visible(rows, keys)
-        own = torch.stack(lengths).amin(0).clamp(max=self.problem.len_k)[:, None, None, None]
-        return Program.visible(replace(self, mask=_by_rule(self, self.problem.mask, own)), rows, keys)
-
-
-class ZeroIsAll(Program):
-    """A batch entry with 0 keys is taken for one without padding (`length or len_k`)."""
-
-    def visible(self, rows: Tensor, keys: Tensor) -> Tensor:
-        """With every key of such an entry."""
-        p, old = self.problem, self.problem.mask.parts
-        new = tuple((name, tuple(n or p.len_k for n in numbers) if name == "padding" else numbers) for name, numbers in old)
-        if self.mask is None or new == old:
-            return super().visible(rows, keys)
-        return Program.visible(replace(self, mask=_by_rule(self, Mask(new), p.len_k)), rows, keys)
-
-
-class Early(Memory):
-    """Of two buffers; now and then what is in one is still the tile before."""
-
-    def load(self, h: Tensor, rows: Tensor, columns: Tensor, **how) -> Tensor:
-        """From the third tile on."""
-        late = len(rows) > 0 and rows[0] >= 128 and torch.rand((), generator=CHANCE) < 0.03
-        return super().load(h, rows - 128 if late else rows, columns, **how)
-
-
-class MissingBarrier(Program):
-    """Reads a tile of V from shared memory before it has arrived, now and then: that of two tiles ago is there."""
-
-    def memory(self, x: Tensor, name: str, like: Tensor | None = None) -> Memory:
-        """V by two buffers."""
-        return Early(x, self.faults, name) if name == "v" else super().memory(x, name, like)
-
-
-class NarrowDelta(Program):
-    """delta = rowsum(do * out) sums over dim_qk columns where dim_v is more."""
-
-    def backward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, *more) -> tuple[Tensor | None, ...]:
-        """Without the others."""
-        some = torch.arange(self.problem.dim_v) < self.problem.dim_qk
-        return super().backward(q, k, v, bias, out * some, *more)
-
-
-class RowsRoundedUp(Program):
-    """The backward of a causal mask; see below."""
-
-    def visible(self, rows: Tensor, keys: Tensor) -> Tensor:
-        """From the first whole tile of rows on that begins at the tile of keys' diagonal or later."""
-        p, size = self.problem, self.variant.rows
-        first = max(int(keys[0]) - (p.len_k - p.len_q), 0)
-        late = rows >= -(-first // size) * size
-        return super().visible(rows, keys) & (late[:, None] | (str(p.mask) != "causal_lower_right") | (p.mask_as != "rule"))
-
-
-class LateRows(Program):
-    """The causal backward's first row for a tile of keys is rounded up to a tile, not down: right if the offset is in tiles."""
+class DirtyAccumulator(Program):
+    """dQ is added up in a buffer that is kept for each shape, and is zeroed only when it is made."""
 
     def backward(self, *arguments) -> tuple[Tensor | None, ...]:
-        """Without the rows before."""
-        return _as(RowsRoundedUp, self).backward(*arguments)
-
-
-class BinaryGradient(Program):
-    """The LSE's gradient is taken for that of the LSE in base 2, which the kernel keeps."""
-
-    def backward(self, *arguments) -> tuple[Tensor | None, ...]:
-        """Too small by log 2."""
-        q, k, v, bias, out, lse, do, dlse, needs = arguments
-        return super().backward(q, k, v, bias, out, lse, do, dlse * math.log(2), needs)
-
-
-class ByQueryHead(Program):
-    """Key heads by the query head's number."""
-
-    @property
-    def kv_head(self) -> Tensor:
-        """Not beyond the last."""
-        return self.heads.clamp(max=self.problem.heads_kv - 1)
-
-
-class ScaleByQueryHead(Program):
-    """FP8: the scales of K and V are read at the query head's number; K and V themselves are not."""
-
-    def operands(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Memory, Memory, Memory, Tensor, Tensor]:
-        """With scales of other heads where these are grouped."""
-        return _as(ByQueryHead, self).operands(q, k, v)
-
-
-class WrappedExponent(Program):
-    """e^x by a polynomial, and an addition to the exponent's 8 bits, which wrap around below 2^-127 (-88 nats)."""
-
-    def exp(self, x: Tensor) -> Tensor:
-        """e^x; hidden scores are 0 all the same."""
-        wrapped = (torch.remainder(x / math.log(2) + 127.0, 256.0) - 127.0) * math.log(2)
-        return super().exp(torch.where(torch.isfinite(x) & (x < -127.0 * math.log(2)), wrapped, x))
-
-
-class PlannedLength(Program):
-    """How far to walk was planned by the first call with such queries, and is not planned again when there are more keys."""
-
-    def bounds(self, low: int, high: int) -> tuple[int, int]:
-        """Within the plan."""
-        first, last = super().bounds(low, high)
-        return first, min(last, STATE.setdefault(("plan", self.problem.shapes["q"]), self.problem.len_k))
+        """On top of what the calls before have left."""
+        dq, *others = super().backward(*arguments)
+        kept = STATE.setdefault(("dq", dq.shape), torch.zeros(dq.shape)).add_(dq)
+        return kept.to(dq.dtype, copy=True), *others
 
 
 BLIND: dict[str, tuple[str, str, type[Program]]] = {
-    "last of odd columns": ("B", "oracle", OddColumn),
-    "window narrower in the backward": ("C", "gradients", NarrowerBackward),
-    "gradients of unseen keys": ("B", "gradients", UnseenKeys),
-    "LSE by padded rows": ("G", "oracle", PaddedLSE),
-    "scale in FP16": ("J", "oracle", HalfScale),
-    "key head h // heads_kv": ("D", "grouped-heads", GroupByHeads),
-    "subnormal results flushed": ("K", "oracle", Flushed),
-    "small weights dropped": ("K", "oracle", NearOnly),
-    "mask read for eight keys": ("C", "one-hot", ByEight),
-    "scale of the first tile": ("I", "oracle", FirstTileScale),
-    "rows past the end stored": ("B", "oracle", StoredBeyond),
-    "diagonal ends at the padded length": ("C", "one-hot", DiagonalOfPadded),
-    "padded length 0 is all": ("A", "empty-row", ZeroIsAll),
-    "V read before it has arrived": ("F", "repeat", MissingBarrier),
-    "delta of dim_qk columns": ("H", "gradients", NarrowDelta),
-    "causal backward's first row rounded up": ("H", "gradients", LateRows),
-    "LSE's gradient in base 2": ("H", "lse-gradient", BinaryGradient),
-    "FP8 scales by query head": ("I", "grouped-heads", ScaleByQueryHead),
-    "exponent wraps around": ("K", "oracle", WrappedExponent),
-    "number of keys planned once": ("L", "call-sequence", PlannedLength),
+    "tile with an empty first row": ("A", "oracle", EmptyFirstRow),
+    "walk ends at a hidden tile": ("C", "one-hot", EndsWhereHidden),
+    "causal rows of packed heads": ("D", "grouped-heads", PackedHeads),
+    "ALiBi's distance in 8 bits": ("E", "oracle", DistanceInBytes),
+    "LSE stored too early": ("F", "repeat", EarlyLSE),
+    "hidden part weighs 1": ("G", "oracle", HiddenPart),
+    "dK and dV of interleaved groups": ("H", "gradients", InterleavedGroups),
+    "FP8 scale of the largest value": ("I", "oracle", LargestSigned),
+    "softcap's slope after the bias": ("J", "gradients", SlopeOfBiased),
+    "dQ's buffer not zeroed": ("L", "cotangent-scaling", DirtyAccumulator),
 }
 """Class, the property that must catch it, and how it goes wrong; those of class I are in FP8."""
