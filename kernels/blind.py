@@ -95,8 +95,8 @@ class InterleavedGroups(Program):
         p = self.problem
         alone = replace(self, problem=p.but(heads_kv=p.heads_q))
         dq, dk, dv, dbias = Program.backward(alone, q, k[:, self.kv_head], v[:, self.kv_head], *more)
-        dk, dv = (t.float().unflatten(1, (p.group, p.heads_kv)).sum(1).to(t.dtype) for t in (dk, dv))
-        return dq, dk, dv, dbias
+        summed = (t.float().unflatten(1, (p.group, p.heads_kv)).sum(1).to(t.dtype) for t in (dk, dv) if t is not None)
+        return dq, *summed, dbias
 
 
 class LargestSigned(Program):
@@ -122,6 +122,7 @@ class DirtyAccumulator(Program):
     def backward(self, *arguments) -> tuple[Tensor | None, ...]:
         """On top of what the calls before have left."""
         dq, *others = super().backward(*arguments)
+        assert dq is not None
         kept = STATE.setdefault(("dq", dq.shape), torch.zeros(dq.shape)).add_(dq)
         return kept.to(dq.dtype, copy=True), *others
 
