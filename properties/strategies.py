@@ -161,9 +161,7 @@ def problems(
 
 def _kinds(kind: str, every: frozenset[str], *, hides: bool) -> frozenset[str]:
     """Kinds of masks that a row's may be of; one that hides something where it must."""
-    if kind == "two":
-        return every - {"full"}
-    return every - {"full"} if kind == "full" and hides else frozenset({kind})
+    return every - {"full"} if kind == "two" or (kind == "full" and hides) else frozenset({kind})
 
 
 def _as_row(way: str, len_q: int, len_k: int) -> tuple[int, int]:
@@ -202,8 +200,7 @@ def cases(
     problem = draw(problems(kernel, device, row, full_mask=full_mask, hides=hides, grads=grads))
     problem = kernel.bucket(problem) if kernel.bucket else problem
     ways = {name: draw(st.sampled_from(taken)) for name, taken in options(kernel, device).layouts.items()}
-    several = row["layout"] == "several"
-    mine = [n for n in ways if n in problem.shapes and (n != "do" or grads) and (several or n == row["layout"])]
+    mine = [n for n in ways if n in problem.shapes and (n != "do" or grads) and row["layout"] in ("several", n)]
     used = draw(st.integers(1, 8)) > 8 - USED["layout"]
     return Case(problem, recipe, seed, tuple((n, ways[n]) for n in mine if used and ways[n] != "bhsd"))
 
