@@ -64,6 +64,8 @@ def run_power(faults: list[str], *, seeds: range, matrix: bool, controls: int, o
     """
     if unknown := [f for f in faults if f not in MUTANTS]:
         raise VerifyError(f"mutant {unknown[0]!r} is unknown: one of {', '.join(MUTANTS)}")
+    if not seeds and (faults or not controls):
+        raise VerifyError("seeds=0: nothing is hunted; at least 1, or no mutant and some controls")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -8,8 +8,8 @@ lse [B,H,Q] float32. It names the keywords that it takes, and what it does not t
     bias: Tensor | None      added to the scaled scores, dtype of q, [B|1, H|1, Q, K]
     slopes: Tensor | None    ALiBi, float32 [H]: bias_ij = -slope |i + len_k - len_q - j|
     softcap: float           0 = none
-    dropout: float           probability that a weight is dropped, 0 = none; those kept are divided by 1 - dropout. Drawn in every
-                             call anew from torch's generator (torch.manual_seed), once for forward and backward
+    dropout: float           probability that a weight is dropped, 0 = none; those kept are divided by 1 - dropout. Drawn anew in
+                             every call from torch's generator (torch.manual_seed), once for forward and backward
     problem: Problem         all of it; serves for `mask` where the kernel applies the rules of problem.mask itself
 """
 
