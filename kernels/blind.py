@@ -1,142 +1,149 @@
 """Ten known-wrong kernels of kinds that mutants.py and mutant_programs.py do not have, written by somebody who had not seen what
 the suite draws or checks, after it was last changed. Nothing was changed for them; whoever changes the suite writes ten others.
-
-The last was expected of call-sequence, which makes no backward.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from verify.kernels.emulated import Program
-from verify.kernels.emulated_memory import CHANCE, STATE, Memory
+from verify.kernels.emulated_memory import STATE, Memory
 
 
-class EmptyFirstRow(Program):
-    """A tile of rows whose first row sees no key is taken for empty as a whole."""
+class NextHeadsRows(Program):
+    """The backward masks Q past the last row, not dO and the LSE: the next head's first rows are there, and dV takes them in."""
 
-    def attend(
-        self, Q: Memory, K: Memory, V: Memory, B: Memory | None, rows: Tensor, s_scale: Tensor
-    ) -> list[tuple[Tensor, ...]]:
-        """Nothing, of such a tile."""
-        blind = ~self.visible(rows[:1], torch.arange(self.problem.len_k)).any(-1, keepdim=True)
-        parts = super().attend(Q, K, V, B, rows, s_scale)
-        return [(a.masked_fill(blind, 0.0), n.masked_fill(blind, 0.0), m.masked_fill(blind, -torch.inf)) for a, n, m in parts]
-
-
-class EndsWhereHidden(Program):
-    """The walk over the keys ends at the first tile that is hidden as a whole (`break` for `continue`): right if causal."""
-
-    def walk(self, q: Tensor, K: Memory, V: Memory, B: Memory | None, rows: Tensor, starts: list[int]) -> tuple[Tensor, ...]:
-        """As far as that."""
-        hidden = [not self.visible(rows, torch.arange(start, start + self.variant.keys)).any() for start in starts]
-        return super().walk(q, K, V, B, rows, starts[: hidden.index(True)] if any(hidden) else starts)
+    def backward(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor, do: Tensor, *more
+    ) -> tuple[Tensor | None, ...]:
+        """With P = e^(0 - LSE) of those; right if the rows are in tiles."""
+        dq, dk, dv, dbias = super().backward(q, k, v, bias, out, lse, do, *more)
+        assert dv is not None
+        p, beyond = self.problem, -self.problem.len_q % self.variant.rows
+        probs = torch.exp(-lse.masked_fill(lse == -torch.inf, 0.0))[..., None]
+        taken = (probs * do.float()).flatten(0, 1)[:, :beyond].sum(1).roll(-1, 0)
+        taken[-1] = 0.0
+        return dq, dk, (dv.float() + taken.view(p.batch, p.heads_kv, p.group, 1, p.dim_v).sum(2)).to(dv.dtype), dbias
 
 
-class PackedHeads(Program):
-    """The heads of a group are packed into rows, head by head; the causal diagonal takes them for packed row by row."""
+class SequenceOfTile(Program):
+    """Of packed sequences, a tile of rows is taken for the sequence of its first row: right if they begin at tiles."""
 
     def visible(self, rows: Tensor, keys: Tensor) -> Tensor:
-        """[1,H,rows,keys] where it goes wrong."""
-        p = self.problem
-        if p.mask_as != "rule" or not p.mask.names <= {"causal_lower_right", "causal_upper_left"}:
+        """[1,1,rows,keys] where it goes wrong."""
+        p, size = self.problem, self.variant.rows
+        if p.mask_as != "rule" or p.mask.names != {"blocks"}:
             return super().visible(rows, keys)
-        taken = ((self.heads % p.group)[:, None] * p.len_q + rows) // p.group
-        return p.mask.visible(taken[None, :, :, None], keys, p.len_q, p.len_k, lift=lambda n: n[0]) & (keys < p.len_k)
+        first = (rows // size * size)[:, None]
+        return (p.mask.visible(first, keys, p.len_q, p.len_k, lift=lambda n: n[0]) & (keys < p.len_k))[None, None]
 
 
-class DistanceInBytes(Program):
-    """ALiBi's distance is kept in 8 bits with a sign: 128 keys to the left are as far as 128, 129 as far as 127."""
+class GradientLikeQ(Program):
+    """dQ is allocated with the order of Q's strides (`empty_like`), and stored as if it were contiguous."""
+
+    def backward(self, q: Tensor, *more) -> tuple[Tensor | None, ...]:
+        """Scrambled where Q is a transposed view."""
+        dq, *others = super().backward(q, *more)
+        assert dq is not None
+        made = torch.empty_like(q)
+        made.as_strided((made.numel(),), (1,)).copy_(dq.flatten())
+        return made, *others
+
+
+class ColumnALiBi(Program):
+    """Under a causal rule ALiBi is slope * key for -slope * distance: the same in every row but for the LSE, which moves."""
 
     def scores(self, q: Tensor, k: Tensor, bias: Memory | None, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """With the wrapped distance."""
+        """With the softmax that it should have."""
+        p = self.problem
+        if self.slopes is None or p.mask_as != "rule" or "causal_lower_right" not in p.mask.names:
+            return super().scores(q, k, bias, rows, keys)
         s, slope = Program.scores(replace(self, slopes=None), q, k, bias, rows, keys)
-        if self.slopes is None:
+        return s + self.slopes[:, None, None] * keys, slope
+
+
+class ZeroScale(Program):
+    """FP8: a head of zeros (or of hidden keys alone) has the scale 0, by which it is divided."""
+
+    def quantised(self, x: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
+        """With 0 / 0 there."""
+        narrow, scale = super().quantised(x, seen)
+        return narrow.masked_fill((narrow == 0).flatten(2).all(-1)[..., None, None], torch.nan), scale
+
+
+class UnscaledMaximum(Program):
+    """The maximum is of Q K^T before the scale, as if that were never negative: then it is the minimum, and e^x overflows."""
+
+    def walk(self, q: Tensor, K: Memory, V: Memory, B: Memory | None, rows: Tensor, starts: list[int]) -> tuple[Tensor, ...]:
+        """With a negative scale and nothing added to the scores; right until P is beyond its format."""
+        if self.scale >= 0 or self.softcap or B is not None or self.slopes is not None or not starts:
+            return super().walk(q, K, V, B, rows, starts)
+        keys = torch.cat([torch.arange(start, start + self.variant.keys) for start in starts])
+        s, _ = self.scores(q, K.load(self.kv_head, keys, torch.arange(self.problem.dim_qk)), B, rows, keys)
+        s = s.masked_fill(~self.visible(rows, keys), torch.inf)
+        base = s.amin(-1, keepdim=True)
+        w = self.exp(s - base.masked_fill(base == torch.inf, 0.0)).masked_fill(s == torch.inf, 0.0)
+        acc = self.narrow(w) @ V.load(self.kv_head, keys, torch.arange(self.problem.dim_v))
+        return acc, w.sum(-1, keepdim=True), base.masked_fill(base == torch.inf, -torch.inf)
+
+
+class QuotientTanh(Program):
+    """The softcap's tanh is (e^2x - 1) / (e^2x + 1): inf / inf from x = 44.4 up, fine as far below 0 as one likes."""
+
+    def scores(self, q: Tensor, k: Tensor, bias: Memory | None, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """NaN where the score is more than 44 softcaps."""
+        s, slope = super().scores(q, k, bias, rows, keys)
+        if not self.softcap:
             return s, slope
-        far = rows[:, None] + self.problem.len_k - self.problem.len_q - keys
-        return s - self.slopes[:, None, None] * ((far + 128) % 256 - 128).abs(), slope
+        raw, _ = Program.scores(replace(self, softcap=0.0, slopes=None), q, k, None, rows, keys)
+        over = torch.exp(2 * raw / self.softcap) == torch.inf
+        return s.masked_fill(over, torch.nan), slope.masked_fill(over, torch.nan)
 
 
-class EarlyLSE(Program):
-    """Now and then a tile's LSE is stored before the row sum has been added up over the four threads of a row; out is not."""
-
-    def normalised(self, acc: Tensor, total: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
-        """With the LSE of a quarter of the sum."""
-        out, lse = super().normalised(acc, total, top)
-        return out, lse - math.log(4) if torch.rand((), generator=CHANCE) < 0.1 else lse
-
-
-class HiddenPart(Program):
-    """The keys are in two parts; one that a row sees nothing of has the LSE 0 in the merge, unless no row of a tile sees any."""
+class UnwrittenPart(Program):
+    """Four parts of the keys, by a workspace: one with nothing to do is not written, and is merged as an earlier call left it."""
 
     def attend(self, *arguments) -> list[tuple[Tensor, ...]]:
-        """In two parts."""
-        return Program.attend(replace(self, variant=replace(self.variant, splits=2)), *arguments)
-
-    def merged(self, parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, Tensor]:
-        """With the weight e^0; rows that see no key at all are right."""
-        parts = [part for part in parts if (part[1] != 0).any()] or parts[:1]
-        some = torch.stack([total != 0 for _, total, _ in parts]).any(0)
-        gaps = [(total == 0) & some for _, total, _ in parts]
-        return super().merged(
-            [(a, n.masked_fill(g, 1.0), m.masked_fill(g, 0.0)) for (a, n, m), g in zip(parts, gaps, strict=True)]
-        )
+        """As the workspace has it."""
+        parts = Program.attend(replace(self, variant=replace(self.variant, splits=4)), *arguments)
+        keys = [("part", n, int(arguments[4][0]), part[0].shape) for n, part in enumerate(parts)]
+        STATE.update({key: part for key, part in zip(keys, parts, strict=True) if (part[1] != 0).any()})
+        return [STATE.get(key, part) for key, part in zip(keys, parts, strict=True)]
 
 
-class InterleavedGroups(Program):
-    """dK and dV are summed over query heads h, h + heads_kv, ...; the forward's groups are right."""
-
-    def backward(self, q: Tensor, k: Tensor, v: Tensor, *more) -> tuple[Tensor | None, ...]:
-        """By way of a key head for every query head; the same with one key head, or as many as query heads."""
-        p = self.problem
-        alone = replace(self, problem=p.but(heads_kv=p.heads_q))
-        dq, dk, dv, dbias = Program.backward(alone, q, k[:, self.kv_head], v[:, self.kv_head], *more)
-        summed = (t.float().unflatten(1, (p.group, p.heads_kv)).sum(1).to(t.dtype) for t in (dk, dv) if t is not None)
-        return dq, *summed, dbias
-
-
-class LargestSigned(Program):
-    """FP8: a head's scale is from its largest value, not its largest magnitude; what is further below 0 saturates."""
-
-    def largest(self, x: Tensor) -> Tensor:
-        """Of each head [B,H,1,1]."""
-        return x.amax((2, 3), keepdim=True) if x.numel() else super().largest(x)
-
-
-class SlopeOfBiased(Program):
-    """The softcap's slope is 1 - (S / softcap)^2 of the S that has its bias or ALiBi already."""
-
-    def scores(self, *arguments) -> tuple[Tensor, Tensor]:
-        """The same without a bias; only the backward uses it."""
-        s, slope = super().scores(*arguments)
-        return s, 1 - (s / self.softcap) ** 2 if self.softcap else slope
-
-
-class DirtyAccumulator(Program):
-    """dQ is added up in a buffer that is kept for each shape, and is zeroed only when it is made."""
+class TunedInPlace(Program):
+    """The first backward of a padded head dim is run three times to tune it, and dQ, which is added up, is not zeroed between."""
 
     def backward(self, *arguments) -> tuple[Tensor | None, ...]:
-        """On top of what the calls before have left."""
+        """Three times dQ, once."""
         dq, *others = super().backward(*arguments)
         assert dq is not None
-        kept = STATE.setdefault(("dq", dq.shape), torch.zeros(dq.shape)).add_(dq)
-        return kept.to(dq.dtype, copy=True), *others
+        runs = STATE.setdefault(("tuned", (self.problem.dim_qk - 1).bit_length()), [3, 1])
+        return dq * (runs.pop(0) if len(runs) > 1 else 1), *others
+
+
+class SwappedBack(Program):
+    """With one query, a group's heads are its rows; the LSE comes back as [group, key head] for [key head, group]."""
+
+    def forward(self, *arguments) -> tuple[Tensor, Tensor]:
+        """The LSE of other heads; out is right."""
+        p, (out, lse) = self.problem, super().forward(*arguments)
+        return out, lse.unflatten(1, (p.heads_kv, p.group)).transpose(1, 2).flatten(1, 2) if p.len_q == 1 else lse
 
 
 BLIND: dict[str, tuple[str, str, type[Program]]] = {
-    "tile with an empty first row": ("A", "oracle", EmptyFirstRow),
-    "walk ends at a hidden tile": ("C", "one-hot", EndsWhereHidden),
-    "causal rows of packed heads": ("D", "grouped-heads", PackedHeads),
-    "ALiBi's distance in 8 bits": ("E", "oracle", DistanceInBytes),
-    "LSE stored too early": ("F", "repeat", EarlyLSE),
-    "hidden part weighs 1": ("G", "oracle", HiddenPart),
-    "dK and dV of interleaved groups": ("H", "gradients", InterleavedGroups),
-    "FP8 scale of the largest value": ("I", "oracle", LargestSigned),
-    "softcap's slope after the bias": ("J", "gradients", SlopeOfBiased),
-    "dQ's buffer not zeroed": ("L", "cotangent-scaling", DirtyAccumulator),
+    "dO past the end is the next head's": ("B", "gradients", NextHeadsRows),
+    "sequence of a tile's first row": ("C", "one-hot", SequenceOfTile),
+    "dQ stored by Q's order": ("D", "layout-gradients", GradientLikeQ),
+    "causal ALiBi by column": ("G", "oracle", ColumnALiBi),
+    "FP8 scale of zeros": ("I", "uniform", ZeroScale),
+    "maximum before a negative scale": ("J", "oracle", UnscaledMaximum),
+    "tanh by a quotient": ("K", "oracle", QuotientTanh),
+    "part not written": ("L", "call-sequence", UnwrittenPart),
+    "tuned without zeroing dQ": ("L", "gradients", TunedInPlace),
+    "LSE of packed heads swapped": ("M", "grouped-heads", SwappedBack),
 }
 """Class, the property that must catch it, and how it goes wrong; those of class I are in FP8."""

@@ -1,4 +1,4 @@
-"""Known-wrong kernels that are more than a switch in the emulated one: the ten and ten that were once blind (blind.py)."""
+"""Known-wrong kernels that are more than a switch in the emulated one; all were once blind (blind.py)."""
 
 from __future__ import annotations
 
@@ -22,29 +22,6 @@ class OddColumn(Program):
         if self.problem.dim_qk % 2 and self.problem.dim_qk > 1:
             q = torch.cat([q[..., :-1], torch.zeros_like(q[..., -1:])], -1)
         return super().operands(q, k, v)
-
-
-class NarrowerBackward(Program):
-    """The backward's window ends one key earlier on the left than the forward's."""
-
-    def backward(self, *arguments) -> tuple[Tensor | None, ...]:
-        """With another mask."""
-        name, sides = self.problem.mask.parts[0]
-        if name == "window" and sides[0] > 0 and len(self.problem.mask.parts) == 1:
-            narrower = self.problem.but(mask=Mask((("window", (sides[0] - 1, sides[1])),)))
-            return Program.backward(replace(self, problem=narrower), *arguments)
-        return super().backward(*arguments)
-
-
-class UnseenKeys(Program):
-    """dK and dV of keys that no row sees are left as the memory was."""
-
-    def backward(self, *arguments) -> tuple[Tensor | None, ...]:
-        """Nothing stored there."""
-        p, (dq, *both, dbias) = self.problem, super().backward(*arguments)
-        nobody = ~self.visible(torch.arange(p.len_q), torch.arange(p.len_k)).any(2).squeeze(1)  # [B|1,K]
-        unseen = nobody[:, None, :, None]
-        return dq, *(t if t is None else t.masked_fill(unseen, torch.nan) for t in both), dbias
 
 
 class PaddedLSE(Program):
@@ -109,7 +86,7 @@ class FirstTileScale(Program):
         return super().largest(x[:, :, :64])
 
 
-def _as(kind: type[Program], program: Program) -> Program:
+def same_call(kind: type[Program], program: Program) -> Program:
     """The same call, made by another program."""
     return kind(*(getattr(program, field.name) for field in fields(Program)))
 
@@ -175,43 +152,6 @@ class MissingBarrier(Program):
         return Early(x, self.faults, name) if name == "v" else super().memory(x, name, like)
 
 
-class NarrowDelta(Program):
-    """delta = rowsum(do * out) sums over dim_qk columns where dim_v is more."""
-
-    def backward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, *more) -> tuple[Tensor | None, ...]:
-        """Without the others."""
-        some = torch.arange(self.problem.dim_v) < self.problem.dim_qk
-        return super().backward(q, k, v, bias, out * some, *more)
-
-
-class RowsRoundedUp(Program):
-    """The backward of a causal mask; see below."""
-
-    def visible(self, rows: Tensor, keys: Tensor) -> Tensor:
-        """From the first whole tile of rows on that begins at the tile of keys' diagonal or later."""
-        p, size = self.problem, self.variant.rows
-        first = max(int(keys[0]) - (p.len_k - p.len_q), 0)
-        late = rows >= -(-first // size) * size
-        return super().visible(rows, keys) & (late[:, None] | (str(p.mask) != "causal_lower_right") | (p.mask_as != "rule"))
-
-
-class LateRows(Program):
-    """The causal backward's first row for a tile of keys is rounded up to a tile, not down: right if the offset is in tiles."""
-
-    def backward(self, *arguments) -> tuple[Tensor | None, ...]:
-        """Without the rows before."""
-        return _as(RowsRoundedUp, self).backward(*arguments)
-
-
-class BinaryGradient(Program):
-    """The LSE's gradient is taken for that of the LSE in base 2, which the kernel keeps."""
-
-    def backward(self, *arguments) -> tuple[Tensor | None, ...]:
-        """Too small by log 2."""
-        q, k, v, bias, out, lse, do, dlse, needs = arguments
-        return super().backward(q, k, v, bias, out, lse, do, dlse * math.log(2), needs)
-
-
 class ByQueryHead(Program):
     """Key heads by the query head's number."""
 
@@ -226,7 +166,7 @@ class ScaleByQueryHead(Program):
 
     def operands(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Memory, Memory, Memory, Tensor, Tensor]:
         """With scales of other heads where these are grouped."""
-        return _as(ByQueryHead, self).operands(q, k, v)
+        return same_call(ByQueryHead, self).operands(q, k, v)
 
 
 class WrappedExponent(Program):
@@ -247,10 +187,87 @@ class PlannedLength(Program):
         return first, min(last, STATE.setdefault(("plan", self.problem.shapes["q"]), self.problem.len_k))
 
 
+class EmptyFirstRow(Program):
+    """A tile of rows whose first row sees no key is taken for empty as a whole."""
+
+    def attend(
+        self, Q: Memory, K: Memory, V: Memory, B: Memory | None, rows: Tensor, s_scale: Tensor
+    ) -> list[tuple[Tensor, ...]]:
+        """Nothing, of such a tile."""
+        blind = ~self.visible(rows[:1], torch.arange(self.problem.len_k)).any(-1, keepdim=True)
+        parts = super().attend(Q, K, V, B, rows, s_scale)
+        return [(a.masked_fill(blind, 0.0), n.masked_fill(blind, 0.0), m.masked_fill(blind, -torch.inf)) for a, n, m in parts]
+
+
+class EndsWhereHidden(Program):
+    """The walk over the keys ends at the first tile that is hidden as a whole (`break` for `continue`): right if causal."""
+
+    def walk(self, q: Tensor, K: Memory, V: Memory, B: Memory | None, rows: Tensor, starts: list[int]) -> tuple[Tensor, ...]:
+        """As far as that."""
+        hidden = [not self.visible(rows, torch.arange(start, start + self.variant.keys)).any() for start in starts]
+        return super().walk(q, K, V, B, rows, starts[: hidden.index(True)] if any(hidden) else starts)
+
+
+class PackedHeads(Program):
+    """The heads of a group are packed into rows, head by head; the causal diagonal takes them for packed row by row."""
+
+    def visible(self, rows: Tensor, keys: Tensor) -> Tensor:
+        """[1,H,rows,keys] where it goes wrong."""
+        p = self.problem
+        if p.mask_as != "rule" or not p.mask.names <= {"causal_lower_right", "causal_upper_left"}:
+            return super().visible(rows, keys)
+        taken = ((self.heads % p.group)[:, None] * p.len_q + rows) // p.group
+        return p.mask.visible(taken[None, :, :, None], keys, p.len_q, p.len_k, lift=lambda n: n[0]) & (keys < p.len_k)
+
+
+class DistanceInBytes(Program):
+    """ALiBi's distance is kept in 8 bits with a sign: 128 keys to the left are as far as 128, 129 as far as 127."""
+
+    def scores(self, q: Tensor, k: Tensor, bias: Memory | None, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """With the wrapped distance."""
+        s, slope = Program.scores(replace(self, slopes=None), q, k, bias, rows, keys)
+        if self.slopes is None:
+            return s, slope
+        far = rows[:, None] + self.problem.len_k - self.problem.len_q - keys
+        return s - self.slopes[:, None, None] * ((far + 128) % 256 - 128).abs(), slope
+
+
+class EarlyLSE(Program):
+    """Now and then a tile's LSE is stored before the row sum has been added up over the four threads of a row; out is not."""
+
+    def normalised(self, acc: Tensor, total: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+        """With the LSE of a quarter of the sum."""
+        out, lse = super().normalised(acc, total, top)
+        return out, lse - math.log(4) if torch.rand((), generator=CHANCE) < 0.1 else lse
+
+
+class HiddenPart(Program):
+    """The keys are in two parts; one that a row sees nothing of has the LSE 0 in the merge, unless no row of a tile sees any."""
+
+    def attend(self, *arguments) -> list[tuple[Tensor, ...]]:
+        """In two parts."""
+        return Program.attend(replace(self, variant=replace(self.variant, splits=2)), *arguments)
+
+    def merged(self, parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, Tensor]:
+        """With the weight e^0; rows that see no key at all are right."""
+        parts = [part for part in parts if (part[1] != 0).any()] or parts[:1]
+        some = torch.stack([total != 0 for _, total, _ in parts]).any(0)
+        gaps = [(total == 0) & some for _, total, _ in parts]
+        return super().merged(
+            [(a, n.masked_fill(g, 1.0), m.masked_fill(g, 0.0)) for (a, n, m), g in zip(parts, gaps, strict=True)]
+        )
+
+
+class LargestSigned(Program):
+    """FP8: a head's scale is from its largest value, not its largest magnitude; what is further below 0 saturates."""
+
+    def largest(self, x: Tensor) -> Tensor:
+        """Of each head [B,H,1,1]."""
+        return x.amax((2, 3), keepdim=True) if x.numel() else super().largest(x)
+
+
 PROGRAMS: dict[str, tuple[str, str, type[Program]]] = {
     "last of odd columns": ("B", "oracle", OddColumn),
-    "window narrower in the backward": ("C", "gradients", NarrowerBackward),
-    "gradients of unseen keys": ("B", "gradients", UnseenKeys),
     "LSE by padded rows": ("G", "oracle", PaddedLSE),
     "scale in FP16": ("J", "oracle", HalfScale),
     "key head h // heads_kv": ("D", "grouped-heads", GroupByHeads),
@@ -262,11 +279,15 @@ PROGRAMS: dict[str, tuple[str, str, type[Program]]] = {
     "diagonal ends at the padded length": ("C", "one-hot", DiagonalOfPadded),
     "padded length 0 is all": ("A", "empty-row", ZeroIsAll),
     "V read before it has arrived": ("F", "repeat", MissingBarrier),
-    "delta of dim_qk columns": ("H", "gradients", NarrowDelta),
-    "causal backward's first row rounded up": ("H", "gradients", LateRows),
-    "LSE's gradient in base 2": ("H", "lse-gradient", BinaryGradient),
     "FP8 scales by query head": ("I", "grouped-heads", ScaleByQueryHead),
     "exponent wraps around": ("K", "oracle", WrappedExponent),
     "number of keys planned once": ("L", "call-sequence", PlannedLength),
+    "tile with an empty first row": ("A", "oracle", EmptyFirstRow),
+    "walk ends at a hidden tile": ("C", "one-hot", EndsWhereHidden),
+    "causal rows of packed heads": ("D", "grouped-heads", PackedHeads),
+    "ALiBi's distance in 8 bits": ("E", "oracle", DistanceInBytes),
+    "LSE stored too early": ("F", "repeat", EarlyLSE),
+    "hidden part weighs 1": ("G", "oracle", HiddenPart),
+    "FP8 scale of the largest value": ("I", "oracle", LargestSigned),
 }
 """Class, the property that must catch it, and how it goes wrong; those of class I are in FP8."""

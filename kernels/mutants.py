@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from verify.arithmetic import Arithmetic, Quantisation
 from verify.kernels.blind import BLIND
 from verify.kernels.emulated import STATE, Program, Variant, attention
+from verify.kernels.mutant_backwards import BACKWARDS
 from verify.kernels.mutant_programs import PROGRAMS
 from verify.problem import Problem
 from verify.registry import Kernel
@@ -114,11 +115,12 @@ EIGHT = {
     "scales of hidden keys": "no-leak",
 }
 """Of FP8, likewise."""
+OTHERS = PROGRAMS | BACKWARDS | BLIND
 _ALL = (
     *(Mutant(fault, kind, law) for kind, law, faults in FAULTS for fault in faults),
     *(Mutant(fault, "G", law, BY_FOUR) for fault, law in PARTED.items()),
     *(Mutant(fault, "I", law, Variant(fp8=True)) for fault, law in EIGHT.items()),
-    *(Mutant(fault, kind, law, Variant(fp8=kind == "I"), program) for fault, (kind, law, program) in (PROGRAMS | BLIND).items()),
+    *(Mutant(fault, kind, law, Variant(fp8=kind == "I"), program) for fault, (kind, law, program) in OTHERS.items()),
 )
 MUTANTS = {mutant.fault: mutant for mutant in _ALL}
 CONTROLS: dict[str, tuple[Variant, Arithmetic]] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -72,12 +72,18 @@ def holds(
     grads: bool = False,
     lse: bool = False,
     takes: str = "",
+    backward: bool = False,
 ) -> Callable[[Callable[..., Verdict]], Callable[..., Verdict]]:
-    """Register a function (kernel, case, device) -> Verdict as a property, by its name."""
+    """Register a function (kernel, case, device) -> Verdict as a property, by its name; with `backward` also as NAME-gradients,
+    whose cases have gradients.
+    """
 
     def register(check: Callable[..., Verdict]) -> Callable[..., Verdict]:
         name = check.__name__.replace("_", "-")
-        PROPERTIES[name] = Property(name, (check.__doc__ or "").strip(), check, full_mask, hides, no_bias, grads, lse, takes)
+        law = Property(name, (check.__doc__ or "").strip(), check, full_mask, hides, no_bias, grads, lse, takes)
+        PROPERTIES[name] = law
+        if backward:
+            PROPERTIES[f"{name}-gradients"] = replace(law, name=f"{name}-gradients", grads=True)
         return check
 
     return register

@@ -6,7 +6,7 @@ import math
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
@@ -37,6 +37,22 @@ def watched() -> Iterator[None]:
         since[0] = 0.0
 
 
+@contextmanager
+def _running() -> Iterator[None]:
+    """Around a kernel's forward or backward: what it raises becomes a Finding, what it warns of is none, even where pytest turns
+    warnings into errors.
+    """
+    with watched(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        except Finding:
+            raise
+        except (Exception, SystemExit) as error:
+            said = str(error).strip().splitlines()[0] if str(error) else ""
+            raise Finding(f"raised {type(error).__name__}: {said}{_last_line(error)}") from error
+
+
 @dataclass(frozen=True)
 class Output:
     """What a kernel returned: out in the problem's dtype, lse or None, gradients where they were asked for."""
@@ -59,13 +75,14 @@ def call(
     dropout: float = 0.0,
     wrt: tuple[str, ...] = GRADIENTS,
     dlse: Tensor | None = None,
+    between: Callable[[], object] | None = None,
 ) -> Output:
     """Run a kernel on these inputs (already rounded, on its device) and check the form of its answer.
 
     Raises Finding where it raises, returns something of another shape, dtype or device or that shares memory, changes an input,
     writes beside one or beside what it allocates, or changes torch's settings or random state.
     With problem.grads, backpropagates inputs.do through out, and dlse [B,H,Q] through the LSE, to the inputs of `wrt`; a kernel
-    whose out carries no graph gives no gradients.
+    whose out carries no graph gives no gradients. `between` is called after the forward and before the backward.
     """
     before = {f.name: memory(t) for f in fields(Inputs) if (t := getattr(inputs, f.name)) is not None}
     after = {name: held.clone() for name, held in before.items()}
@@ -77,23 +94,18 @@ def call(
     settings, allocations = Settings(inputs.q.device.type, draws=dropout > 0), Allocations()
     try:
         _dirty(problem, inputs)
-        with watched(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what a kernel warns of is no finding, even where pytest turns warnings into errors
+        with _running():
             with allocations:
                 returned = kernel.fn(leaves.q, leaves.k, leaves.v, **others)
             out, lse = returned if isinstance(returned, tuple) else (returned, None)
             _check_form(problem, out, lse, leaves.q, {held.data_ptr(): name for name, held in after.items() if len(held)})
+        if between:
+            between()
+        with _running():
             with allocations:
                 gradients = _backward(out, lse, leaves, dlse) if problem.grads and out.requires_grad else {}
             if out.is_cuda:
                 torch.cuda.synchronize()  # what a launch does wrong shows in its own call
-    except Finding:
-        raise
-    except (Exception, SystemExit) as error:
-        where = _last_line(error)
-        raise Finding(
-            f"raised {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}{where}"
-        ) from error
     finally:
         changed = settings.restore()
     if changed:
