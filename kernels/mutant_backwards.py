@@ -131,6 +131,45 @@ class LostTile(Program):
         return Program.backward(replace(self, faults=faults), *arguments)
 
 
+class NextHeadsRows(Program):
+    """The backward masks Q past the last row, not dO and the LSE: the next head's first rows are there, and dV takes them in."""
+
+    def backward(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor, do: Tensor, *more
+    ) -> tuple[Tensor | None, ...]:
+        """With P = e^(0 - LSE) of those; right if the rows are in tiles."""
+        dq, dk, dv, dbias = super().backward(q, k, v, bias, out, lse, do, *more)
+        assert dv is not None
+        p, beyond = self.problem, -self.problem.len_q % self.variant.rows
+        probs = torch.exp(-lse.masked_fill(lse == -torch.inf, 0.0))[..., None]
+        taken = (probs * do.float()).flatten(0, 1)[:, :beyond].sum(1).roll(-1, 0)
+        taken[-1] = 0.0
+        return dq, dk, (dv.float() + taken.view(p.batch, p.heads_kv, p.group, 1, p.dim_v).sum(2)).to(dv.dtype), dbias
+
+
+class GradientLikeQ(Program):
+    """dQ is allocated with the order of Q's strides (`empty_like`), and stored as if it were contiguous."""
+
+    def backward(self, q: Tensor, *more) -> tuple[Tensor | None, ...]:
+        """Scrambled where Q is a transposed view."""
+        dq, *others = super().backward(q, *more)
+        assert dq is not None
+        made = torch.empty_like(q)
+        made.as_strided((made.numel(),), (1,)).copy_(dq.flatten())
+        return made, *others
+
+
+class TunedInPlace(Program):
+    """The first backward of a padded head dim is run three times to tune it, and dQ, which is added up, is not zeroed between."""
+
+    def backward(self, *arguments) -> tuple[Tensor | None, ...]:
+        """Three times dQ, once."""
+        dq, *others = super().backward(*arguments)
+        assert dq is not None
+        runs = STATE.setdefault(("tuned", (self.problem.dim_qk - 1).bit_length()), [3, 1])
+        return dq * (runs.pop(0) if len(runs) > 1 else 1), *others
+
+
 BACKWARDS: dict[str, tuple[str, str, type[Program]]] = {
     "window narrower in the backward": ("C", "gradients", NarrowerBackward),
     "gradients of unseen keys": ("B", "gradients", UnseenKeys),
@@ -142,5 +181,8 @@ BACKWARDS: dict[str, tuple[str, str, type[Program]]] = {
     "dQ's buffer not zeroed": ("L", "call-sequence-gradients", DirtyAccumulator),
     "LSE of the last forward": ("L", "call-sequence-gradients", LSEOfTheLastForward),
     "tile lost, one backward in 20": ("F", "repeat-gradients", LostTile),
+    "dO past the end is the next head's": ("B", "gradients", NextHeadsRows),
+    "dQ stored by Q's order": ("D", "layout-gradients", GradientLikeQ),
+    "tuned without zeroing dQ": ("L", "gradients", TunedInPlace),
 }
 """Class, the property that must catch it, and how it goes wrong."""

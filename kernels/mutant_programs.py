@@ -266,6 +266,88 @@ class LargestSigned(Program):
         return x.amax((2, 3), keepdim=True) if x.numel() else super().largest(x)
 
 
+class SequenceOfTile(Program):
+    """Of packed sequences, a tile of rows is taken for the sequence of its first row: right if they begin at tiles."""
+
+    def visible(self, rows: Tensor, keys: Tensor) -> Tensor:
+        """[1,1,rows,keys] where it goes wrong."""
+        p, size = self.problem, self.variant.rows
+        if p.mask_as != "rule" or p.mask.names != {"blocks"}:
+            return super().visible(rows, keys)
+        first = (rows // size * size)[:, None]
+        return (p.mask.visible(first, keys, p.len_q, p.len_k, lift=lambda n: n[0]) & (keys < p.len_k))[None, None]
+
+
+class ColumnALiBi(Program):
+    """Under a causal rule ALiBi is slope * key for -slope * distance: the same in every row but for the LSE, which moves."""
+
+    def scores(self, q: Tensor, k: Tensor, bias: Memory | None, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """With the softmax that it should have."""
+        p = self.problem
+        if self.slopes is None or p.mask_as != "rule" or "causal_lower_right" not in p.mask.names:
+            return super().scores(q, k, bias, rows, keys)
+        s, slope = Program.scores(replace(self, slopes=None), q, k, bias, rows, keys)
+        return s + self.slopes[:, None, None] * keys, slope
+
+
+class ZeroScale(Program):
+    """FP8: a head of zeros (or of hidden keys alone) has the scale 0, by which it is divided."""
+
+    def quantised(self, x: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
+        """With 0 / 0 there."""
+        narrow, scale = super().quantised(x, seen)
+        return narrow.masked_fill((narrow == 0).flatten(2).all(-1)[..., None, None], torch.nan), scale
+
+
+class UnscaledMaximum(Program):
+    """The maximum is of Q K^T before the scale, as if that were never negative: then it is the minimum, and e^x overflows."""
+
+    def walk(self, q: Tensor, K: Memory, V: Memory, B: Memory | None, rows: Tensor, starts: list[int]) -> tuple[Tensor, ...]:
+        """With a negative scale and nothing added to the scores; right until P is beyond its format."""
+        if self.scale >= 0 or self.softcap or B is not None or self.slopes is not None or not starts:
+            return super().walk(q, K, V, B, rows, starts)
+        keys = torch.cat([torch.arange(start, start + self.variant.keys) for start in starts])
+        s, _ = self.scores(q, K.load(self.kv_head, keys, torch.arange(self.problem.dim_qk)), B, rows, keys)
+        s = s.masked_fill(~self.visible(rows, keys), torch.inf)
+        base = s.amin(-1, keepdim=True)
+        w = self.exp(s - base.masked_fill(base == torch.inf, 0.0)).masked_fill(s == torch.inf, 0.0)
+        acc = self.narrow(w) @ V.load(self.kv_head, keys, torch.arange(self.problem.dim_v))
+        return acc, w.sum(-1, keepdim=True), base.masked_fill(base == torch.inf, -torch.inf)
+
+
+class QuotientTanh(Program):
+    """The softcap's tanh is (e^2x - 1) / (e^2x + 1): inf / inf from x = 44.4 up, fine as far below 0 as one likes."""
+
+    def scores(self, q: Tensor, k: Tensor, bias: Memory | None, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """NaN where the score is more than 44 softcaps."""
+        s, slope = super().scores(q, k, bias, rows, keys)
+        if not self.softcap:
+            return s, slope
+        raw, _ = Program.scores(replace(self, softcap=0.0, slopes=None), q, k, None, rows, keys)
+        over = torch.exp(2 * raw / self.softcap) == torch.inf
+        return s.masked_fill(over, torch.nan), slope.masked_fill(over, torch.nan)
+
+
+class UnwrittenPart(Program):
+    """Four parts of the keys, by a workspace: one with nothing to do is not written, and is merged as an earlier call left it."""
+
+    def attend(self, *arguments) -> list[tuple[Tensor, ...]]:
+        """As the workspace has it."""
+        parts = Program.attend(replace(self, variant=replace(self.variant, splits=4)), *arguments)
+        keys = [("part", n, int(arguments[4][0]), part[0].shape) for n, part in enumerate(parts)]
+        STATE.update({key: part for key, part in zip(keys, parts, strict=True) if (part[1] != 0).any()})
+        return [STATE.get(key, part) for key, part in zip(keys, parts, strict=True)]
+
+
+class SwappedBack(Program):
+    """With one query, a group's heads are its rows; the LSE comes back as [group, key head] for [key head, group]."""
+
+    def forward(self, *arguments) -> tuple[Tensor, Tensor]:
+        """The LSE of other heads; out is right."""
+        p, (out, lse) = self.problem, super().forward(*arguments)
+        return out, lse.unflatten(1, (p.heads_kv, p.group)).transpose(1, 2).flatten(1, 2) if p.len_q == 1 else lse
+
+
 PROGRAMS: dict[str, tuple[str, str, type[Program]]] = {
     "last of odd columns": ("B", "oracle", OddColumn),
     "LSE by padded rows": ("G", "oracle", PaddedLSE),
@@ -276,18 +358,25 @@ PROGRAMS: dict[str, tuple[str, str, type[Program]]] = {
     "mask read for eight keys": ("C", "one-hot", ByEight),
     "scale of the first tile": ("I", "oracle", FirstTileScale),
     "rows past the end stored": ("B", "oracle", StoredBeyond),
-    "diagonal ends at the padded length": ("C", "one-hot", DiagonalOfPadded),
+    "diagonal ends at the padded length": ("C", "hidden-keys-appended", DiagonalOfPadded),
     "padded length 0 is all": ("A", "empty-row", ZeroIsAll),
     "V read before it has arrived": ("F", "repeat", MissingBarrier),
     "FP8 scales by query head": ("I", "grouped-heads", ScaleByQueryHead),
     "exponent wraps around": ("K", "oracle", WrappedExponent),
     "number of keys planned once": ("L", "call-sequence", PlannedLength),
     "tile with an empty first row": ("A", "oracle", EmptyFirstRow),
-    "walk ends at a hidden tile": ("C", "one-hot", EndsWhereHidden),
+    "walk ends at a hidden tile": ("C", "edges", EndsWhereHidden),
     "causal rows of packed heads": ("D", "grouped-heads", PackedHeads),
     "ALiBi's distance in 8 bits": ("E", "oracle", DistanceInBytes),
     "LSE stored too early": ("F", "repeat", EarlyLSE),
     "hidden part weighs 1": ("G", "oracle", HiddenPart),
     "FP8 scale of the largest value": ("I", "oracle", LargestSigned),
+    "sequence of a tile's first row": ("C", "edges", SequenceOfTile),
+    "causal ALiBi by column": ("G", "alibi-bias", ColumnALiBi),
+    "FP8 scale of zeros": ("I", "uniform", ZeroScale),
+    "maximum before a negative scale": ("J", "query-scaling", UnscaledMaximum),
+    "tanh by a quotient": ("K", "saturated-softcap", QuotientTanh),
+    "part not written": ("L", "call-sequence", UnwrittenPart),
+    "LSE of packed heads swapped": ("M", "grouped-heads", SwappedBack),
 }
 """Class, the property that must catch it, and how it goes wrong; those of class I are in FP8."""

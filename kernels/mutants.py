@@ -39,8 +39,8 @@ class Mutant:
 
 
 FAULTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    ("A", "oracle", ("division by an empty sum", "hidden scores are finite", "first tile hidden", "maximum starts at 0")),
-    ("A", "shift", ("hidden scores are -1e4",)),
+    ("A", "oracle", ("division by an empty sum", "hidden scores are finite", "first tile hidden")),
+    ("A", "shift", ("hidden scores are -1e4", "maximum starts at 0")),
     ("A", "uniform", ("LSE of an empty row is 0",)),
     ("A", "empty-row", ("empty rows in the backward",)),
     ("B", "ones", ("keys beyond the end count",)),
@@ -53,7 +53,7 @@ FAULTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("B", "layout", ("head dim not masked",)),
     ("C", "one-hot", ("upper left for lower right", "causal: strictly below", "window one too wide")),
     ("C", "one-hot", ("window's right edge ignored", "mask of entry 0")),
-    ("C", "mask-equivalence", ("window's first tile skipped",)),
+    ("C", "edges", ("window's first tile skipped",)),
     ("C", "last-rows", ("causal bound without the offset",)),
     ("C", "no-leak", ("diagonal tile of full blocks unmasked",)),
     ("C", "ones", ("hidden after the softmax",)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +12,9 @@ from torch import Tensor
 from verify.bounds import Allowance
 from verify.case import Case, Inputs
 from verify.guard import call
+from verify.layouts import laid_out
 from verify.problem import Problem
-from verify.properties.property import BOTH, Verdict, agree, answer, both, doubled, holds, limits
+from verify.properties.property import BOTH, Verdict, agree, answer, both, doubled, holds, limits, sound
 from verify.properties.truth import Truth, about, truth
 from verify.properties.verdict import compare
 from verify.registry import Kernel
@@ -20,6 +22,8 @@ from verify.registry import Kernel
 SHIFTS = (50.0, -50.0, 90.0, -90.0, 130.0, -130.0, 1e4, -1e4)
 """What all scores of a row are moved by: where exp, exp2 and FP16 over- and underflow."""
 HUGE_CAP = 2.0**20
+HUNDREDS = 8
+"""Scores are scaled up until the largest is 128 to 256, by 256 at most; and a softcap down to 1/256 to 1/512 of it."""
 
 
 @holds()
@@ -35,7 +39,9 @@ def value_scaling(kernel: Kernel, case: Case, device: str) -> Verdict:
 
 @holds()
 def query_scaling(kernel: Kernel, case: Case, device: str) -> Verdict:
-    """out(2 Q, scale / 2) = out(Q, scale), to the last bit where the kernel repeats its bits: only their product enters."""
+    """out(-Q, -scale) = out(Q, scale), and out(2 Q, scale / 2) = out(Q, scale) to the last bit where the kernel repeats its bits:
+    only their product enters.
+    """
     known = truth(case, device)
     twice, factor = _scaled(known.inputs.q)
     if twice is None:
@@ -43,7 +49,24 @@ def query_scaling(kernel: Kernel, case: Case, device: str) -> Verdict:
     problem = known.problem.but(scale=known.problem.softmax_scale / factor)
     if reason := kernel.unsupported(problem, device):
         return Verdict(unsupported=reason)
+    _turned(kernel, case, known)
     return _scales(kernel, known, about(problem, replace(known.inputs, q=twice)), 1.0, "out of Q and scale")
+
+
+def _turned(kernel: Kernel, case: Case, known: Truth) -> None:
+    """The sign of the scale, where scores reach into the hundreds: P overflows if the maximum is sought on the wrong side."""
+    more = min(max(0, HUNDREDS - math.frexp(_largest(known))[1]), HUNDREDS)
+    scale = known.problem.softmax_scale * 2.0**more
+    p, turned = known.problem.but(scale=scale), known.problem.but(scale=-scale)
+    if not all(sound(kernel, replace(case, problem=way), known.device, "query-scaling") for way in (p, turned)):
+        return
+    one, two = about(p, known.inputs), about(turned, replace(known.inputs, q=-known.inputs.q))
+    agree(answer(kernel, two), answer(kernel, one), _room(kernel, one, two), "of Q and scale; here -Q, -scale:", BOTH, times=1)
+
+
+def _largest(known: Truth) -> float:
+    """The largest magnitude of a visible score, before softcap and bias."""
+    return max((b.raw.abs().masked_fill(~b.visible, 0.0).max().item() for b in known.blocks() if b.raw.numel()), default=0.0)
 
 
 def _scaled(x: Tensor) -> tuple[Tensor | None, float]:
@@ -123,10 +146,47 @@ def neutral_options(kernel: Kernel, case: Case, device: str) -> Verdict:
     ways = [way for way in ways if kernel.unsupported(way[1].but(grads=False), device) is None]
     if not ways:
         return Verdict(unsupported="has no option that is not in use")
-    first, allowed, bitwise = call(kernel, p.but(grads=False), x), limits(kernel, known), True
+    first, bitwise = call(kernel, p.but(grads=False), x), True
     for name, problem, inputs in ways:
         other = about(problem.but(grads=False), inputs)
-        moved = {n: (getattr(other.exact, n) - getattr(known.exact, n)).abs().nan_to_num() for n in ("out", "lse")}
-        room = {n: both(both(allowed[n], limits(kernel, other)[n]), moved[n]) for n in ("out", "lse")}
-        bitwise &= agree(answer(kernel, other), first, room, f"without {name}", BOTH, times=1)
+        bitwise &= agree(answer(kernel, other), first, _room(kernel, known, other), f"without {name}", BOTH, times=1)
     return Verdict(bitwise=bitwise)
+
+
+@holds(takes="softcap")
+def saturated_softcap(kernel: Kernel, case: Case, device: str) -> Verdict:
+    """A softcap far below the scores: s_ij -> cap tanh(s_ij / cap), which is cap sign(s_ij) for most."""
+    known = truth(case, device)
+    if (largest := _largest(known)) < 1.0:
+        return Verdict(unsupported="no score is above 1")
+    problem = known.problem.but(softcap=2.0 ** (math.frexp(largest)[1] - HUNDREDS - 1))
+    if reason := kernel.unsupported(problem, device):
+        return Verdict(unsupported=reason)
+    other = about(problem, known.inputs)
+    output, allowed, sees = answer(kernel, other), limits(kernel, other), other.exact.lse.unsqueeze(-1) != -torch.inf
+    compare("out", torch.where(sees, output.out, 0.0), other.exact.out, allowed["out"], against="exact")
+    if output.lse is not None:
+        compare("lse", output.lse, other.exact.lse, allowed["lse"], against="exact")
+    return Verdict()
+
+
+@holds(no_bias=True, takes="slopes")
+def alibi_bias(kernel: Kernel, case: Case, device: str) -> Verdict:
+    """ALiBi is the bias -slope_h |i + K - Q - j|: the same out and LSE."""
+    known = truth(replace(case, problem=case.problem.but(bias="alibi")), device)
+    p, x = known.problem.but(bias="hqk"), known.inputs
+    if reason := kernel.unsupported(p, device) or kernel.unsupported(known.problem, device):
+        return Verdict(unsupported=reason)
+    assert x.slopes is not None
+    distance = (torch.arange(p.len_q, device=device)[:, None] + p.len_k - p.len_q - torch.arange(p.len_k, device=device)).abs()
+    bias = laid_out((-x.slopes[:, None, None] * distance).to(x.q).unsqueeze(0))
+    other = about(p, replace(x, bias=bias, slopes=None))
+    room = _room(kernel, known, other)
+    return Verdict(bitwise=agree(answer(kernel, known), answer(kernel, other), room, "with a bias", BOTH, times=1))
+
+
+def _room(kernel: Kernel, one: Truth, two: Truth) -> dict[str, Allowance]:
+    """How far out and LSE of two problems may be apart: each off by its own, and the exact ones as they are."""
+    ours, theirs = limits(kernel, one), limits(kernel, two)
+    moved = {n: (getattr(two.exact, n) - getattr(one.exact, n)).abs().nan_to_num() for n in BOTH}
+    return {n: both(both(ours[n], theirs[n]), moved[n]) for n in BOTH}

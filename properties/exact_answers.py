@@ -9,7 +9,8 @@ import torch
 from verify.case import Case, visibility
 from verify.exact import Exact
 from verify.finding import Finding
-from verify.properties.property import Verdict, answer, holds, limits
+from verify.masks import Mask
+from verify.properties.property import Verdict, answer, holds, limits, rng, sound
 from verify.properties.truth import about, truth
 from verify.properties.verdict import compare, judge
 from verify.registry import Kernel
@@ -37,6 +38,18 @@ def uniform(kernel: Kernel, case: Case, device: str) -> Verdict:
 def one_hot(kernel: Kernel, case: Case, device: str) -> Verdict:
     """Q = 0, V_j = e_(j mod Dv): out_ic = (visible keys j with j mod Dv = c) / (visible keys): which keys a row saw."""
     return _without_scores(kernel, case, device, one_hot=True)
+
+
+@holds(no_bias=True)
+def edges(kernel: Kernel, case: Case, device: str) -> Verdict:
+    """Q = 0, V_j = e_(j mod Dv) under a window, then under packed sequences, of drawn sizes: which keys a row saw."""
+    p, draw, verdict = case.problem, rng(case), Verdict(unsupported="takes no window and no packed sequences")
+    sides, lengths = draw.integers(-1, max(p.len_k, 1), 2).tolist(), draw.integers(1, max(2, min(p.len_q, p.len_k)), 3).tolist()
+    for mask in (Mask((("window", tuple(sides)),)), Mask((("blocks", tuple(lengths)),))):
+        ways = [replace(case, problem=p.but(mask=mask, mask_as=form)) for form in ("rule", "bool", "float")]
+        if taken := [way for way in ways if sound(kernel, way, device, "edges")]:
+            verdict = _without_scores(kernel, taken[0], device, one_hot=True)
+    return verdict
 
 
 def _without_scores(kernel: Kernel, case: Case, device: str, *, one_hot: bool) -> Verdict:

@@ -13,7 +13,7 @@ from verify.case import Case
 from verify.guard import Output, call
 from verify.layouts import laid_out
 from verify.masks import Mask
-from verify.properties.property import BOTH, Verdict, agree, answer, both, holds, limits, rng
+from verify.properties.property import BOTH, Verdict, agree, answer, both, holds, limits, rng, sound
 from verify.properties.truth import Truth, about, truth
 from verify.properties.verdict import compare
 from verify.registry import Kernel
@@ -85,19 +85,25 @@ def duplicate_keys(kernel: Kernel, case: Case, device: str) -> Verdict:
 
 @holds()
 def hidden_keys_appended(kernel: Kernel, case: Case, device: str) -> Verdict:
-    """More keys that nobody sees change nothing."""
+    """More keys that nobody sees change nothing; nor do as many queries after the last, which a diagonal that ends in the lower
+    right, and ALiBi, need to stay where they are.
+    """
     known = truth(case, device)
     p, x = known.problem, known.inputs
-    if p.bias == "alibi" or not p.mask.names <= {"full", "causal_upper_left", "padding", "prefix_lm", "blocks"}:
-        return Verdict(unsupported="the mask or ALiBi moves with the number of keys")
+    moves = p.bias == "alibi" or bool(p.mask.names & {"causal_lower_right", "window"})
+    if "dense" in p.mask.names:
+        return Verdict(unsupported="the mask is another with more keys")
     more = 1 + case.seed % 70
-    mask = p.mask & Mask((("padding", (p.len_k,) * p.batch),))
-    problem = p.but(len_k=p.len_k + more, mask=mask, grads=False)
-    if reason := kernel.unsupported(problem, device):
-        return Verdict(unsupported=reason)
-    extra = {n: torch.cat([t, t.new_full((*t.shape[:2], more, t.shape[3]), FAR)], 2) for n, t in (("k", x.k), ("v", x.v))}
-    bias = None if x.bias is None else torch.nn.functional.pad(x.bias, (0, more))
-    return _same(kernel, known, about(problem, replace(x, **extra, bias=bias)), f"without {more} hidden keys")
+    rows, mask = more * moves, p.mask & Mask((("padding", (p.len_k,) * p.batch),))
+    problem = p.but(len_q=p.len_q + rows, len_k=p.len_k + more, mask=mask)
+    if not sound(kernel, replace(case, problem=problem), device, "hidden-keys-appended"):
+        return Verdict(unsupported="does not take the longer problem, or is known to be wrong there")
+    longer = {"q": rows, "k": more, "v": more, "do": rows}
+    extra = {
+        n: torch.cat([t, t.new_full((*t.shape[:2], m, t.shape[3]), FAR)], 2) for n, m in longer.items() for t in [getattr(x, n)]
+    }
+    bias = None if x.bias is None else torch.nn.functional.pad(x.bias, (0, more, 0, rows))
+    return _rows(kernel, about(problem, replace(x, **extra, bias=bias)), known, slice(0, p.len_q))
 
 
 @holds()

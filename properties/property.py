@@ -99,6 +99,11 @@ def limits(kernel: Kernel, known: Truth) -> dict[str, Allowance]:
     return known.allowances(kernel.numerics(known.problem, known.device))
 
 
+def sound(kernel: Kernel, case: Case, device: str, law: str) -> bool:
+    """Whether the kernel takes a case that a law has changed, and is not known to be wrong on it."""
+    return not kernel.unsupported(case.problem, device) and not kernel.defect(case, device, law)
+
+
 def answer(kernel: Kernel, known: Truth) -> Output:
     """What the kernel makes of it."""
     return call(kernel, known.problem, known.inputs)
