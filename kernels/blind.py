@@ -154,7 +154,7 @@ BLIND: dict[str, tuple[str, str, type[Program]]] = {
     "LSE of a ring merge": ("G", "oracle", RingMerge),
     "dQ of the negated Q": ("H", "gradients", NegatedQ),
     "FP8 V's last keys not interleaved": ("I", "one-hot", TransposedTail),
-    "ALiBi's slope over the scale": ("J", "oracle", SlopeOverScale),
+    "ALiBi's slope over the scale": ("J", "alibi-bias", SlopeOverScale),
     "maximum moved too late for FP16": ("K", "oracle", LazyMaximum),
     "dO scaled in place": ("L", "repeat-gradients", ScaledInPlace),
 }

@@ -60,7 +60,7 @@ def _turned(kernel: Kernel, case: Case, known: Truth) -> None:
     p, turned = known.problem.but(scale=scale), known.problem.but(scale=-scale)
     if not all(sound(kernel, replace(case, problem=way), known.device, "query-scaling") for way in (p, turned)):
         return
-    one, two = about(p, known.inputs), about(turned, replace(known.inputs, q=-known.inputs.q))
+    one, two = about(p, known.inputs), about(turned, replace(known.inputs, q=laid_out(-known.inputs.q)))
     agree(answer(kernel, two), answer(kernel, one), _room(kernel, one, two), "of Q and scale; here -Q, -scale:", BOTH, times=1)
 
 
