@@ -82,7 +82,7 @@ LOW_LSE_SHIFTED = Known(LOW_LSE.what, LOW_LSE.where, laws=("shift-gradients",))
 FINITE_MASK = Known(
     "a hidden key of a large score takes part: what hides is a number that is added, not -inf (cuDNN 9.19)",
     lambda p, device: True,
-    laws=("no-leak", "hidden-keys-appended"),
+    laws=("no-leak", "no-leak-gradients", "hidden-keys-appended"),
 )
 LAST_ROW = Known(
     "the last row is not always written where it is alone in its block of queries, under a lower-right causal mask, K or V"
@@ -103,6 +103,13 @@ ODD_BIAS = Known(
     layouts=("packed",),
     crashes=True,
 )
+EXPANDED = Known(
+    "Q expanded over the heads where d_v is not d: `the stride for the last dimension ... should be 1 for output_names::O`, or a"
+    " segmentation fault (cuDNN 9.19)",
+    lambda p, device: p.dim_v != p.dim_qk,
+    layouts=("expanded",),
+    crashes=True,
+)
 NAN_ROW = Known(
     "NaN in one row of dq, another one each time, not in every call (seen at 1024 queries under a mask of booleans; cuDNN 9.19)",
     lambda p, device: p.grads and p.len_q >= 1024 and not p.mask.names <= {"full", "causal_upper_left"},
@@ -111,7 +118,7 @@ KNOWN = {
     "math": (NO_KEYS,),
     "flash": (NO_POSITIVE_SCALE, SPLIT_KEYS, SWALLOWS_NAN, MORE_VALUES),
     "efficient": (SOME_GRADIENTS, LAST_ROW),
-    "cudnn": (NO_POSITIVE_SCALE, EMPTY_ROW, LOW_LSE, LOW_LSE_SHIFTED, FINITE_MASK, ODD_BIAS, NAN_ROW),
+    "cudnn": (NO_POSITIVE_SCALE, EMPTY_ROW, LOW_LSE, LOW_LSE_SHIFTED, FINITE_MASK, ODD_BIAS, EXPANDED, NAN_ROW),
 }
 MISALIGNED = ("odd", "gapped")
 """Layouts whose rows start off 16 bytes: flash (q, k, v) and efficient (v) end in `CUDA error: misaligned address`, which takes

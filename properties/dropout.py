@@ -132,8 +132,9 @@ def _heads_differ(w: _Weights) -> None:
     one, two = torch.triu_indices(len(told), len(told), 1, device=told.device)
     if not len(one):
         return
-    counts, n = (t[one, two].cpu().numpy() for t in (alike, seen))
-    low, high = _interval(n, w.rate**2 + (1 - w.rate) ** 2, tests=len(one))
+    mine = kept @ told.mT  # what each keeps of what is told of both
+    counts, n, first, second = (t[one, two].cpu().numpy() for t in (alike, seen, mine, mine.mT))
+    low, high = _interval(n, _by_chance(first, second, n), tests=len(one))
     far = np.maximum(counts - high, low - counts)
     at = int(far.argmax())
     if far[at] > 0:
@@ -143,9 +144,15 @@ def _heads_differ(w: _Weights) -> None:
 
 def _calls_differ(w: _Weights, again: Tensor) -> None:
     alike, n = int((w.kept == again)[w.told].sum()), int(w.told.sum())
-    low, high = _interval(n, w.rate**2 + (1 - w.rate) ** 2)
+    low, high = _interval(n, _by_chance(int(w.kept.sum()), int(again.sum()), n))
     if not low <= alike <= high:
         raise Finding(f"two calls {_alike(alike, n, low, high)} at p = {w.rate:g}, torch's generator not seeded in between")
+
+
+def _by_chance(first, second, n):
+    """How likely two masks that keep so many of n agree on one, if they are independent, whatever the rate that they have."""
+    one, two = first / np.maximum(n, 1), second / np.maximum(n, 1)
+    return one * two + (1 - one) * (1 - two)
 
 
 def _alike(count: float, n: float, low: float, high: float) -> str:

@@ -18,7 +18,7 @@ from verify.masks import Mask
 from verify.measure import same
 from verify.problem import Problem
 from verify.properties.options import options
-from verify.properties.property import TENSORS, Verdict, agree, answer, difference, holds, limits, rng
+from verify.properties.property import TENSORS, Verdict, agree, answer, difference, holds, limits, rng, sound
 from verify.properties.truth import Truth, about, truth
 from verify.properties.verdict import judge
 from verify.registry import Kernel
@@ -82,7 +82,7 @@ def call_sequence(kernel: Kernel, case: Case, device: str) -> Verdict:
     """
     known = truth(case, device)
     neighbours = _neighbours(case, known, options(kernel, device).layouts)
-    others = [(what, p, x) for what, p, x in neighbours if kernel.unsupported(p, device) is None]
+    others = [n for n in neighbours if sound(kernel, replace(case, problem=n[1]), device, "call-sequence")]
     first = answer(kernel, known)
     kept = {name: t.clone() for name in TENSORS if (t := getattr(first, name)) is not None}
     chosen = [others[n] for n in rng(case).permutation(len(others))[:2]]

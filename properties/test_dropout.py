@@ -10,8 +10,9 @@ from torch import Tensor
 
 from verify.arithmetic import Arithmetic
 from verify.engine import Budget, Hunt, hunt
+from verify.finding import Finding
 from verify.problem import Problem
-from verify.properties import dropout as _law  # noqa: F401 (registers the property)
+from verify.properties import dropout as law
 from verify.properties.property import PROPERTIES
 from verify.registry import Kernel, find
 
@@ -143,3 +144,16 @@ def test_dropping_wrongly_is_found(drop: Callable[[Tensor, Tensor, float], Tenso
 def test_a_kernel_without_dropout_is_not_judged() -> None:
     without = Kernel("without", ignored, frozenset({"scale", "mask"}))
     assert set(judged(without, 5, 1).unsupported) == {"takes no `dropout`"}
+
+
+def test_masks_are_not_called_dependent_for_their_rate() -> None:
+    """FlashAttention compares 8 random bits and keeps 230 / 256 at p = 0.1, not 0.9: that two calls depend does not follow."""
+    generator = torch.Generator().manual_seed(5)
+    one, two = (bernoulli(torch.ones(1, 1, 2000, 2000), 230 / 256, generator).bool() for _ in range(2))
+    seen = law._Weights(0.1, torch.ones(one.shape), torch.zeros(one.shape), torch.ones_like(one), one)
+    law._calls_differ(seen, two)
+    with pytest.raises(Finding, match="weights are kept"):
+        law._kept_as_often(seen)
+    rows = torch.arange(2000)[:, None] < 200
+    with pytest.raises(Finding, match="depend on each other"):
+        law._calls_differ(seen, torch.where(rows, one, two))

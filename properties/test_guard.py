@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -45,6 +46,34 @@ def writes_into_v(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Te
 def test_a_wrong_form_is_a_finding(fn: Callable[..., object], said: str) -> None:
     with pytest.raises(Finding, match=said):
         run(fn)
+
+
+class Logged(torch.autograd.Function):
+    """Says in `log` when it is called."""
+
+    log: ClassVar[list[str]] = []
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor) -> torch.Tensor:
+        """Zeros."""
+        Logged.log.append("forward")
+        return q.new_zeros(CASE.problem.shapes["out"])
+
+    @staticmethod
+    def backward(ctx: Any, do: torch.Tensor) -> torch.Tensor:
+        """Zeros."""
+        Logged.log.append("backward")
+        return do.new_zeros(CASE.problem.shapes["q"])
+
+
+def test_calls_can_be_made_between_a_forward_and_its_backward() -> None:
+    """As layers of a model make them; what is raised there is not taken for the kernel's."""
+    Logged.log.clear()
+    logged = Kernel("logged", lambda q, k, v: Logged.apply(q), frozenset())
+    call(logged, CASE.problem, CASE.inputs(), between=lambda: call(logged, CASE.problem, CASE.inputs()))
+    assert Logged.log == ["forward", "forward", "backward", "backward"]
+    with pytest.raises(ZeroDivisionError):
+        call(logged, CASE.problem, CASE.inputs(), between=lambda: 1 // 0)
 
 
 def test_a_kernel_gets_the_keywords_that_it_takes() -> None:
