@@ -12,7 +12,7 @@ from verify.case import ARRANGED, TORCH_DTYPES, Case, Inputs, visibility
 from verify.finding import Finding
 from verify.guard import call, keywords, watched
 from verify.layouts import laid_out
-from verify.measure import same
+from verify.measure import distance, same
 from verify.problem import Problem
 from verify.properties.property import Verdict, agree, answer, holds, limits, rng
 from verify.properties.truth import truth
@@ -58,7 +58,7 @@ def no_leak(kernel: Kernel, case: Case, device: str) -> Verdict:
             of = alone if name in ("dk", "dv") else rows
             mine = (of if got.dim() == 3 else of.unsqueeze(-1)).expand(got.shape)
             limit = limits(kernel, known)[name].limit
-            wrong = mine & ~(same(got, want) | ((got.double() - want.double()).abs() <= 2 * limit))
+            wrong = mine & (distance(got, want) > 2 * limit)
             if wrong.any():
                 at = tuple(wrong.nonzero()[0].tolist())
                 keys = hidden[at[0], 0, 0].nonzero().flatten().tolist()
