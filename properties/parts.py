@@ -98,10 +98,8 @@ def hidden_keys_appended(kernel: Kernel, case: Case, device: str) -> Verdict:
     problem = p.but(len_q=p.len_q + rows, len_k=p.len_k + more, mask=mask)
     if not sound(kernel, replace(case, problem=problem), device, "hidden-keys-appended"):
         return Verdict(unsupported="does not take the longer problem, or is known to be wrong there")
-    longer = {"q": rows, "k": more, "v": more, "do": rows}
-    extra = {
-        n: torch.cat([t, t.new_full((*t.shape[:2], m, t.shape[3]), FAR)], 2) for n, m in longer.items() for t in [getattr(x, n)]
-    }
+    longer = {"q": (x.q, rows), "k": (x.k, more), "v": (x.v, more), "do": (x.do, rows)}
+    extra = {name: torch.nn.functional.pad(t, (0, 0, 0, n), value=FAR) for name, (t, n) in longer.items()}
     bias = None if x.bias is None else torch.nn.functional.pad(x.bias, (0, more, 0, rows))
     return _rows(kernel, about(problem, replace(x, **extra, bias=bias)), known, slice(0, p.len_q))
 
