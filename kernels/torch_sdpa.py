@@ -114,11 +114,17 @@ NAN_ROW = Known(
     "NaN in one row of dq, another one each time, not in every call (seen at 1024 queries under a mask of booleans; cuDNN 9.19)",
     lambda p, device: p.grads and p.len_q >= 1024 and not p.mask.names <= {"full", "causal_upper_left"},
 )
+NAN_AFTER = Known(
+    "NaN in one row of dq in a call that follows one with another layout of dO (seen at 182 queries, causal; cuDNN 9.19)",
+    lambda p, device: p.grads and p.len_q > 128 and p.mask.names != {"full"},
+    laws=("layout-gradients", "cotangent-scaling", "call-sequence-gradients"),
+    layouts=("packed",),
+)
 KNOWN = {
     "math": (NO_KEYS,),
     "flash": (NO_POSITIVE_SCALE, SPLIT_KEYS, SWALLOWS_NAN, MORE_VALUES),
     "efficient": (SOME_GRADIENTS, LAST_ROW),
-    "cudnn": (NO_POSITIVE_SCALE, EMPTY_ROW, LOW_LSE, LOW_LSE_SHIFTED, FINITE_MASK, ODD_BIAS, EXPANDED, NAN_ROW),
+    "cudnn": (NO_POSITIVE_SCALE, EMPTY_ROW, LOW_LSE, LOW_LSE_SHIFTED, FINITE_MASK, ODD_BIAS, EXPANDED, NAN_ROW, NAN_AFTER),
 }
 MISALIGNED = ("odd", "gapped")
 """Layouts whose rows start off 16 bytes: flash (q, k, v) and efficient (v) end in `CUDA error: misaligned address`, which takes
