@@ -28,6 +28,7 @@ from verify.engine import Budget, hunt
 from verify.errors import VerifyError
 from verify.finding import Finding
 from verify.guard import Output, call
+from verify.kernels.blind import BLIND
 from verify.kernels.emulated_memory import CHANCE
 from verify.kernels.mutants import CONTROLS, MUTANTS, control, honest, mutant
 from verify.properties.laws import PROPERTIES
@@ -196,10 +197,11 @@ def _pages(
     rules: dict[str, list[str]],
     accused: dict[Job, tuple[int, str]],
 ) -> Iterator[str]:
-    if chosen:
-        headings = ["class", "mutant", "property", "caught", "cases", "s", *ELSEWHERE]
-        table = [_row(fault, [h for (name, _, _), h in hunts.items() if name == fault], rules) for fault in chosen]
-        yield markdown("Known-wrong kernels: judged cases to the first finding", headings, table, list(_notes(table, rules)))
+    headings = ["class", "mutant", "property", "caught", "cases", "s", *ELSEWHERE]
+    for title, blind in (("Known-wrong kernels", False), ("Blind, written by somebody who did not know the suite", True)):
+        if names := [fault for fault in chosen if (fault in BLIND) is blind]:
+            table = [_row(fault, [h for (name, _, _), h in hunts.items() if name == fault], rules) for fault in names]
+            yield markdown(f"{title}: judged cases to the first finding", headings, table, list(_notes(table, rules)))
     if accused:
         judged = [sum(n for (name, _, _), (n, _) in accused.items() if name == variant) for variant in CONTROLS]
         wrong = [sentence for _, sentence in accused.values() if sentence]
