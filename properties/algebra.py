@@ -61,7 +61,8 @@ def _turned(kernel: Kernel, case: Case, known: Truth) -> None:
     if not all(sound(kernel, replace(case, problem=way), known.device, "query-scaling") for way in (p, turned)):
         return
     one, two = about(p, known.inputs), about(turned, replace(known.inputs, q=laid_out(-known.inputs.q)))
-    agree(answer(kernel, two), answer(kernel, one), _room(kernel, one, two), "of Q and scale; here -Q, -scale:", BOTH, times=1)
+    room = _room(kernel, one, limits(kernel, one), two)
+    agree(answer(kernel, two), answer(kernel, one), room, "of Q and scale; here -Q, -scale:", BOTH, times=1)
 
 
 def _largest(known: Truth) -> float:
@@ -146,10 +147,10 @@ def neutral_options(kernel: Kernel, case: Case, device: str) -> Verdict:
     ways = [way for way in ways if kernel.unsupported(way[1].but(grads=False), device) is None]
     if not ways:
         return Verdict(unsupported="has no option that is not in use")
-    first, bitwise = call(kernel, p.but(grads=False), x), True
+    first, allowed, bitwise = call(kernel, p.but(grads=False), x), limits(kernel, known), True
     for name, problem, inputs in ways:
         other = about(problem.but(grads=False), inputs)
-        bitwise &= agree(answer(kernel, other), first, _room(kernel, known, other), f"without {name}", BOTH, times=1)
+        bitwise &= agree(answer(kernel, other), first, _room(kernel, known, allowed, other), f"without {name}", BOTH, times=1)
     return Verdict(bitwise=bitwise)
 
 
@@ -181,12 +182,12 @@ def alibi_bias(kernel: Kernel, case: Case, device: str) -> Verdict:
     distance = (torch.arange(p.len_q, device=device)[:, None] + p.len_k - p.len_q - torch.arange(p.len_k, device=device)).abs()
     bias = laid_out((-x.slopes[:, None, None] * distance).to(x.q).unsqueeze(0))
     other = about(p, replace(x, bias=bias, slopes=None))
-    room = _room(kernel, known, other)
+    room = _room(kernel, known, limits(kernel, known), other)
     return Verdict(bitwise=agree(answer(kernel, known), answer(kernel, other), room, "with a bias", BOTH, times=1))
 
 
-def _room(kernel: Kernel, one: Truth, two: Truth) -> dict[str, Allowance]:
-    """How far out and LSE of two problems may be apart: each off by its own, and the exact ones as they are."""
-    ours, theirs = limits(kernel, one), limits(kernel, two)
-    moved = {n: (getattr(two.exact, n) - getattr(one.exact, n)).abs().nan_to_num() for n in BOTH}
-    return {n: both(both(ours[n], theirs[n]), moved[n]) for n in BOTH}
+def _room(kernel: Kernel, known: Truth, allowed: dict[str, Allowance], other: Truth) -> dict[str, Allowance]:
+    """How far apart out and LSE of two problems may be: each off by its own (`allowed`: of `known`), and what the exact are."""
+    theirs = limits(kernel, other)
+    moved = {n: (getattr(other.exact, n) - getattr(known.exact, n)).abs().nan_to_num() for n in BOTH}
+    return {n: both(both(allowed[n], theirs[n]), moved[n]) for n in BOTH}

@@ -46,9 +46,9 @@ def edges(kernel: Kernel, case: Case, device: str) -> Verdict:
     p, draw, verdict = case.problem, rng(case), Verdict(unsupported="takes no window and no packed sequences")
     sides, lengths = draw.integers(-1, max(p.len_k, 1), 2).tolist(), draw.integers(1, max(2, min(p.len_q, p.len_k)), 3).tolist()
     for mask in (Mask((("window", tuple(sides)),)), Mask((("blocks", tuple(lengths)),))):
-        ways = [replace(case, problem=p.but(mask=mask, mask_as=form)) for form in ("rule", "bool", "float")]
-        if taken := [way for way in ways if sound(kernel, way, device, "edges")]:
-            verdict = _without_scores(kernel, taken[0], device, one_hot=True)
+        ways = (replace(case, problem=p.but(mask=mask, mask_as=form)) for form in ("rule", "bool", "float"))
+        if way := next((way for way in ways if sound(kernel, way, device, "edges")), None):
+            verdict = _without_scores(kernel, way, device, one_hot=True)
     return verdict
 
 

@@ -80,7 +80,13 @@ def duplicate_keys(kernel: Kernel, case: Case, device: str) -> Verdict:
     other = about(
         p.but(len_k=2 * p.len_k, grads=False), replace(x, k=torch.cat([x.k, x.k], 2), v=torch.cat([x.v, x.v], 2), bias=bias)
     )
-    return _same(kernel, known, other, "with every key once", shift=math.log(2))
+    if reason := kernel.unsupported(other.problem, device):
+        return Verdict(unsupported=reason)
+    once, twice = call(kernel, p.but(grads=False), x), answer(kernel, other)
+    mine, theirs = limits(kernel, other), limits(kernel, known)
+    allowed = {name: both(mine[name], theirs[name]) for name in BOTH}
+    want = Output(once.out, None if once.lse is None else once.lse.double() + math.log(2))
+    return Verdict(bitwise=agree(twice, want, allowed, "with every key once", BOTH, times=1))
 
 
 @holds()
@@ -149,14 +155,3 @@ def _rows(kernel: Kernel, known: Truth, some: Truth, rows: slice) -> Verdict:
             part, chosen, allowed, f"rows {rows.start} to {rows.stop or known.problem.len_q} of the whole", BOTH, times=1
         )
     )
-
-
-def _same(kernel: Kernel, known: Truth, other: Truth, against: str, *, shift: float = 0.0) -> Verdict:
-    """Two problems of one answer (LSE moved by `shift`)."""
-    if reason := kernel.unsupported(other.problem, other.device):
-        return Verdict(unsupported=reason)
-    one, two = call(kernel, known.problem.but(grads=False), known.inputs), answer(kernel, other)
-    mine, theirs = limits(kernel, other), limits(kernel, known)
-    allowed = {name: both(mine[name], theirs[name]) for name in ("out", "lse")}
-    want = Output(one.out, None if one.lse is None else one.lse.double() + shift)
-    return Verdict(bitwise=agree(two, want, allowed, against, BOTH, times=1))
