@@ -6,10 +6,10 @@ In FP8 it takes one scale for each head of K; the rotation is ours (`triton_fp8_
 import fa3_fwd_interface
 import torch
 
-from verify.arithmetic import Arithmetic, Quantisation
-from verify.kernels.triton_fp8_quantise import quantise
-from verify.problem import Problem
+from verify.kernels.triton.fp8_quantize import quantise
 from verify.registry import kernel
+from verify.spec.arithmetic import Arithmetic, Quantisation
+from verify.spec.problem import Problem
 
 HEADS = Quantisation("e4m3", 0, rotated=True)
 ALIGNED = ("bhsd", "bshd", "sbhd", "packed", "columns", "expanded")

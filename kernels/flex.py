@@ -13,10 +13,10 @@ import torch
 import torch._dynamo
 from torch.nn.attention import flex_attention as flex
 
-from verify.arithmetic import Arithmetic
-from verify.masks import Mask
-from verify.problem import Problem
 from verify.registry import Known, kernel
+from verify.spec.arithmetic import Arithmetic
+from verify.spec.masks import Mask
+from verify.spec.problem import Problem
 
 DIMS = (16, 64, 128)
 """Head dims that are judged: each is compiled apart, in some ten seconds. tl.dot multiplies none below 16."""

@@ -7,11 +7,11 @@ from functools import partial
 
 import torch
 
-from verify.arithmetic import Arithmetic, Quantisation
-from verify.kernels.triton_fp8 import BEST, arithmetic, supports, triton_fp8
-from verify.kernels.triton_fp8_quantise import ROWS
-from verify.problem import Problem
+from verify.kernels.triton.fp8 import BEST, arithmetic, supports, triton_fp8
+from verify.kernels.triton.fp8_quantize import ROWS
 from verify.registry import kernel
+from verify.spec.arithmetic import Arithmetic, Quantisation
+from verify.spec.problem import Problem
 
 CHOICES = {
     "fp8-tensor": Quantisation("e4m3"),

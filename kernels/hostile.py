@@ -1,7 +1,7 @@
 """Kernels that a harness must see and survive: each computes attention and does one thing that no kernel should.
 
 Registered under their own names by this file alone: ``verify fuzz kernels/hostile.py::segfault``. What each must be found to do
-stands in properties/test_hostile.py. They do it from MANY queries on, so that there is something to shrink.
+stands in properties/tests/sandbox/test_hostile.py. They do it from MANY queries on, so that there is something to shrink.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from verify.arithmetic import Arithmetic
 from verify.kernels.naive import naive
-from verify.problem import Problem
 from verify.registry import kernel
+from verify.spec.arithmetic import Arithmetic
+from verify.spec.problem import Problem
 
 MANY = 9
 HELD: list[Tensor] = []

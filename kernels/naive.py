@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import torch
 
-from verify.arithmetic import Arithmetic
-from verify.problem import DTYPES, Problem
 from verify.registry import Known, kernel
+from verify.spec.arithmetic import Arithmetic
+from verify.spec.problem import DTYPES, Problem
 
 
 def standard(problem: Problem, device: str) -> Arithmetic:

@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from verify.arithmetic import Arithmetic
-from verify.case import TORCH_DTYPES, has_empty_row
-from verify.layouts import LAYOUTS
-from verify.problem import DTYPES, Problem
 from verify.registry import Known, kernel
+from verify.spec.arithmetic import Arithmetic
+from verify.spec.case import TORCH_DTYPES, has_empty_row
+from verify.spec.layouts import LAYOUTS
+from verify.spec.problem import DTYPES, Problem
 
 FUSED = Arithmetic(group_sum="input")
 CUDNN = Arithmetic(group_sum="input", scaled_dscores=True)

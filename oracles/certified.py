@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from verify.case import Inputs
-from verify.exact import Exact
-from verify.oracles import high, interval
-from verify.problem import Problem
+from verify.bounds.exact import Exact
+from verify.oracles import arb, mpmath_oracle
+from verify.spec.case import Inputs
+from verify.spec.problem import Problem
 
 DIGITS = 50
 ROUNDING, SMALLEST = 2.0**-53, 2.0**-1074
@@ -24,15 +24,15 @@ def exact(problem: Problem, inputs: Inputs) -> tuple[Exact, dict[str, Tensor]] |
     """(the answer rounded to float64, what each tensor may be off by) on the inputs' device; None where it is too large."""
     size = problem.batch * problem.heads_q * problem.len_q * problem.len_k * (problem.dim_qk + problem.dim_v)
     device = inputs.q.device
-    if interval.available() and size <= AFFORDABLE["flint"]:
-        answer, off = interval.exact(problem, inputs)
+    if arb.available() and size <= AFFORDABLE["flint"]:
+        answer, off = arb.exact(problem, inputs)
         if not all(bool(t.isfinite().all()) for t in off.values()):  # scores beyond 2^256
             return None
         moved = {name: getattr(answer, name).to(device) for name in off}
         return Exact(**moved, provenance=answer.provenance), {name: t.to(device) for name, t in off.items()}
     if size > AFFORDABLE["mpmath"]:
         return None
-    found = high.exact(problem, inputs, digits=DIGITS)
+    found = mpmath_oracle.exact(problem, inputs, digits=DIGITS)
     values = {
         n: torch.tensor([float(x) for x in a.ravel()], dtype=torch.float64).view(a.shape).to(device) for n, a in found.items()
     }

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from verify.arithmetic import Quantisation
-from verify.case import TORCH_DTYPES, Inputs
-from verify.exact import by_key, from_keys, to_keys
-from verify.problem import Problem
-from verify.quantisation import centres, fit, key_mean, rotation
+from verify.bounds.exact import by_key, from_keys, to_keys
+from verify.spec.arithmetic import Quantisation
+from verify.spec.case import TORCH_DTYPES, Inputs
+from verify.spec.problem import Problem
+from verify.spec.quantization import centres, fit, key_mean, rotation
 
 EIGHT_BITS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 STORED_BITS = {"fp32": 23, "fp22": 13, "tf32": 10, "exponent": 0}

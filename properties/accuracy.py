@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from verify.case import Case
 from verify.properties.property import Verdict, answer, holds
-from verify.properties.truth import truth
-from verify.properties.verdict import judge
+from verify.reference.compare import judge
+from verify.reference.reference import truth
 from verify.registry import Kernel
+from verify.spec.case import Case
 
 
 @holds()

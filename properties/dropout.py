@@ -9,16 +9,16 @@ import torch
 from scipy.stats import binom
 from torch import Tensor
 
-from verify.bounds import FALSE_ALARM, UNBOUNDED, Allowance, Terms, Units, dropout_error, total, unbounded
-from verify.case import Case
-from verify.exact import from_keys, grouped, to_keys, ungrouped
-from verify.finding import Finding
-from verify.guard import call
-from verify.layouts import laid_out
+from verify.bounds.constants import FALSE_ALARM, UNBOUNDED, Allowance, Terms, Units, dropout_error, total, unbounded
+from verify.bounds.exact import from_keys, grouped, to_keys, ungrouped
 from verify.properties.property import Verdict, agree, holds, limits
-from verify.properties.truth import Truth, about, truth
-from verify.properties.verdict import compare
+from verify.reference.compare import compare
+from verify.reference.reference import Truth, about, truth
 from verify.registry import Kernel
+from verify.sandbox.call import call
+from verify.spec.case import Case
+from verify.spec.finding import Finding
+from verify.spec.layouts import laid_out
 
 RATES = (0.1, 0.5, 0.9)
 

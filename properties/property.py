@@ -9,15 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from verify.bounds import Allowance
-from verify.case import Case
-from verify.finding import Finding
-from verify.guard import Output, call
-from verify.measure import same
-from verify.properties.options import options
-from verify.properties.truth import Truth
-from verify.properties.verdict import compare
+from verify.bounds.constants import Allowance
+from verify.bounds.metrics import same
+from verify.reference.compare import compare
+from verify.reference.reference import Truth
 from verify.registry import Kernel
+from verify.sandbox.call import Output, call
+from verify.sandbox.capabilities import options
+from verify.spec.case import Case
+from verify.spec.finding import Finding
 
 
 @dataclass

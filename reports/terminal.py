@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from verify.records import JUDGED, Record
+from verify.records.journal import JUDGED, Record
 
 
 def show_run(records: Iterable[Record], *, write: Callable[[str], None], width: int = 150) -> None:

@@ -14,12 +14,12 @@ import pytest
 
 from verify import environment
 from verify.errors import VerifyError
-from verify.records import JUDGED as WERE_JUDGED
-from verify.records import Journal, Record, done, read
+from verify.records.journal import JUDGED as WERE_JUDGED
+from verify.records.journal import Journal, Record, done, read
 
 if TYPE_CHECKING:
-    from verify.isolation import Isolated
-    from verify.judging import Judging
+    from verify.engine.evaluate import Judging
+    from verify.sandbox.process import Isolated
 
 JUDGED = {"cpu": 25, "cuda": 40}
 """Cases judged for each kernel and property in a plain `pytest` run, ..."""
@@ -77,8 +77,8 @@ class Run:
 
     def __init__(self, config: pytest.Config) -> None:
         from verify import registry
-        from verify.corpus import Corpus
-        from verify.isolation import Limits
+        from verify.engine.corpus import Corpus
+        from verify.sandbox.process import Limits
 
         self.device = environment.prepare(config.getoption("--device"))
         targets = config.getoption("--kernel")
@@ -101,8 +101,8 @@ class Run:
 
     def judging(self, target: str) -> Judging:
         """Who judges the cases of this kernel: a worker process of its own."""
-        from verify.isolation import Isolated
-        from verify.judging import judge
+        from verify.engine.evaluate import judge
+        from verify.sandbox.process import Isolated
 
         if self._in_process:
             return judge
@@ -159,7 +159,7 @@ def _folder(config: pytest.Config) -> Path:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """The matrix: every test that asks for `target` and `law` runs for each kernel and property."""
     if {"target", "law"} <= set(metafunc.fixturenames):
-        from verify.properties.laws import PROPERTIES
+        from verify.properties.catalogue import PROPERTIES
 
         run = run_of(metafunc.config)
         wanted = metafunc.config.getoption("--property") or list(PROPERTIES)
@@ -183,8 +183,8 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 def covered(run: Run, records: list[Record]) -> Iterator[str]:
     """For each kernel, how many pairs of its options the judged cases had."""
-    from verify.case import Case
-    from verify.properties.design import coverage
+    from verify.generation.pairwise import coverage
+    from verify.spec.case import Case
 
     for target, kernel in run.kernels.items():
         judged = {r.case for r in records if r.kernel == kernel.name and r.verdict in WERE_JUDGED}

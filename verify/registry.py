@@ -26,15 +26,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from verify.arithmetic import FLASH, Arithmetic
 from verify.errors import VerifyError
-from verify.problem import DTYPES, Problem
+from verify.spec.arithmetic import FLASH, Arithmetic
+from verify.spec.problem import DTYPES, Problem
 
 if TYPE_CHECKING:
-    from verify.case import Case  # a decorated file must load without torch
+    from verify.spec.case import Case  # a decorated file must load without torch
 
 KEYWORDS = ("scale", "mask", "bias", "slopes", "softcap", "dropout", "problem")
-BUNDLED = ("naive", "torch_sdpa", "triton_fa2", "triton_fp8")
+BUNDLED = ("naive", "torch_sdpa", "triton.fa2", "triton.fp8")
 OPTIONAL = {"fa3": "fa3_wheel", "fa3-fp8": "fa3_wheel", "flex-attention": "flex"}
 """Kernels of other files of kernels/, which are loaded where they are asked for by name."""
 USUAL = ("fp32", "fp16", "bf16")
@@ -138,7 +138,7 @@ def kernel(
     `dropout` is also asked with dropout in force. `empty_row` is what a row without a visible key gives: "zero" or "nan".
     `known` lists known defects: a run stays green with them in sight. `stages`, called like the kernel, gives the parts that
     `verify bench` times apart. `tiles`: sizes of blocks that the kernel works in; lengths around them are tried more often.
-    `layouts(device)`: those of verify/layouts.py that may be tried at all (what it refuses with an exception need not be left
+    `layouts(device)`: those of verify/spec/layouts.py that may be tried at all (what it refuses with an exception need not be left
     out, what crashes it must). `bucket(problem)`: the one that is drawn in its place, of few shapes, if each is compiled apart.
     Raises VerifyError for an unknown keyword in the signature or a name already taken.
     """
@@ -182,7 +182,7 @@ def load_bundled(*also: str) -> None:
     the group `attention_verify.kernels`). One that cannot be imported is listed in UNAVAILABLE with the reason.
     """
     for stem in (*BUNDLED, *also):
-        _attempt(stem.replace("_", "-"), functools.partial(importlib.import_module, f"verify.kernels.{stem}"))
+        _attempt(stem.replace(".", "-").replace("_", "-"), functools.partial(importlib.import_module, f"verify.kernels.{stem}"))
     for entry in importlib.metadata.entry_points(group="attention_verify.kernels"):
         _attempt(entry.name, entry.load)
 

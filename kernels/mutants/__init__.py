@@ -1,0 +1,1 @@
+"""Kernels that are known to be wrong, and correct variants of them."""

@@ -1,0 +1,1 @@
+"""The bundled Triton kernels and what they share."""

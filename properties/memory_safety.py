@@ -1,0 +1,141 @@
+"""Laws of memory: what is not the kernel's to read, layouts, arguments that do not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from verify.bounds.metrics import distance, same
+from verify.properties.property import Verdict, agree, answer, holds, limits, rng
+from verify.reference.reference import truth
+from verify.registry import Kernel
+from verify.sandbox.call import call, keywords, watched
+from verify.spec.case import ARRANGED, TORCH_DTYPES, Case, Inputs, visibility
+from verify.spec.finding import Finding
+from verify.spec.layouts import laid_out
+from verify.spec.problem import Problem
+
+
+@holds(backward=True)
+def layout(kernel: Kernel, case: Case, device: str) -> Verdict:
+    """The same values in other strides, NaN in the gaps: the same output and gradients."""
+    known, chosen = truth(case, device), dict(case.layouts)
+    present = {n: t for n in ARRANGED if (t := getattr(known.inputs, n)) is not None}
+    moved = {name: laid_out(present[name], way) for name, way in chosen.items() if name in present}
+    if not moved:
+        return Verdict(unsupported="all tensors are contiguous")
+    plain = {name: laid_out(t) for name, t in (present | moved).items()}
+    here, there = (call(kernel, known.problem, replace(known.inputs, **tensors)) for tensors in (present | moved, plain))
+    said = ", ".join(f"{name} {way}" for name, way in chosen.items() if name in moved)
+    return Verdict(bitwise=agree(here, there, limits(kernel, known), f"contiguous; here {said};"))
+
+
+@holds(hides=True, backward=True)
+def no_leak(kernel: Kernel, case: Case, device: str) -> Verdict:
+    """K_j, V_j replaced where rows do not see key j: these rows the same, whatever was written there, and, if no other row
+    overflows, dk and dv of the keys that only these rows see.
+    """
+    known = truth(case, device)
+    p, x = known.problem, known.inputs
+    seen = visibility(p, x.q.device).expand(p.batch, 1, p.len_q, p.len_k)
+    row = int(rng(case).integers(p.len_q)) if p.len_q else 0
+    shared = kernel.numerics(p, device).quantised is not None  # what another row sees may move the scales
+    hidden = ~(seen.any(2, keepdim=True) if shared else seen[:, :, row : row + 1])  # [B,1,1,K]
+    if not hidden.any():
+        return Verdict(unsupported="the row sees every key")
+    draw, largest = rng(case), torch.finfo(x.k.dtype).max ** 0.5
+    noise = torch.from_numpy(draw.uniform(-largest, largest, (p.batch, 1, p.len_k, 1))).to(x.k)
+    k, v = (laid_out(torch.where(hidden.mT, noise, t)) for t in (x.k, x.v))
+    one, two, allowed = answer(kernel, known), call(kernel, p, replace(x, k=k, v=v)), limits(kernel, known)
+    rows = ~(seen & hidden).any(-1)  # [B,1,Q] that see none of them
+    alone = ~(seen & ~rows.unsqueeze(-1)).any(2) & two.out.isfinite().all()  # [B,1,K] that only these rows see; 0 * NaN is NaN
+    for name in ("out", "lse", "dq", "dk", "dv"):
+        got, want = getattr(two, name), getattr(one, name)
+        if got is not None and want is not None:
+            of = alone if name in ("dk", "dv") else rows
+            mine = (of if got.dim() == 3 else of.unsqueeze(-1)).expand(got.shape)
+            limit = allowed[name].limit
+            wrong = mine & (distance(got, want) > 2 * limit)
+            if wrong.any():
+                at = tuple(wrong.nonzero()[0].tolist())
+                keys = hidden[at[0], 0, 0].nonzero().flatten().tolist()
+                raise Finding(
+                    f"{name}{list(at)} was {want[at].item():.6g} and is {got[at].item():.6g} after keys {keys[:5]}, which its row"
+                    f" does not see, were changed; allowed {2 * limit[at].item():.1e}"
+                )
+    return Verdict(bitwise=bool(same(one.out, two.out).masked_select(rows.unsqueeze(-1).expand(one.out.shape)).all()))
+
+
+@holds()
+def nan(kernel: Kernel, case: Case, device: str) -> Verdict:
+    """NaN in q_i: row i is NaN and no other. NaN in V_jc: column c of every row that sees j is NaN, no other column is."""
+    known = truth(case, device)
+    p, x = known.problem, known.inputs
+    sees = known.exact.lse != -torch.inf
+    if kernel.numerics(p, device).quantised is not None or not sees.any():
+        return Verdict(unsupported="no row sees a key, or a scale is shared")
+    before = answer(kernel, known).out.isnan()
+    b, h, i = sees.nonzero()[case.seed % int(sees.sum())].tolist()
+    q = x.q.clone()
+    q[b, h, i] = torch.nan
+    after = call(kernel, p, replace(x, q=q)).out.isnan()
+    wanted = before.clone()
+    wanted[b, h, i] = True
+    _as_wanted(after, wanted, f"NaN in q[{b},{h},{i}]", torch.ones_like(wanted))
+    seen = visibility(p, x.q.device).expand(p.batch, 1, p.len_q, p.len_k)[b, 0, i]
+    j, c = int(seen.nonzero()[0]), case.seed % p.dim_v
+    v = x.v.clone()
+    v[b, h // p.group, j, c] = torch.nan
+    after = call(kernel, p, replace(x, v=v)).out.isnan()
+    rows = visibility(p, x.q.device).expand(p.batch, 1, p.len_q, p.len_k)[b, 0, :, j]
+    wanted, sure = before.clone(), torch.ones_like(before)
+    heads = slice(h // p.group * p.group, (h // p.group + 1) * p.group)
+    wanted[b, heads, rows, c] = True
+    sure[b, heads, :, c] = rows[:, None].T.expand(p.group, p.len_q)  # whether it leaks to rows that do not see j: a convention
+    _as_wanted(after, wanted, f"NaN in v[{b},{h // p.group},{j},{c}]", sure)
+    return Verdict()
+
+
+def _as_wanted(after: Tensor, wanted: Tensor, what: str, sure: Tensor) -> None:
+    wrong = (after != wanted) & sure
+    if wrong.any():
+        at = wrong.nonzero()[0].tolist()
+        how = "is not NaN" if wanted[tuple(at)] else "is NaN, too"
+        raise Finding(f"{what}: out{at} {how}; {int(wrong.sum())} elements so")
+
+
+@holds()
+def reject(kernel: Kernel, case: Case, device: str) -> Verdict:
+    """Arguments that contradict each other raise; none is dropped or broadcast in silence."""
+    p, x = case.problem.but(grads=False), truth(case, device).inputs
+    if not p.len_k or not p.len_q:
+        return Verdict(unsupported="nothing to contradict")
+    for what, tensors in _contradictions(p, x):
+        wrong = replace(x, **{name: laid_out(t) for name, t in tensors.items()})
+        try:
+            with watched():
+                returned = kernel.fn(wrong.q, wrong.k, wrong.v, **keywords(kernel, p, wrong))
+                if device == "cuda":
+                    torch.cuda.synchronize()
+        except Exception:  # noqa: S112 - whichever way a kernel says no
+            continue
+        out = returned[0] if isinstance(returned, tuple) else returned
+        raise Finding(f"takes {what} without a word and returns {list(out.shape)}")
+    return Verdict()
+
+
+def _contradictions(p: Problem, x: Inputs) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    def longer(t: Tensor, dim: int) -> Tensor:
+        return torch.cat([t, t.narrow(dim, 0, 1)], dim)
+
+    yield f"{p.len_k} keys and {p.len_k + 1} values", {"v": longer(x.v, 2)}
+    yield f"q of head dim {p.dim_qk + 1} and k of {p.dim_qk}", {"q": longer(x.q, 3)}
+    other = "fp16" if p.dtype != "fp16" else "bf16"
+    yield f"q in {p.dtype} and k in {other}", {"k": x.k.to(TORCH_DTYPES[other])}
+    if p.heads_kv > 1 and p.heads_q % (p.heads_kv + 1):
+        yield f"k of {p.heads_kv + 1} heads and v of {p.heads_kv}", {"k": longer(x.k, 1)}
+    if p.batch > 1:
+        yield f"q of batch {p.batch} and k, v of batch {p.batch + 1}", {"k": longer(x.k, 0), "v": longer(x.v, 0)}

@@ -1,0 +1,95 @@
+"""The decision rule on expected errors: honest kernels pass, small losses do not, and its tail is no heavier than it says."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from verify.bounds.expected import Expectation, scores
+from verify.oracles.emulator import emulate
+from verify.reference.reference import Truth, truth
+from verify.spec.arithmetic import FLASH, Arithmetic
+from verify.spec.case import Case
+from verify.studies.kernels import LOSSES, Draw, tiled
+
+ORDINARY = "b1.h4.q512.k512.d64.{dtype}.full/normal#{seed}"
+DTYPES = pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+
+
+def known_and_expected(case: str, arithmetic: Arithmetic = FLASH) -> tuple[Truth, Expectation]:
+    known = truth(Case.parse(case), "cpu")
+    expected = known.expectation(arithmetic)
+    assert expected is not None
+    return known, expected
+
+
+@DTYPES
+@pytest.mark.parametrize("recipe", ["normal", "uniform", "one_sign", "outliers(0.01,10)", "sink", "rising(30)", "normal(5)"])
+def test_a_kernel_written_apart_is_honest(dtype: str, recipe: str) -> None:
+    known, expected = known_and_expected(f"b1.h4.q96.k256.d64.{dtype}.full/{recipe}#1")
+    out = tiled(known.inputs.q, known.inputs.k, known.inputs.v, known.problem.softmax_scale)
+    assert expected.surprise("out", out) is None
+
+
+@DTYPES
+@pytest.mark.parametrize("other", [{"tile": 16}, {"tile": 64}, {"splits": 5}, {"exp": "binary"}, {"summation": "truncated"}])
+def test_another_order_is_no_alarm(dtype: str, other: dict) -> None:
+    known, expected = known_and_expected(f"b1.h3.q128.k200.d64.{dtype}.full.grads/normal#2")
+    given = emulate(known.problem, known.inputs, replace(FLASH, **other))
+    assert [n for n in ("out", "lse", "dq", "dk", "dv") if expected.surprise(n, getattr(given, n))] == []
+
+
+@DTYPES
+@pytest.mark.parametrize("defect", [{"scale_off": 2e-3}, {"factor": 2e-3}, {"noise": 0.1}, *LOSSES.values()], ids=str)
+def test_what_it_must_catch_at_512_keys(dtype: str, defect: dict[str, float]) -> None:
+    """A scale off by 0.2 %, a loss that raises the RMSE by 10 %, and each planted precision loss."""
+    draw = Draw(Case.parse(f"b1.h4.q512.k512.d128.{dtype}.full/normal#0"), "cpu")
+    assert not draw.rejects("proved or expected", {})
+    assert draw.rejects("proved or expected", defect)
+
+
+def test_fp32_sees_a_scale_off_by_two_in_a_thousand() -> None:
+    assert Draw(Case.parse("b1.h4.q512.k512.d128.fp32.full/normal#0"), "cpu").rejects("proved", {"scale_off": 2e-3})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "honest"),
+    [({"dscores": "bf16"}, {}), ({"ds_probs": "input"}, {}), ({"probs": "bf16"}, {})],
+    ids=str,
+)
+def test_a_gradient_of_coarser_arithmetic_than_declared_is_seen(wrong: dict, honest: dict) -> None:
+    known, expected = known_and_expected("b1.h4.q256.k128.d64.fp16.full.grads/normal#3", Arithmetic(**honest))
+    given = emulate(known.problem, known.inputs, Arithmetic(**honest | wrong))
+    assert any(expected.surprise(n, getattr(given, n)) for n in ("dq", "dk", "dv"))
+
+
+def test_a_loss_in_one_head_is_found_there() -> None:
+    known, expected = known_and_expected("b2.h3.q256.k256.d64.fp16.full/normal#4")
+    out = tiled(known.inputs.q, known.inputs.k, known.inputs.v, known.problem.softmax_scale)
+    lossy = tiled(known.inputs.q, known.inputs.k, known.inputs.v, known.problem.softmax_scale, exp_noise=1e-3)
+    out[1, 2] = lossy[1, 2]
+    found = expected.surprise("out", out)
+    assert found is not None
+    assert found.what == "error in head 2 of batch entry 1"
+
+
+def test_the_tail_is_no_heavier_than_the_inequality_says() -> None:
+    """Scores of one honest emulation against another exceed t no more often than exp(-t^2 / 2), in 200 draws."""
+    above = dict.fromkeys((1.0, 1.5, 2.0), 0)
+    for seed in range(200):
+        known, expected = known_and_expected(f"b1.h1.q48.k64.d48.bf16.full/normal#{seed}")
+        other = emulate(known.problem, known.inputs, Arithmetic(tile=16)).out
+        mine, honest = expected.errors("out", other)
+        score, _ = scores(mine**2 - honest**2, torch.zeros_like(mine))
+        for t in above:
+            above[t] += score > t
+    assert all(count <= 200 * math.exp(-(t**2) / 2) for t, count in above.items()), above
+
+
+@pytest.mark.parametrize("recipe", ["ties", "constant(1000)", "integers"])
+def test_where_roundings_repeat_no_statistics_are_made(recipe: str) -> None:
+    known = truth(Case.parse(f"b1.h4.q64.k64.d2.fp16.full/{recipe}#1"), "cpu")
+    assert known.expectation(FLASH) is None

@@ -1,0 +1,51 @@
+"""What a kernel does not say is found out: every arithmetic that is planted is identified from its outputs alone."""
+
+from __future__ import annotations
+
+import pytest
+
+from verify.inspection.identify import OBSERVED, identify
+from verify.oracles.emulator import emulate
+from verify.registry import Kernel
+from verify.spec.arithmetic import Arithmetic
+from verify.spec.case import TORCH_DTYPES, Inputs
+from verify.spec.problem import Problem
+
+PLANTED = (
+    Arithmetic(),
+    Arithmetic(rowsum="rounded", summation="truncated"),
+    Arithmetic(probs="fp32"),
+    Arithmetic(scaled_query=True, exp_ulp=8192.0),
+    Arithmetic(stored_scores="input", normalized_probs=True),
+)
+
+
+@pytest.mark.parametrize("planted", PLANTED, ids=str)
+def test_a_planted_arithmetic_is_found(planted: Arithmetic) -> None:
+    def mine(q, k, v, *, scale: float, problem: Problem):
+        return emulate(problem, Inputs(q, k, v, q.new_zeros(problem.shapes["out"])), planted).out.to(TORCH_DTYPES[problem.dtype])
+
+    kernel = Kernel("mine", mine, frozenset({"scale", "problem"}), declared=lambda problem, device: forward_only(problem))
+    identity = identify(kernel, "cpu")
+    assert identity.arithmetic == planted
+    assert set(identity.unasked) >= {"dscores", "delta", "spill"}
+
+
+def forward_only(problem: Problem) -> str | None:
+    return "forward only" if problem.grads else None
+
+
+def test_the_tile_is_seen() -> None:
+    def mine(q, k, v, *, scale: float, problem: Problem):
+        inputs = Inputs(q, k, v, q.new_zeros(problem.shapes["out"]))
+        return emulate(problem, inputs, Arithmetic(tile=48)).out.to(TORCH_DTYPES[problem.dtype])
+
+    kernel = Kernel("mine", mine, frozenset({"scale", "problem"}), declared=lambda problem, device: forward_only(problem))
+    seen = {a.field: a.found for a in identify(kernel, "cpu").answers if a.certain and a.field in OBSERVED}
+    assert seen == {"tile": 48, "splits": 1}
+
+
+def test_a_declaration_prints_as_the_line_to_paste() -> None:
+    line = str(Arithmetic(probs="fp32", spill=(32, 512)))
+    assert line == "Arithmetic(probs='fp32', spill=(32, 512))"
+    assert eval(line) == Arithmetic(probs="fp32", spill=(32, 512))  # noqa: S307 (a literal of this file)

@@ -1,0 +1,1 @@
+"""Why a case fails, and a script that shows it."""

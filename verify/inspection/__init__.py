@@ -1,0 +1,1 @@
+"""What a kernel turns out to do: conventions, arithmetic, determinism. Printed, never judged."""

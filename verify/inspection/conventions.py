@@ -1,0 +1,153 @@
+"""What a kernel was found to do where kernels differ: probes with an exact answer, read off its output. Printed, never judged.
+
+With Q = 0 a row is the mean of the visible V and lse = ln(count), so V = one-hot rows reads off which keys were seen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from verify.registry import Kernel
+from verify.sandbox.call import Output, call
+from verify.sandbox.capabilities import options, plain_problem
+from verify.spec.case import Case, Inputs
+from verify.spec.finding import Finding
+from verify.spec.inputs import Recipe
+from verify.spec.layouts import laid_out
+from verify.spec.masks import Mask
+from verify.spec.problem import Problem
+
+
+def table(kernel: Kernel, found: list[tuple[str, str]]) -> Table:
+    """The conventions found, as a table."""
+    table = Table(title=f"{kernel.name} ({kernel.origin}): conventions found", title_justify="left", show_header=False)
+    for row in found:
+        table.add_row(*row)
+    return table
+
+
+def rows(kernel: Kernel, device: str) -> list[tuple[str, str]]:
+    """(convention, what was found) for each."""
+    if why := options(kernel, device).refusal():
+        return [("supports", f"nothing here: {why}")]
+    return list(conventions(kernel, plain_problem(kernel, device), device))
+
+
+Probe = Callable[[Kernel, Problem, str], str]
+
+
+def conventions(kernel: Kernel, plain: Problem, device: str) -> Iterator[tuple[str, str]]:
+    """(convention, what was found) for each; `plain` is a small problem that the kernel takes, with head dims >= 8."""
+    for name, probe in PROBES.items():
+        try:
+            found = probe(kernel, plain, device)
+        except Finding as finding:
+            found = str(finding)
+        yield name, found
+
+
+def _run(kernel: Kernel, problem: Problem, device: str, **tensors: Tensor) -> Output | None:
+    """The kernel's output on zeros, with some inputs replaced; None where it does not take the problem."""
+    if kernel.unsupported(problem, device):
+        return None
+    zeros = Case(problem, Recipe("constant", (0.0,))).inputs(device)
+    like = {name: laid_out(t.to(getattr(zeros, name))) for name, t in tensors.items()}
+    return call(kernel, problem, Inputs(**{**vars(zeros), **like}))
+
+
+def _one_hot(problem: Problem) -> Tensor:
+    """V with row j = e_j: the output of a row lists the keys that it saw."""
+    eye = torch.eye(problem.len_k, problem.dim_v)
+    return eye.expand(problem.batch, problem.heads_kv, -1, -1)
+
+
+def _seen(kernel: Kernel, plain: Problem, device: str, mask: str) -> str:
+    problem = plain.but(len_q=2, len_k=5, mask=Mask.parse(mask))
+    output = _run(kernel, problem, device, v=_one_hot(problem))
+    if output is None:
+        return kernel.unsupported(problem, device) or ""
+    rows = ["".join("#" if x else "." for x in (output.out[0, 0, q, :5] > 0).tolist()) for q in range(2)]
+    wanted = problem.mask.picture(2, 5).replace(" ", "").split("\n")
+    return "as asked" if rows == wanted else f"sees {' '.join(rows)}, asked {' '.join(wanted)}"
+
+
+def _lse(kernel: Kernel, plain: Problem, device: str) -> str:
+    output = _run(kernel, plain.but(len_k=8), device)
+    if output is None or output.lse is None:
+        return "not returned"
+    value = output.lse.flatten()[0].item()
+    named = {"natural logarithm": math.log(8), "base 2": 3.0}
+    return min(named, key=lambda name: abs(value - named[name])) + f" (ln 8 is given as {value:.4g})"
+
+
+def _empty_row(kernel: Kernel, plain: Problem, device: str) -> str:
+    problem = plain.but(len_q=2, len_k=1, mask=Mask.parse("causal_lower_right"))
+    output = _run(kernel, problem, device, v=torch.ones(problem.shapes["v"]))
+    if output is None:
+        return "not reached: " + (kernel.unsupported(problem, device) or "")
+    lse = "" if output.lse is None else f", lse {output.lse[0, 0, 0].item():g}"
+    return f"out {output.out[0, 0, 0, 0].item():g}{lse}"
+
+
+def _group(kernel: Kernel, plain: Problem, device: str) -> str:
+    problem = plain.but(heads_q=4, heads_kv=2)
+    heads = torch.arange(2.0).view(1, 2, 1, 1).expand(problem.shapes["v"])
+    output = _run(kernel, problem, device, v=heads)
+    if output is None:
+        return kernel.unsupported(problem, device) or ""
+    found = [int(x) for x in output.out[0, :, 0, 0].round().tolist()]
+    named: dict[tuple[int, ...], str] = {(0, 0, 1, 1): "h // group (repeat_interleave)", (0, 1, 0, 1): "h % heads_kv (repeat)"}
+    return named.get(tuple(found), "") or f"query heads 0-3 use key heads {found}"
+
+
+def _scale(kernel: Kernel, plain: Problem, device: str) -> str:
+    """Two keys, scores 0 and scale: out = sigmoid(scale) for V = 0, 1."""
+    problem = plain.but(len_k=2, scale=None)
+    first = torch.eye(1, problem.dim_qk)
+    k = torch.cat([torch.zeros_like(first), first * math.sqrt(problem.dim_qk)])
+    v = torch.tensor([[0.0], [1.0]]).expand(2, problem.dim_v)
+    shapes = problem.shapes
+    output = _run(kernel, problem, device, q=first.expand(shapes["q"]), k=k.expand(shapes["k"]), v=v.expand(shapes["v"]))
+    if output is None:
+        return kernel.unsupported(problem, device) or ""
+    p = output.out[0, 0, 0, 0].item()
+    return (
+        f"{math.log(p / (1 - p)):.3g} / sqrt(dim_qk)"
+        if 0 < p < 1
+        else f"not readable: two keys give the second a weight of {p:g}"
+    )
+
+
+def _hidden_nan(kernel: Kernel, plain: Problem, device: str) -> str:
+    problem = plain.but(len_q=2, len_k=2, mask=Mask.parse("causal_upper_left"))
+    v = torch.ones(problem.shapes["v"])
+    v[:, :, 1] = torch.nan
+    output = _run(kernel, problem, device, v=v)
+    if output is None:
+        return "not reached: " + (kernel.unsupported(problem, device) or "")
+    return "leaks (0 * NaN)" if output.out[0, 0, 0].isnan().any() else "does not leak"
+
+
+def _gradient(kernel: Kernel, plain: Problem, device: str) -> str:
+    output = _run(kernel, plain.but(grads=True), device)
+    if output is None:
+        return kernel.unsupported(plain.but(grads=True), device) or ""
+    return "by autograd" if output.dq is not None else "none: its output carries no graph"
+
+
+PROBES: dict[str, Probe] = {
+    "causal, upper-left": lambda k, p, d: _seen(k, p, d, "causal_upper_left"),
+    "causal, lower-right": lambda k, p, d: _seen(k, p, d, "causal_lower_right"),
+    "window (1, 0)": lambda k, p, d: _seen(k, p, d, "window(1,0)"),
+    "row without a visible key": _empty_row,
+    "NaN in a hidden V": _hidden_nan,
+    "LSE": _lse,
+    "default scale": _scale,
+    "key head of query head h": _group,
+    "gradients": _gradient,
+}

@@ -1,0 +1,1 @@
+"""Where an oracle, a bound and a kernel's output meet."""

@@ -1,0 +1,245 @@
+"""Isolation: a kernel is called in a worker process, which may crash, hang or take all memory: a finding, and the run goes on.
+
+The worker (worker.py) is forked from a server that has imported torch, so a new one is cheap. It is watched from here.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from verify import environment
+from verify.errors import VerifyError
+from verify.properties.catalogue import Property
+from verify.records.journal import Record
+from verify.registry import Kernel
+from verify.sandbox.capabilities import Options, known, learn, options, probe
+from verify.spec.case import Case
+from verify.spec.finding import Finding
+
+CALL_SECONDS = 60.0
+"""A call of a kernel that takes longer hangs; it includes compilation."""
+START_SECONDS = 300.0
+"""To import torch and load a kernel's file."""
+LATE = (2.0, 10.0)
+"""After a hang, a call is given this many seconds and so many times the slowest task: it is shrunk within the engine's time."""
+TICK = 0.05
+"""Seconds between looks at a worker."""
+SHARE = 0.5
+"""Of the machine's memory: what the workers of all of pytest's processes may hold together."""
+END_SECONDS = 30.0
+"""For a killed process to be gone; one that its GPU's driver holds is left behind."""
+SAID = 64 * 1024
+"""Bytes of a worker's output that are read after its end."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one call may take: seconds, and bytes of host memory of its process."""
+
+    seconds: float = CALL_SECONDS
+    memory: int | None = None
+    """None: its share of the machine"""
+
+    @property
+    def bytes(self) -> int:
+        """The limit of memory."""
+        return self.memory or int(
+            SHARE
+            * os.sysconf("SC_PHYS_PAGES")
+            * os.sysconf("SC_PAGE_SIZE")
+            / int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+        )
+
+
+class Isolated:
+    """The worker process of one kernel: started when it is needed, replaced when it is gone. Not for several threads."""
+
+    def __init__(self, target: str, kernel: Kernel, device: str, limits: Limits | None = None) -> None:
+        """`target`: what registry.find finds this kernel by, alone."""
+        self.target, self.kernel, self.device, self._limits, self._slowest = target, kernel, device, limits or Limits(), 0.0
+        self._worker: _Worker | None = None
+
+    def options(self) -> Options:
+        """What the kernel takes, for the worker and for this process; a layout that ends the worker is one that it takes."""
+        if not known(self.kernel, self.device):
+            learn(self.kernel, self.device, probe(self.kernel, self.device, self._tries))
+            self.ask("learn", known(self.kernel, self.device))  # else it would try it all again, and crash again
+        return options(self.kernel, self.device)
+
+    def judge(self, kernel: Kernel, law: Property, case: Case, device: str) -> Record:
+        """As engine.judge, in the worker. Raises Finding, also where the worker does not survive it."""
+        return self.ask("judge", law.name, str(case))
+
+    def ask(self, task: str, *arguments: Any) -> Any:
+        """What the worker's function of this name returns. Raises the Finding that it raises, or that the worker's end is."""
+        for last in (False, True):
+            try:
+                start = time.monotonic()
+                answer = self._running().ask(task, arguments, self._limits)
+                self._slowest = max(self._slowest, time.monotonic() - start)
+                return answer
+            except _Gone as gone:
+                self.close()
+                if gone.late:  # while this is shrunk, a call that hangs must not take a minute each time
+                    self._limits = replace(self._limits, seconds=min(self._limits.seconds, LATE[0] + LATE[1] * self._slowest))
+                if last or not gone.doubtful:
+                    raise Finding(gone.sentence, measured=gone.measured) from gone
+        raise AssertionError
+
+    def close(self) -> None:
+        """End the worker."""
+        if self._worker:
+            self._worker.close()
+            self._worker = None
+
+    def _running(self) -> _Worker:
+        if self._worker is not None and not self._worker.alive:  # killed from outside between two cases
+            self.close()
+        if self._worker is None:
+            self._worker = _Worker(self.target, self.kernel.name, self.device, known(self.kernel, self.device))
+        return self._worker
+
+    def _tries(self, case: Case) -> tuple[str, bool]:
+        try:
+            return self.ask("tries", str(case))
+        except Finding as finding:
+            return finding.sentence, False
+
+
+@contextmanager
+def isolated(target: str, kernel: Kernel, device: str, limits: Limits | None = None) -> Iterator[Isolated]:
+    """An Isolated that ends with the block."""
+    one = Isolated(target, kernel, device, limits)
+    try:
+        yield one
+    finally:
+        one.close()
+
+
+@dataclass(eq=False)
+class _Gone(Exception):
+    """A worker is of no more use. `doubtful`: perhaps through no fault of this case; a new one must confirm it."""
+
+    sentence: str
+    doubtful: bool = False
+    late: bool = False
+    measured: dict[str, float] | None = None
+
+
+class _Worker:
+    """One process, and what is seen of it from outside."""
+
+    def __init__(self, target: str, name: str, device: str, options: Options | None) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["verify.sandbox.worker"])
+        self.asked = 0
+        self._connection, theirs = context.Pipe()
+        self._since = context.RawArray("d", 1)
+        with tempfile.NamedTemporaryFile(prefix="verify-", delete=False) as log:
+            self._log = Path(log.name)
+        arguments = (theirs, self._since, str(self._log), target, name, device, options, _settings(device))
+        self._process = context.Process(target=_serve, args=arguments, daemon=True)
+        self._process.start()
+        theirs.close()
+        try:
+            kind, *rest = self._reply(Limits(), time.monotonic() + START_SECONDS)
+        except (EOFError, ConnectionError) as error:
+            self.close()
+            raise _Gone("ended its process while it started", doubtful=True) from error
+        if kind != "ready":
+            self.close()
+            raise VerifyError(f"{target}: its worker process did not start: {rest[0]}")
+
+    @property
+    def alive(self) -> bool:
+        """Whether it waits for a task."""
+        return self._process.is_alive()
+
+    def ask(self, task: str, arguments: tuple[Any, ...], limits: Limits) -> Any:
+        """What its function of this name returns. Raises Finding, or _Gone where it must be replaced."""
+        self.asked += 1
+        try:
+            self._connection.send((task, arguments))
+            kind, *rest = self._reply(limits, None)
+        except (EOFError, ConnectionError) as error:
+            self._process.join(END_SECONDS)
+            code = self._process.exitcode
+            raise _Gone(f"ended its process: {_ending(code)}{self._said()}", doubtful=code == -signal.SIGKILL) from error
+        if kind == "value":
+            return rest[0]
+        if kind == "broken":
+            raise RuntimeError(f"in the worker of {task}{arguments}:\n{rest[0]}")
+        sentence, measured, lost = rest
+        full = "OutOfMemory" in sentence and self.asked > 1  # earlier calls may have left little
+        if lost or full:
+            raise _Gone(sentence, doubtful=full, measured=measured)
+        raise Finding(sentence, measured=measured)
+
+    def close(self) -> None:
+        """Kill it."""
+        self._process.kill()
+        self._process.join(END_SECONDS)
+        self._connection.close()
+        self._log.unlink(missing_ok=True)
+
+    def _reply(self, limits: Limits, deadline: float | None) -> tuple[Any, ...]:
+        while not wait([self._connection], TICK):
+            since, now, held = self._since[0], time.monotonic(), environment.held(self._process.pid)
+            if since and now - since > limits.seconds:
+                raise _Gone(f"did not return within {limits.seconds:g} s{self._stuck()}", late=True)
+            if held > limits.bytes:
+                taken = f"took {held / 2**30:.1f} GiB of memory; {limits.bytes / 2**30:.1f} GiB are its share"
+                raise _Gone(taken, doubtful=self.asked > 1)
+            if deadline and now > deadline:
+                return "late", f"not ready after {START_SECONDS:g} s"
+        return self._connection.recv()
+
+    def _stuck(self) -> str:
+        """Where Python is, if the interpreter still answers."""
+        with suppress(ProcessLookupError):
+            os.kill(self._process.pid or 0, signal.SIGUSR1)
+        time.sleep(2 * TICK)
+        return self._said()
+
+    def _said(self) -> str:
+        """Where it was, by the innermost frame in its output."""
+        with self._log.open("rb") as file:
+            file.seek(max(0, self._log.stat().st_size - SAID))
+            stack = file.read().decode(errors="replace").rpartition("most recent call first")[2]
+        frames = re.findall(r'File "(.*)", line (\d+) in', stack)
+        others = (sys.base_prefix, sys.prefix, str(Path(__file__).parent / "allocations"))
+        own = [frame for frame in frames if not frame[0].startswith(others)]
+        return "".join(f" ({path}:{line})" for path, line in [*own, *frames][:1])
+
+
+def _serve(*arguments: Any) -> None:
+    """The worker's start; what it imports was imported by the server that it is forked from."""
+    from verify.sandbox.worker import serve  # noqa: PLC0415
+
+    serve(*arguments)
+
+
+def _settings(device: str) -> dict[str, Any]:
+    """What a worker takes over of this process."""
+    gpu = torch.cuda.current_device() if device == "cuda" else 0
+    return {"threads": torch.get_num_threads(), "gpu": gpu, "sharing": int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))}
+
+
+def _ending(code: int | None) -> str:
+    if code is None:
+        return "it closed its pipe"
+    return f"exit code {code}" if code >= 0 else signal.Signals(-code).name

@@ -1,0 +1,159 @@
+"""Every input family: ``recipe(rng, problem, *params) -> (q, k, v)`` in float64. An adversary is added here and nowhere else.
+
+The first line of a docstring says what the family is for. Values are drawn by NumPy's Philox generator from the case's seed,
+so a case is the same tensors on every machine. They are rounded to the problem's dtype later, never here.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from verify.errors import VerifyError
+from verify.spec.problem import Problem
+
+Triple = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def _each(problem: Problem, draw: Callable[[tuple[int, ...]], np.ndarray]) -> Triple:
+    shapes = problem.shapes
+    return draw(shapes["q"]), draw(shapes["k"]), draw(shapes["v"])
+
+
+def integers(rng: np.random.Generator, problem: Problem) -> Triple:
+    """Whole numbers -3 ... 3: exact in every format; the family a failing case shrinks to, so that it can be checked by hand."""
+    return _each(problem, lambda shape: rng.integers(-3, 4, shape).astype(np.float64))
+
+
+def normal(rng: np.random.Generator, problem: Problem, sigma: float = 1.0) -> Triple:
+    """N(0, sigma^2): what everybody tests with. sigma 5 sharpens the softmax, 0.1 flattens it."""
+    return _each(problem, lambda shape: sigma * rng.standard_normal(shape))
+
+
+def uniform(rng: np.random.Generator, problem: Problem) -> Triple:
+    """U(0, 1): PyTorch's own tests; the softmax is nearly flat and V has one sign."""
+    return _each(problem, rng.random)
+
+
+def outliers(rng: np.random.Generator, problem: Problem, probability: float = 0.001, sigma: float = 10.0) -> Triple:
+    """N(0,1) + N(0, sigma^2) Bernoulli(probability): FlashAttention-3's Table 3 (arXiv 2407.08608, section 4.3)."""
+    return _each(problem, lambda s: rng.standard_normal(s) + (rng.random(s) < probability) * (sigma * rng.standard_normal(s)))
+
+
+def shift(rng: np.random.Generator, problem: Problem, c: float = 90.0) -> Triple:
+    """Every score of a row moves by c (one feature column with q = 1, k = c / scale): O the same, LSE moved."""
+    q, k, v = normal(rng, problem)
+    q[..., 0], k[..., 0] = 1.0, c / (problem.softmax_scale or 1.0)
+    return q, k, v
+
+
+def rising(rng: np.random.Generator, problem: Problem, span: float = 20.0) -> Triple:
+    """Scores rise along the keys by about `span` in all (fall if negative): a new maximum in every tile, or never again."""
+    q, k, v = normal(rng, problem)
+    ramp = np.linspace(0.0, span, max(problem.len_k, 1))[: problem.len_k]
+    q[..., 0], k[..., 0] = 1.0, ramp / (problem.softmax_scale or 1.0)
+    return q, k, v
+
+
+def ties(rng: np.random.Generator, problem: Problem) -> Triple:
+    """All keys equal: every score of a row ties, P is exactly 1 before normalising, O is the mean of the visible V."""
+    q, k, v = normal(rng, problem)
+    return q, np.broadcast_to(k[..., :1, :], k.shape).copy(), v
+
+
+def sink(rng: np.random.Generator, problem: Problem, strength: float = 8.0) -> Triple:
+    """Key 0 draws every query (Xiao et al. 2023, attention sinks): one large P, the rest small."""
+    q, k, v = normal(rng, problem)
+    q[..., 0] = 1.0
+    k[..., :1, 0] += strength / (problem.softmax_scale or 1.0)
+    return q, k, v
+
+
+def one_sign(rng: np.random.Generator, problem: Problem) -> Triple:
+    """V = |N(0,1)|: a biased P V product shows, which zero-mean V averages away."""
+    q, k, v = normal(rng, problem)
+    return q, k, np.abs(v)
+
+
+def hot_channel(rng: np.random.Generator, problem: Problem, factor: float = 30.0) -> Triple:
+    """One feature column of Q and K is `factor` times larger: what quantisation per tensor cannot take."""
+    q, k, v = normal(rng, problem)
+    channel = int(rng.integers(problem.dim_qk))
+    q[..., channel] *= factor
+    k[..., channel] *= factor
+    return q, k, v
+
+
+def uneven_heads(rng: np.random.Generator, problem: Problem, factor: float = 64.0) -> Triple:
+    """Heads from 1 to `factor` times as large in K and V: what a scale or an index shared among heads cannot take."""
+    q, k, v = normal(rng, problem)
+    size = factor ** np.linspace(0.0, 1.0, problem.heads_kv).reshape(-1, 1, 1)
+    return q, k * size / factor**0.5, v * size
+
+
+def growing(rng: np.random.Generator, problem: Problem, factor: float = 8.0) -> Triple:
+    """Rows from 1 to `factor` times as large along the sequence: what a scale or a maximum of the first tile cannot take."""
+    q, k, v = normal(rng, problem)
+    of_q, of_k = (factor ** np.linspace(0.0, 1.0, n).reshape(-1, 1) for n in (problem.len_q, problem.len_k))
+    return q * of_q / factor**0.5, k * of_k / factor**0.5, v * of_k
+
+
+def constant(rng: np.random.Generator, problem: Problem, value: float = 1000.0) -> Triple:
+    """Every element the same large value (clamped to the dtype's range): score overflow, exact ties."""
+    return _each(problem, lambda shape: np.full(shape, value))
+
+
+def tiny(rng: np.random.Generator, problem: Problem, size: float = 1e-6) -> Triple:
+    """N(0, size^2) for all three: subnormal in FP16; V must survive, the softmax is flat."""
+    return normal(rng, problem, size)
+
+
+_PLAIN = (integers, normal, uniform, outliers)
+_OF_SCORES = (shift, rising, ties, sink)
+_OF_SIZES = (one_sign, hot_channel, uneven_heads, growing, constant, tiny)
+RECIPES = {f.__name__: f for f in (*_PLAIN, *_OF_SCORES, *_OF_SIZES)}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named input family and its parameters, e.g. ``Recipe.parse("outliers(0.001,10)")``. Prints as it parses."""
+
+    name: str
+    params: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.name not in RECIPES:
+            raise VerifyError(f"recipe {self.name!r} is unknown: one of {', '.join(RECIPES)}")
+        takes = list(inspect.signature(RECIPES[self.name]).parameters)[2:]
+        if len(self.params) > len(takes) or not all(np.isfinite(self.params)):
+            raise VerifyError(f"recipe {self}: takes at most {len(takes)} finite numbers ({', '.join(takes) or 'none'})")
+
+    @classmethod
+    def parse(cls, text: str) -> Recipe:
+        """Inverse of str(). Raises VerifyError where the text is no recipe."""
+        found = re.fullmatch(r"(\w+)(?:\(([-+.\de,]+)\))?", text)
+        try:
+            params = tuple(float(p) for p in found[2].split(",")) if found and found[2] else ()
+        except ValueError:
+            found, params = None, ()
+        if not found:
+            raise VerifyError(f"recipe {text!r} does not parse: write it like outliers(0.001,10)")
+        return cls(found[1], params)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name}({','.join(f'{p:.17g}' if p != float(f'{p:g}') else f'{p:g}' for p in self.params)})"
+            if self.params
+            else self.name
+        )
+
+    def draw(self, rng: np.random.Generator, problem: Problem) -> Triple:
+        """(q, k, v) in float64."""
+        return RECIPES[self.name](rng, problem, *self.params)
+
+
+NORMAL = Recipe("normal")

@@ -1,0 +1,148 @@
+"""Problem: what is to be computed. A frozen value that validates itself, prints as one short id and parses back.
+
+With S = scale * Q K^T (softcap: S = softcap * tanh(S / softcap)), S += bias, S = -inf where the mask hides:
+
+    lse_i = log sum_j exp(s_ij)        out_i = sum_j exp(s_ij - lse_i) v_j
+
+Layout [batch, heads, len, dim]. Query head h uses key head h // (heads_q // heads_kv). A row that sees no key: out 0, lse -inf.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, replace
+
+from verify.errors import VerifyError
+from verify.spec.masks import FULL, Mask
+
+DTYPES = ("fp64", "fp32", "fp16", "bf16")
+BIASES = ("none", "bhqk", "hqk", "qk", "alibi")
+"""Additive float bias by its shape (b, h, q, k; what is missing is broadcast), or ALiBi slopes per query head."""
+HANDED = ("rule", "bool", "float")
+"""How the mask reaches the kernel: as it likes, as a boolean tensor (True = take part), or as a float bias of 0 and -inf."""
+
+_ID = re.compile(
+    r"b(?P<batch>-?\d+)\.h(?P<heads_q>-?\d+)(:(?P<heads_kv>-?\d+))?\.q(?P<len_q>-?\d+)\.k(?P<len_k>-?\d+)"
+    r"\.d(?P<dim_qk>-?\d+)(:(?P<dim_v>-?\d+))?\.(?P<dtype>[a-z]+\d+)\.(?P<mask>[\w(),&-]+)"
+    r"(\.as_(?P<mask_as>\w+))?(\.bias=(?P<bias>\w+))?(\.scale=(?P<scale>[-+.\deinfa]+?))?(\.softcap=(?P<softcap>[-+.\de]+?))?"
+    r"(?P<grads>\.grads)?"
+)
+EXAMPLE = "b2.h8:2.q113.k257.d64.bf16.causal_lower_right"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One attention problem. Lengths may be 0; scale None means 1/sqrt(dim_qk); softcap 0 means none.
+
+    Raises VerifyError where a field makes no sense, naming the field and its value.
+    """
+
+    batch: int = 1
+    heads_q: int = 1
+    heads_kv: int = 1
+    len_q: int = 1
+    len_k: int = 1
+    dim_qk: int = 1
+    dim_v: int = 1
+    dtype: str = "fp32"
+    mask: Mask = FULL
+    mask_as: str = "rule"
+    bias: str = "none"
+    scale: float | None = None
+    softcap: float = 0.0
+    grads: bool = False
+
+    def __post_init__(self) -> None:
+        checks = [(getattr(self, n) < 0, f"{n}={getattr(self, n)}: a length is 0 or more") for n in ("len_q", "len_k")]
+        checks += [
+            (getattr(self, n) < 1, f"{n}={getattr(self, n)}: at least 1")
+            for n in ("batch", "heads_q", "heads_kv", "dim_qk", "dim_v")
+        ]
+        checks += [
+            (
+                self.heads_kv > 0 and self.heads_q % self.heads_kv != 0,
+                f"heads_q={self.heads_q}, heads_kv={self.heads_kv}: heads_q must be a multiple of heads_kv",
+            ),
+            (self.dtype not in DTYPES, f"dtype={self.dtype!r}: one of {', '.join(DTYPES)}"),
+            (self.bias not in BIASES, f"bias={self.bias!r}: one of {', '.join(BIASES)}"),
+            (self.mask_as not in HANDED, f"mask_as={self.mask_as!r}: one of {', '.join(HANDED)}"),
+            (self.scale is not None and not math.isfinite(self.scale), f"scale={self.scale}: any finite number, or none"),
+            (not (math.isfinite(self.softcap) and self.softcap >= 0), f"softcap={self.softcap}: a finite number >= 0, 0 = none"),
+            (
+                bool(self.mask.batch_sizes() - {self.batch}),
+                f"mask={self.mask}, batch={self.batch}: padding takes one length per batch entry",
+            ),
+        ]
+        for wrong, sentence in checks:
+            if wrong:
+                raise VerifyError(sentence)
+
+    @classmethod
+    def parse(cls, text: str) -> Problem:
+        """Inverse of str(). Raises VerifyError where the text is no id of a problem."""
+        found = _ID.fullmatch(text)
+        if not found:
+            raise VerifyError(f"problem id {text!r} does not parse: write it like {EXAMPLE}")
+        f = found.groupdict()
+        whole = {n: int(f[n]) for n in ("batch", "heads_q", "len_q", "len_k", "dim_qk")}
+        try:
+            scale, softcap = float(f["scale"]) if f["scale"] else None, float(f["softcap"] or 0)
+        except ValueError as error:
+            raise VerifyError(f"problem id {text!r}: {error}; write it like {EXAMPLE}.scale=0.5") from None
+        return cls(
+            **whole,
+            heads_kv=int(f["heads_kv"] or f["heads_q"]),
+            dim_v=int(f["dim_v"] or f["dim_qk"]),
+            dtype=f["dtype"],
+            mask=Mask.parse(f["mask"]),
+            mask_as=f["mask_as"] or "rule",
+            bias=f["bias"] or "none",
+            scale=scale,
+            softcap=softcap,
+            grads=bool(f["grads"]),
+        )
+
+    def __str__(self) -> str:
+        heads = f"h{self.heads_q}" + (f":{self.heads_kv}" if self.heads_kv != self.heads_q else "")
+        dims = f"d{self.dim_qk}" + (f":{self.dim_v}" if self.dim_v != self.dim_qk else "")
+        options = [
+            ("as_" + self.mask_as, self.mask_as != "rule"),
+            (f"bias={self.bias}", self.bias != "none"),
+            (f"scale={self.scale!r}", self.scale is not None),
+            (f"softcap={self.softcap!r}", self.softcap != 0),
+            ("grads", self.grads),
+        ]
+        words = [f"b{self.batch}", heads, f"q{self.len_q}", f"k{self.len_k}", dims, self.dtype, str(self.mask)]
+        return ".".join(words + [word for word, shown in options if shown])
+
+    def but(self, **changes) -> Problem:
+        """This problem with some fields changed (and validated again)."""
+        return replace(self, **changes)
+
+    @property
+    def softmax_scale(self) -> float:
+        """The scale in force."""
+        return self.dim_qk**-0.5 if self.scale is None else self.scale
+
+    @property
+    def group(self) -> int:
+        """Query heads per key head."""
+        return self.heads_q // self.heads_kv
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor; `bias` and `slopes` only where the problem has them."""
+        b, h, hk, q, k = self.batch, self.heads_q, self.heads_kv, self.len_q, self.len_k
+        sizes = {"b": b, "h": h, "q": q, "k": k}
+        shapes: dict[str, tuple[int, ...]] = {
+            "q": (b, h, q, self.dim_qk),
+            "k": (b, hk, k, self.dim_qk),
+            "v": (b, hk, k, self.dim_v),
+        }
+        shapes |= {"out": (b, h, q, self.dim_v), "lse": (b, h, q), "do": (b, h, q, self.dim_v)}
+        if self.bias == "alibi":
+            shapes["slopes"] = (h,)
+        elif self.bias != "none":
+            shapes["bias"] = tuple(sizes[letter] if letter in self.bias else 1 for letter in "bhqk")
+        return shapes
