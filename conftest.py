@@ -1,4 +1,6 @@
-"""Loads the plugin and takes the checkout off sys.path: its folders are `verify.kernels` and so on, never `kernels`."""
+"""Loads the plugin and takes the checkout off sys.path: its folders are `verify.kernels` and so on,
+never `kernels`.
+"""
 
 import sys
 from pathlib import Path

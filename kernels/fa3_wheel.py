@@ -1,6 +1,8 @@
-"""FlashAttention-3's own kernels (the wheel fa3-fwd: forward only, Hopper), in BF16 and in FP8. No dependency: judged if there.
+"""FlashAttention-3's own kernels (the wheel fa3-fwd: forward only, Hopper), in BF16 and in FP8. No
+dependency: judged if there.
 
-In FP8 it takes one scale for each head of K; the rotation is ours (`triton_fp8_quantise`), as the paper leaves it to the caller.
+In FP8 it takes one scale for each head of K; the rotation is ours (`triton_fp8_quantise`), as the
+paper leaves it to the caller.
 """
 
 import fa3_fwd_interface
@@ -13,8 +15,8 @@ from verify.spec.problem import Problem
 
 HEADS = Quantisation("e4m3", 0, rotated=True)
 ALIGNED = ("bhsd", "bshd", "sbhd", "packed", "columns", "expanded")
-"""Layouts with rows at multiples of 16 bytes; others end in `CUDA error: an illegal instruction was encountered`, which takes the
-process's GPU along (fa3-fwd 0.0.3, H200)."""
+"""Layouts with rows at multiples of 16 bytes; others end in `CUDA error: an illegal instruction was
+encountered`, which takes the process's GPU along (fa3-fwd 0.0.3, H200)."""
 SUMS = "fp22"
 """Hopper's FP8 products keep 14 bits of their sums."""
 
@@ -25,7 +27,10 @@ def _supports(problem: Problem, device: str) -> str | None:
         (device != "cuda", "needs a Hopper GPU"),
         (problem.grads, "the wheel has the forward only"),
         (problem.dtype != "bf16", f"dtype={problem.dtype}: this build takes bf16"),
-        (problem.mask_as != "rule" or not problem.mask.names <= {"full", "causal_lower_right"}, "full or causal, lower right"),
+        (
+            problem.mask_as != "rule" or not problem.mask.names <= {"full", "causal_lower_right"},
+            "full or causal, lower right",
+        ),
         (problem.dim_qk != problem.dim_v, f"dim_qk={problem.dim_qk}, dim_v={problem.dim_v}: equal"),
     ]
     return next((sentence for wrong, sentence in checks if wrong), None)
@@ -39,7 +44,9 @@ def _supports_fp8(problem: Problem, device: str) -> str | None:
             f"heads_q={problem.heads_q}, heads_kv={problem.heads_kv}: a scale for each head of Q",
         ),
     ]
-    return _supports(problem, device) or next((sentence for wrong, sentence in checks if wrong), None)
+    return _supports(problem, device) or next(
+        (sentence for wrong, sentence in checks if wrong), None
+    )
 
 
 def _attention(q, k, v, *, scale, problem, **scales):
@@ -57,7 +64,9 @@ def fa3(q, k, v, *, scale, problem):
 
 @kernel(
     name="fa3-fp8",
-    arithmetic=Arithmetic(quantised=HEADS, exp="fused", probs="e4m3", probs_scale=256.0, scores=SUMS, accumulate=SUMS),
+    arithmetic=Arithmetic(
+        quantised=HEADS, exp="fused", probs="e4m3", probs_scale=256.0, scores=SUMS, accumulate=SUMS
+    ),
     supports=_supports_fp8,
     dtypes=("bf16",),
     layouts=lambda device: ALIGNED,
@@ -68,6 +77,10 @@ def fa3_fp8(q, k, v, *, scale, problem):
     columns = x.v[..., : problem.len_k].mT.contiguous()
     scales = {
         name: t[:, :, 0].contiguous()
-        for name, t in (("q_descale", x.q_scale), ("k_descale", x.k_scale), ("v_descale", x.v_scale))
+        for name, t in (
+            ("q_descale", x.q_scale),
+            ("k_descale", x.k_scale),
+            ("v_descale", x.v_scale),
+        )
     }
     return _attention(x.q, x.k, columns, scale=scale, problem=problem, **scales).to(torch.bfloat16)

@@ -1,7 +1,9 @@
-"""torch.nn.attention.flex_attention, compiled (arXiv 2412.05496): PyTorch's template in Triton, scores changed by tensors that
-it reads. Loaded where it is asked for by name: every head dim and number of heads is compiled apart, which takes its time.
+"""torch.nn.attention.flex_attention, compiled (arXiv 2412.05496): PyTorch's template in Triton,
+scores changed by tensors that it reads. Loaded where it is asked for by name: every head dim and
+number of heads is compiled apart, which takes its time.
 
-Where it rounds is read off torch/_inductor/kernel/flex (torch 2.13: flex_attention.py and templates/flex_*.jinja).
+Where it rounds is read off torch/_inductor/kernel/flex (torch 2.13: flex_attention.py and
+templates/flex_*.jinja).
 """
 
 from __future__ import annotations
@@ -19,20 +21,36 @@ from verify.spec.masks import Mask
 from verify.spec.problem import Problem
 
 DIMS = (16, 64, 128)
-"""Head dims that are judged: each is compiled apart, in some ten seconds. tl.dot multiplies none below 16."""
+"""Head dims that are judged: each is compiled apart, in some ten seconds. tl.dot multiplies none
+below 16.
+"""
 SHAPES = {"fp32": (16, 2, 2), "fp16": (64, 4, 2), "bf16": (128, 6, 2)}
-"""Head dim and heads that are drawn in each dtype: every other pair would be compiled apart, too."""
+"""Head dim and heads that are drawn in each dtype: every other pair would be compiled apart,
+too.
+"""
 GRAPHS = 2**16
-"""Graphs that torch may compile; beyond its own limit it would fall back to attention that is not compiled, or raise."""
-LIMITS = ("recompile_limit", "accumulated_recompile_limit", "cache_size_limit", "accumulated_cache_size_limit")
+"""Graphs that torch may compile; beyond its own limit it would fall back to attention that is not
+compiled, or raise.
+"""
+LIMITS = (
+    "recompile_limit",
+    "accumulated_recompile_limit",
+    "cache_size_limit",
+    "accumulated_cache_size_limit",
+)
 """What the limits are called, in this version of torch or that."""
 FUSED = Arithmetic(exp="fused", batch_sum="input", deterministic=True)
-"""2^(s log2(e) - maximum), P and dS rounded to the input's dtype for the products, all sums in FP32, dk and dv of a group in one
-running sum, delta = rowsum(dO * out), scale after the products. The gradient of a bias is stored for every head and batch entry.
+"""2^(s log2(e) - maximum), P and dS rounded to the input's dtype for the products, all sums in
+FP32, dk and dv of a group in one running sum, delta = rowsum(dO * out), scale after the products.
+The gradient of a bias is stored for every head and batch entry.
 """
 
 
-MORE_VALUES = Known("takes more values than keys, and leaves the rest out (torch 2.11)", lambda p, device: True, laws=("reject",))
+MORE_VALUES = Known(
+    "takes more values than keys, and leaves the rest out (torch 2.11)",
+    lambda p, device: True,
+    laws=("reject",),
+)
 
 
 def arithmetic(problem: Problem, device: str) -> Arithmetic:
@@ -49,23 +67,37 @@ def supports(problem: Problem, device: str) -> str | None:
             problem.dim_qk not in DIMS or problem.dim_v != problem.dim_qk,
             f"dim_qk={problem.dim_qk}, dim_v={problem.dim_v}: equal, {' or '.join(map(str, DIMS))}",
         ),
-        (min(problem.len_q, problem.len_k) < 1, f"len_q={problem.len_q}, len_k={problem.len_k}: at least 1"),
+        (
+            min(problem.len_q, problem.len_k) < 1,
+            f"len_q={problem.len_q}, len_k={problem.len_k}: at least 1",
+        ),
     ]
     return next((sentence for wrong, sentence in checks if wrong), None)
 
 
 def bucket(problem: Problem) -> Problem:
-    """The same lengths, mask and options in one of few shapes: a head dim and a number of heads for each dtype, no batch of 1."""
+    """The same lengths, mask and options in one of few shapes: a head dim and a number of heads for
+    each dtype, no batch of 1.
+    """
     (dim, heads_q, heads_kv), mask = SHAPES[problem.dtype], problem.mask
     if problem.batch == 1:
-        mask = Mask(tuple((name, numbers * 2 if name == "padding" else numbers) for name, numbers in mask.parts))
+        mask = Mask(
+            tuple(
+                (name, numbers * 2 if name == "padding" else numbers)
+                for name, numbers in mask.parts
+            )
+        )
     batch = max(2, problem.batch)
-    return problem.but(dim_qk=dim, dim_v=dim, heads_q=heads_q, heads_kv=heads_kv, batch=batch, mask=mask)
+    return problem.but(
+        dim_qk=dim, dim_v=dim, heads_q=heads_q, heads_kv=heads_kv, batch=batch, mask=mask
+    )
 
 
 @functools.cache
 def _compiled():
-    """Lengths are values at run time; without a whole graph it raises rather than run uncompiled."""
+    """Lengths are values at run time; without a whole graph it raises rather than run
+    uncompiled.
+    """
     return torch.compile(flex.flex_attention, dynamic=True, fullgraph=True)
 
 
@@ -78,17 +110,28 @@ def _compiled():
     bucket=bucket,
 )
 def flex_attention(q, k, v, *, scale, mask, bias, slopes, softcap):
-    """q [B,H,Q,D], k [B,Hk,K,D], v [B,Hk,K,Dv] of FP32, FP16 or BF16 on a GPU -> (out [B,H,Q,Dv], lse [B,H,Q] float32). Raises
-    what torch raises where it has no kernel (a tile that does not fit into shared memory).
+    """q [B,H,Q,D], k [B,Hk,K,D], v [B,Hk,K,Dv] of FP32, FP16 or BF16 on a GPU -> (out [B,H,Q,Dv],
+    lse [B,H,Q] float32). Raises what torch raises where it has no kernel (a tile that does not fit
+    into shared memory).
     """
     with torch._dynamo.config.patch(_limits()):
-        return _attention(q, k, v, scale, _block_mask(q, k, mask), _score_mod(q, k, bias, slopes, softcap))
+        return _attention(
+            q, k, v, scale, _block_mask(q, k, mask), _score_mod(q, k, bias, slopes, softcap)
+        )
 
 
 def _attention(q, k, v, scale, block_mask, score_mod):
     group = q.shape[1] // k.shape[1]
-    options = {"FORCE_USE_FLEX_ATTENTION": True} if group & (group - 1) else None  # its decoding takes groups of a power of two
-    given = {"block_mask": block_mask, "score_mod": score_mod, "scale": scale, "enable_gqa": group > 1, "kernel_options": options}
+    options = (
+        {"FORCE_USE_FLEX_ATTENTION": True} if group & (group - 1) else None
+    )  # its decoding takes groups of a power of two
+    given = {
+        "block_mask": block_mask,
+        "score_mod": score_mod,
+        "scale": scale,
+        "enable_gqa": group > 1,
+        "kernel_options": options,
+    }
     if not hasattr(flex, "AuxRequest"):  # before torch 2.9
         return _compiled()(q, k, v, return_lse=True, **given)
     out, beside = _compiled()(q, k, v, return_aux=flex.AuxRequest(lse=True), **given)
@@ -108,22 +151,30 @@ def _block_mask(q, k, mask):
     def visible(b, h, i, j):
         return seen[b, 0, i, j]
 
-    return flex.create_block_mask(visible, q.shape[0], None, q.shape[2], k.shape[2], device=q.device)
+    return flex.create_block_mask(
+        visible, q.shape[0], None, q.shape[2], k.shape[2], device=q.device
+    )
 
 
 def _score_mod(q, k, bias, slopes, softcap):
-    """One rule for bias, ALiBi and softcap, so that one graph serves them all: what is absent is read as 0. None without any."""
+    """One rule for bias, ALiBi and softcap, so that one graph serves them all: what is absent is
+    read as 0. None without any.
+    """
     if bias is None and slopes is None and not softcap:
         return None
     (batch, heads, len_q, _), len_k = q.shape, k.shape[2]
     added = (q.new_zeros(1, 1, 1, 1) if bias is None else bias).expand(batch, heads, len_q, len_k)
-    added = added.clone(memory_format=torch.contiguous_format)  # what is read through a view gets no gradient (torch 2.13)
+    added = added.clone(
+        memory_format=torch.contiguous_format
+    )  # what is read through a view gets no gradient (torch 2.13)
     slope = torch.zeros(heads, device=q.device) if slopes is None else slopes
     cap = torch.full((heads,), softcap, device=q.device)
     diagonal = torch.arange(len_q, device=q.device) + (len_k - len_q)
 
     def changed(score, b, h, i, j):
-        capped = torch.where(cap[h] > 0, cap[h] * torch.tanh(score / torch.where(cap[h] > 0, cap[h], 1.0)), score)
+        capped = torch.where(
+            cap[h] > 0, cap[h] * torch.tanh(score / torch.where(cap[h] > 0, cap[h], 1.0)), score
+        )
         return capped + added[b, h, i, j] - slope[h] * torch.abs(diagonal[i] - j)
 
     return changed

@@ -1,7 +1,9 @@
-"""Kernels that a harness must see and survive: each computes attention and does one thing that no kernel should.
+"""Kernels that a harness must see and survive: each computes attention and does one thing that no
+kernel should.
 
-Registered under their own names by this file alone: ``verify fuzz kernels/hostile.py::segfault``. What each must be found to do
-stands in properties/tests/sandbox/test_hostile.py. They do it from MANY queries on, so that there is something to shrink.
+Registered under their own names by this file alone: ``verify fuzz kernels/hostile.py::segfault``.
+What each must be found to do stands in properties/tests/sandbox/test_hostile.py. They do it from
+MANY queries on, so that there is something to shrink.
 """
 
 from __future__ import annotations
@@ -28,18 +30,28 @@ CALLS = [0]
 
 
 def _plain(problem: Problem, device: str) -> str | None:
-    return "without options only" if problem.bias != "none" or problem.softcap or problem.grads else None
+    return (
+        "without options only"
+        if problem.bias != "none" or problem.softcap or problem.grads
+        else None
+    )
 
 
 def _cuda(problem: Problem, device: str) -> str | None:
     return "needs a GPU" if device != "cuda" else _plain(problem, device)
 
 
-def hostile(then: Callable[..., Any], *, supports: Callable[[Problem, str], str | None] = _plain) -> Callable[..., Any]:
-    """Register attention that calls then(q, k, v, out), out [B,H,Q,Dv], and returns what that returns, or out."""
+def hostile(
+    then: Callable[..., Any], *, supports: Callable[[Problem, str], str | None] = _plain
+) -> Callable[..., Any]:
+    """Register attention that calls then(q, k, v, out), out [B,H,Q,Dv], and returns what that
+    returns, or out.
+    """
 
     def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None) -> Tensor:
-        out, _ = naive(q, k, v, scale=scale, mask=mask, bias=None, slopes=None, softcap=0.0, dropout=0.0)
+        out, _ = naive(
+            q, k, v, scale=scale, mask=mask, bias=None, slopes=None, softcap=0.0, dropout=0.0
+        )
         other = then(q, k, v, out) if q.shape[2] >= MANY else None
         return out if other is None else other
 
@@ -139,9 +151,13 @@ def returns_input(q, k, v, out):
 
 
 def _beside(out: Tensor, at: int, count: int) -> Tensor:
-    """A copy of out in memory allocated for it, and `count` elements written from element `at` on."""
+    """A copy of out in memory allocated for it, and `count` elements written from element `at`
+    on.
+    """
     mine = torch.empty(out.shape, dtype=out.dtype, device=out.device).copy_(out)
-    wild = mine.new_empty(0).set_(mine.untyped_storage(), mine.storage_offset() + at, (count,), (1,))
+    wild = mine.new_empty(0).set_(
+        mine.untyped_storage(), mine.storage_offset() + at, (count,), (1,)
+    )
     wild.copy_(torch.nan * torch.ones(count))
     return mine
 
@@ -159,7 +175,9 @@ def index_minus_one(q, k, v, out):
 @hostile
 def reads_past_the_end(q, k, v, out):
     if v.numel():
-        out += 0 * v.new_empty(0).set_(v.untyped_storage(), v.untyped_storage().nbytes() // v.element_size() - 1, (1,), (1,))
+        out += 0 * v.new_empty(0).set_(
+            v.untyped_storage(), v.untyped_storage().nbytes() // v.element_size() - 1, (1,), (1,)
+        )
 
 
 @hostile
@@ -187,7 +205,11 @@ def cached_by_shape(q, k, v, out):
 @hostile
 def of_the_call_before(q, k, v, out):
     before, LAST["out"] = LAST.get("out"), out.clone()
-    return before if before is not None and before.shape == out.shape and before.dtype == out.dtype else None
+    return (
+        before
+        if before is not None and before.shape == out.shape and before.dtype == out.dtype
+        else None
+    )
 
 
 @hostile

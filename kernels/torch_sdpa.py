@@ -1,7 +1,8 @@
-"""torch.nn.functional.scaled_dot_product_attention: four backends, four registrations of one function.
+"""torch.nn.functional.scaled_dot_product_attention: four backends, four registrations of one
+function.
 
-What a backend supports is asked of torch itself (`_fused_sdp_choice` on tensors of the problem's shape), with torch's own
-reason; nothing about its limits is written down here.
+What a backend supports is asked of torch itself (`_fused_sdp_choice` on tensors of the problem's
+shape), with torch's own reason; nothing about its limits is written down here.
 """
 
 from __future__ import annotations
@@ -24,18 +25,25 @@ from verify.spec.problem import DTYPES, Problem
 
 FUSED = Arithmetic(group_sum="input")
 CUDNN = Arithmetic(group_sum="input", scaled_dscores=True)
-EFFICIENT = Arithmetic(group_sum="input", ds_probs="input", scaled_dscores=True, summation="truncated")  # FP32 as 3 x TF32
-IN_FLOAT32 = Arithmetic(probs="fp32", dscores="fp32", normalized_probs=True, delta="probs", summation="nearest")
+EFFICIENT = Arithmetic(
+    group_sum="input", ds_probs="input", scaled_dscores=True, summation="truncated"
+)  # FP32 as 3 x TF32
+IN_FLOAT32 = Arithmetic(
+    probs="fp32", dscores="fp32", normalized_probs=True, delta="probs", summation="nearest"
+)
 
 
 def math_arithmetic(problem: Problem, device: str) -> Arithmetic:
-    """All in FP32, but where lengths differ the mask handed over is one bias per batch entry, and so is its stored gradient."""
+    """All in FP32, but where lengths differ the mask handed over is one bias per batch entry, and
+    so is its stored gradient.
+    """
     return replace(IN_FLOAT32, batch_sum="input") if problem.mask.batch_sizes() else IN_FLOAT32
 
 
 def flash_arithmetic(problem: Problem, device: str) -> Arithmetic:
-    """On the CPU the backward adds into dk, dv, dq in the input's dtype, tile by tile, and the exponential of 16-bit problems is
-    Malossi's (pytorch pull 151441), off by up to 1e-4; else by up to 20 ulp (torch 2.13, FlashAttentionKernel.cpp).
+    """On the CPU the backward adds into dk, dv, dq in the input's dtype, tile by tile, and the
+    exponential of 16-bit problems is Malossi's (pytorch pull 151441), off by up to 1e-4; else by up
+    to 20 ulp (torch 2.13, FlashAttentionKernel.cpp).
     """
     if device == "cuda":
         return FUSED
@@ -50,22 +58,32 @@ BACKENDS: dict[str, tuple[SDPBackend, Arithmetic | Callable[[Problem, str], Arit
     "cudnn": (SDPBackend.CUDNN_ATTENTION, CUDNN),
 }
 NO_POSITIVE_SCALE = Known(
-    "a scale <= 0 gives NaN: the -inf of hidden or padded keys is multiplied by it (torch 2.11 and 2.13, cuDNN 9.19)",
-    lambda p, device: p.softmax_scale <= 0 and (device == "cuda" or p.mask.names <= {"causal_upper_left", "causal_lower_right"}),
+    "a scale <= 0 gives NaN: the -inf of hidden or padded keys is multiplied by it (torch 2.11 and "
+    "2.13, cuDNN 9.19)",
+    lambda p, device: (
+        p.softmax_scale <= 0
+        and (device == "cuda" or p.mask.names <= {"causal_upper_left", "causal_lower_right"})
+    ),
 )
-EMPTY_ROW = Known("a row without a visible key gives a mean of V, not 0 (cuDNN 9.19)", lambda p, device: has_empty_row(p))
+EMPTY_ROW = Known(
+    "a row without a visible key gives a mean of V, not 0 (cuDNN 9.19)",
+    lambda p, device: has_empty_row(p),
+)
 NO_KEYS = Known(
-    "no key at all and a large q give NaN, not 0: the zero is formed from a sum that overflows (torch 2.13)",
+    "no key at all and a large q give NaN, not 0: the zero is formed from a sum that overflows "
+    "(torch 2.13)",
     lambda p, device: p.len_k == 0 and p.dtype == "fp16",
     recipes=("constant",),
 )
 LOW_LSE = Known(
-    "dq is NaN in rows of low LSE where len_k % 128 = 64 (seen at -25 and -86; pytorch issue 196678; cuDNN 9.19)",
+    "dq is NaN in rows of low LSE where len_k % 128 = 64 (seen at -25 and -86; pytorch issue "
+    "196678; cuDNN 9.19)",
     lambda p, device: p.grads and p.len_k % 128 == 64,
     recipes=("shift", "rising"),
 )
 SPLIT_KEYS = Known(
-    "out is several times too large where scores exceed 2^24: the keys are split, the LSE of a part no longer holds the logarithm"
+    "out is several times too large where scores exceed 2^24: the keys are split, the LSE of a "
+    "part no longer holds the logarithm"
     " of its row sum, and the parts' weights add up to their number (torch 2.11)",
     lambda p, device: device == "cuda" and p.len_k > 128,
     recipes=("constant",),
@@ -76,22 +94,29 @@ SWALLOWS_NAN = Known(
     laws=("nan",),
 )
 MORE_VALUES = Known(
-    "takes more values than keys, and leaves the rest out (torch 2.13, CPU)", lambda p, device: device == "cpu", laws=("reject",)
+    "takes more values than keys, and leaves the rest out (torch 2.13, CPU)",
+    lambda p, device: device == "cpu",
+    laws=("reject",),
 )
 LOW_LSE_SHIFTED = Known(LOW_LSE.what, LOW_LSE.where, laws=("shift-gradients",))
 FINITE_MASK = Known(
-    "a hidden key of a large score takes part: what hides is a number that is added, not -inf (cuDNN 9.19)",
+    "a hidden key of a large score takes part: what hides is a number that is added, not -inf "
+    "(cuDNN 9.19)",
     lambda p, device: True,
     laws=("no-leak", "no-leak-gradients", "hidden-keys-appended"),
 )
 LAST_ROW = Known(
-    "the last row is not always written where it is alone in its block of queries, under a lower-right causal mask, K or V"
+    "the last row is not always written where it is alone in its block of queries, under a "
+    "lower-right causal mask, K or V"
     " expanded over the heads (torch 2.11)",
-    lambda p, device: device == "cuda" and p.len_q % 128 == 1 and "causal_lower_right" in p.mask.names,
+    lambda p, device: (
+        device == "cuda" and p.len_q % 128 == 1 and "causal_lower_right" in p.mask.names
+    ),
     layouts=("expanded",),
 )
 SOME_GRADIENTS = Known(
-    "illegal memory access, or `LSE is not correctly aligned`, in the backward where only some gradients are asked for and a bias"
+    "illegal memory access, or `LSE is not correctly aligned`, in the backward where only some "
+    "gradients are asked for and a bias"
     " is given (torch 2.11)",
     lambda p, device: device == "cuda" and p.bias != "none",
     laws=("gradient-subsets",),
@@ -104,18 +129,23 @@ ODD_BIAS = Known(
     crashes=True,
 )
 EXPANDED = Known(
-    "Q expanded over the heads where d_v is not d: `the stride for the last dimension ... should be 1 for output_names::O`, or a"
+    "Q expanded over the heads where d_v is not d: `the stride for the last dimension ... should "
+    "be 1 for output_names::O`, or a"
     " segmentation fault (cuDNN 9.19)",
     lambda p, device: p.dim_v != p.dim_qk,
     layouts=("expanded",),
     crashes=True,
 )
 NAN_ROW = Known(
-    "NaN in one row of dq, another one each time, not in every call (seen at 1024 queries under a mask of booleans; cuDNN 9.19)",
-    lambda p, device: p.grads and p.len_q >= 1024 and not p.mask.names <= {"full", "causal_upper_left"},
+    "NaN in one row of dq, another one each time, not in every call (seen at 1024 queries under a "
+    "mask of booleans; cuDNN 9.19)",
+    lambda p, device: (
+        p.grads and p.len_q >= 1024 and not p.mask.names <= {"full", "causal_upper_left"}
+    ),
 )
 NAN_AFTER = Known(
-    "NaN in one row of dq in a call that follows one with another layout of dO (seen at 182 queries, causal; cuDNN 9.19)",
+    "NaN in one row of dq in a call that follows one with another layout of dO (seen at 182 "
+    "queries, causal; cuDNN 9.19)",
     lambda p, device: p.grads and p.len_q > 128 and p.mask.names != {"full"},
     laws=("layout-gradients", "cotangent-scaling", "call-sequence-gradients"),
     layouts=("packed",),
@@ -124,16 +154,29 @@ KNOWN = {
     "math": (NO_KEYS,),
     "flash": (NO_POSITIVE_SCALE, SPLIT_KEYS, SWALLOWS_NAN, MORE_VALUES),
     "efficient": (SOME_GRADIENTS, LAST_ROW),
-    "cudnn": (NO_POSITIVE_SCALE, EMPTY_ROW, LOW_LSE, LOW_LSE_SHIFTED, FINITE_MASK, ODD_BIAS, EXPANDED, NAN_ROW, NAN_AFTER),
+    "cudnn": (
+        NO_POSITIVE_SCALE,
+        EMPTY_ROW,
+        LOW_LSE,
+        LOW_LSE_SHIFTED,
+        FINITE_MASK,
+        ODD_BIAS,
+        EXPANDED,
+        NAN_ROW,
+        NAN_AFTER,
+    ),
 }
 MISALIGNED = ("odd", "gapped")
-"""Layouts whose rows start off 16 bytes: flash (q, k, v) and efficient (v) end in `CUDA error: misaligned address`, which takes
-the process's GPU along, and so does cuDNN on some shapes; efficient (q, k) refuses them with an exception (torch 2.11, H200)."""
+"""Layouts whose rows start off 16 bytes: flash (q, k, v) and efficient (v) end in `CUDA error:
+misaligned address`, which takes the process's GPU along, and so does cuDNN on some shapes;
+efficient (q, k) refuses them with an exception (torch 2.11, H200)."""
 _HEADERS = {"flash": "flash", "efficient": "memory efficient", "cudnn": "cudnn"}
 
 
 def sdpa(q, k, v, *, scale, mask, bias, dropout, problem, backend):
-    """q [B,H,Q,D], k [B,Hk,K,D], v [B,Hk,K,Dv] -> out [B,H,Q,Dv], through one backend. SDPA does not return an LSE."""
+    """q [B,H,Q,D], k [B,Hk,K,D], v [B,Hk,K,Dv] -> out [B,H,Q,Dv], through one backend. SDPA does
+    not return an LSE.
+    """
     with sdpa_kernel([BACKENDS[backend][0]]):
         return F.scaled_dot_product_attention(
             q,
@@ -148,7 +191,11 @@ def sdpa(q, k, v, *, scale, mask, bias, dropout, problem, backend):
 
 
 def _is_causal(problem: Problem) -> bool:
-    causal = ("causal_upper_left", "causal_lower_right") if problem.len_q == problem.len_k else ("causal_upper_left",)
+    causal = (
+        ("causal_upper_left", "causal_lower_right")
+        if problem.len_q == problem.len_k
+        else ("causal_upper_left",)
+    )
     return problem.mask_as == "rule" and str(problem.mask) in causal and problem.bias == "none"
 
 
@@ -160,20 +207,29 @@ def _attn_mask(mask, bias, problem: Problem):
 
 def layouts(device: str, *, backend: str) -> tuple[str, ...]:
     """Those that do not crash."""
-    return tuple(name for name in LAYOUTS if device == "cpu" or backend == "math" or name not in MISALIGNED)
+    return tuple(
+        name for name in LAYOUTS if device == "cpu" or backend == "math" or name not in MISALIGNED
+    )
 
 
 def supports(problem: Problem, device: str, *, backend: str, dropout: float = 0.0) -> str | None:
-    """None, or torch's reason why this backend does not take the problem, or not with this dropout."""
+    """None, or torch's reason why this backend does not take the problem, or not with this
+    dropout.
+    """
     if backend in ("efficient", "cudnn") and device == "cpu":
         return f"SDPA {backend} needs a CUDA GPU"
     shapes, dtype = problem.shapes, TORCH_DTYPES[problem.dtype]
     if device == "cpu" and backend == "flash" and problem.grads and (problem.bias != "none"):
         return "SDPA flash on the CPU has no gradient of a float mask"
-    q, k, v = (torch.empty(shapes[n], dtype=dtype, device=device, requires_grad=problem.grads) for n in ("q", "k", "v"))
+    q, k, v = (
+        torch.empty(shapes[n], dtype=dtype, device=device, requires_grad=problem.grads)
+        for n in ("q", "k", "v")
+    )
     mask = bias = None
     if "bias" in shapes or problem.mask_as == "float":
-        bias = torch.empty(shapes.get("bias", (1, 1, problem.len_q, problem.len_k)), dtype=dtype, device=device)
+        bias = torch.empty(
+            shapes.get("bias", (1, 1, problem.len_q, problem.len_k)), dtype=dtype, device=device
+        )
         bias.requires_grad_(problem.grads and problem.bias != "none")
     if problem.mask.names != {"full"} and problem.mask_as != "float":
         rows = problem.batch if problem.mask.batch_sizes() else 1
@@ -183,7 +239,14 @@ def supports(problem: Problem, device: str, *, backend: str, dropout: float = 0.
         attn_mask = None if _is_causal(problem) else bias if bias is not None else mask
         try:
             torch._fused_sdp_choice(
-                q, k, v, attn_mask, dropout, _is_causal(problem), scale=problem.scale, enable_gqa=problem.group > 1
+                q,
+                k,
+                v,
+                attn_mask,
+                dropout,
+                _is_causal(problem),
+                scale=problem.scale,
+                enable_gqa=problem.group > 1,
             )
         except RuntimeError as error:
             return (
@@ -194,7 +257,9 @@ def supports(problem: Problem, device: str, *, backend: str, dropout: float = 0.
 
 
 def _reason(backend: str, messages: list[str]) -> str | None:
-    """The first sentence that torch gave for this backend: what follows the header `... kernel not used because:`."""
+    """The first sentence that torch gave for this backend: what follows the header `... kernel not
+    used because:`.
+    """
     ours = False
     for message in messages:
         text = re.sub(r"\s*\(Triggered internally.*", "", message, flags=re.DOTALL).strip()

@@ -1,7 +1,9 @@
-"""The honest low-precision emulation: float64 attention with a rounding exactly where an Arithmetic puts one.
+"""The honest low-precision emulation: float64 attention with a rounding exactly where an Arithmetic
+puts one.
 
-What an honest kernel of that arithmetic is expected to be off by on these very inputs is the distance of this from the exact
-answer. How each rounding goes is handed in (formats.Nearest by default), so that a test can round adversarially.
+What an honest kernel of that arithmetic is expected to be off by on these very inputs is the
+distance of this from the exact answer. How each rounding goes is handed in (formats.Nearest by
+default), so that a test can round adversarially.
 """
 
 from __future__ import annotations
@@ -23,10 +25,14 @@ from verify.spec.problem import Problem
 
 
 class Rounding(Protocol):
-    """How a value is stored, a function evaluated, a sum and a product accumulated, in a named format."""
+    """How a value is stored, a function evaluated, a sum and a product accumulated, in a named
+    format.
+    """
 
     repeats: bool
-    """Whether what is computed a second time comes out the same: kernels may add in another order when they recompute S."""
+    """Whether what is computed a second time comes out the same: kernels may add in another order
+    when they recompute S.
+    """
 
     def store(self, x: Tensor, fmt: str) -> Tensor: ...  # noqa: D102
     def function(self, name: str, x: Tensor, fmt: str, ulp: float) -> Tensor: ...  # noqa: D102
@@ -55,26 +61,42 @@ class _Emulator:
 
     def operand(self, x: Tensor, field: str) -> Tensor:
         """A factor of a product: TF32 narrows it on the way in."""
-        return self.store(x, field) if self.arithmetic.format(field, self.problem.dtype) == "tf32" else x
+        return (
+            self.store(x, field)
+            if self.arithmetic.format(field, self.problem.dtype) == "tf32"
+            else x
+        )
 
     def product(self, form: Form, a: Tensor, b: Tensor, field: str) -> Tensor:
         cut = self.arithmetic.truncates(field, self.problem.dtype, self.device)
-        return self.rounding.product(form, a, b, self.arithmetic.format(field, self.problem.dtype), cut=cut)
+        return self.rounding.product(
+            form, a, b, self.arithmetic.format(field, self.problem.dtype), cut=cut
+        )
 
     def scores(self, b: Block) -> tuple[Tensor, float, Tensor]:
-        """(S [B,Hk,G,n,K] in units of the exponential, -inf where hidden; what a unit is in nats; the slope of the softcap)"""
+        """(S [B,Hk,G,n,K] in units of the exponential, -inf where hidden; what a unit is in nats;
+        the slope of the softcap)
+        """
         scale, q, arithmetic = self.problem.softmax_scale, b.q, self.arithmetic
         if arithmetic.scaled_query:
             scale, q = 1.0, self.rounding.store(scale * q, self.problem.dtype)
-        exactly = arithmetic.scores == "fp22" and arithmetic.truncates("scores", self.problem.dtype, self.device)
+        exactly = arithmetic.scores == "fp22" and arithmetic.truncates(
+            "scores", self.problem.dtype, self.device
+        )
         if self.coded and exactly and not arithmetic.scaled_query:
             z = self.coded_scores(b, self.coded)
         else:
-            z = self.product(by_key, self.operand(q, "scores"), self.operand(b.k, "scores"), "scores")
+            z = self.product(
+                by_key, self.operand(q, "scores"), self.operand(b.k, "scores"), "scores"
+            )
         z, binary = self.store(z, "stored_scores"), arithmetic.exp != "natural"
         log2e, cap, slope = 1 / math.log(2), self.problem.softcap, z.new_ones(())
         if binary and not cap and b.bias is None:
-            return self.in_base_two(z, scale * log2e).masked_fill(~b.visible, -torch.inf), math.log(2), slope
+            return (
+                self.in_base_two(z, scale * log2e).masked_fill(~b.visible, -torch.inf),
+                math.log(2),
+                slope,
+            )
         s = self.store(scale * z, "stored_scores")
         if cap:
             ratio = self.store(s / cap, "stored_scores")
@@ -88,11 +110,17 @@ class _Emulator:
     def coded_scores(self, b: Block, coded: Quantised) -> Tensor:
         """Q K^T of the 8-bit codes, scaled; K's mean apart."""
         q, q_scale = (grouped(t[:, :, b.rows], self.problem) for t in coded.q)
-        z = self.product(from_keys, q, coded.k[0].mT, "scores") * q_scale * coded.k[1].mT.unsqueeze(2)
+        z = (
+            self.product(from_keys, q, coded.k[0].mT, "scores")
+            * q_scale
+            * coded.k[1].mT.unsqueeze(2)
+        )
         return z + by_key(b.q, coded.k_mean)
 
     def in_base_two(self, s: Tensor, factor: float) -> Tensor:
-        """s * factor, the factor rounded; the product too, unless it is fused with the subtraction of the maximum."""
+        """s * factor, the factor rounded; the product too, unless it is fused with the subtraction
+        of the maximum.
+        """
         product = s * self.working(s.new_tensor(factor))
         return product if self.arithmetic.exp == "fused" else self.working(product)
 
@@ -100,12 +128,16 @@ class _Emulator:
         return self.function("exp", torch.exp(unit * self.working(x)))
 
     def function(self, name: str, x: Tensor) -> Tensor:
-        return self.rounding.function(name, x, self.work, self.arithmetic.exp_ulp if name == "exp" else 1.0)
+        return self.rounding.function(
+            name, x, self.work, self.arithmetic.exp_ulp if name == "exp" else 1.0
+        )
 
     def forward(self, b: Block) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(out, lse, P as the backward sees it, the slope of the softcap)"""
         s, unit, slope = self.scores(b)
-        row_max = s.amax(-1, keepdim=True) if s.shape[-1] else s.new_full((*s.shape[:-1], 1), -torch.inf)
+        row_max = (
+            s.amax(-1, keepdim=True) if s.shape[-1] else s.new_full((*s.shape[:-1], 1), -torch.inf)
+        )
         row_max = row_max.masked_fill(row_max == -torch.inf, 0.0)
         held = running_max(s, row_max, self.arithmetic)
         if self.arithmetic.exp == "fused":  # elsewhere a maximum is one of the stored scores
@@ -115,20 +147,37 @@ class _Emulator:
         factor = self.arithmetic.probs_scale
         if self.arithmetic.normalized_probs:
             total = self.rounding.total(weights * later, self.work)
-            p = self.store(self.working(weights * later / total.masked_fill(total == 0, 1.0)) * factor, "probs") / factor
+            p = (
+                self.store(
+                    self.working(weights * later / total.masked_fill(total == 0, 1.0)) * factor,
+                    "probs",
+                )
+                / factor
+            )
             out = self.weighted(p, v)
             return self.output(out, total), self.lse(unit * row_max, total), p, slope
         stored = self.store(weights * factor, "probs") / factor
-        total = self.rounding.total((stored if self.arithmetic.rowsum == "rounded" else weights) * later, self.work)
+        total = self.rounding.total(
+            (stored if self.arithmetic.rowsum == "rounded" else weights) * later, self.work
+        )
         out = self.weighted(stored, v, later)
         lse = self.lse(unit * row_max, total)
         seen = self.working(lse.masked_fill(lse == -torch.inf, 0.0) / unit)
         s = s if self.rounding.repeats or not self.problem.grads else self.scores(b)[0]
-        return self.output(out / total.masked_fill(total == 0, 1.0), total), lse, self.exp(s - seen, unit), slope
+        return (
+            self.output(out / total.masked_fill(total == 0, 1.0), total),
+            lse,
+            self.exp(s - seen, unit),
+            slope,
+        )
 
-    def weighted(self, p: Tensor, v: Tensor, later: Tensor | float = 1.0) -> Tensor:  # P V, tiles rescaled to the last maximum
+    def weighted(
+        self, p: Tensor, v: Tensor, later: Tensor | float = 1.0
+    ) -> Tensor:  # P V, tiles rescaled to the last maximum
         scale = self.coded.v_scale if self.coded else v.new_ones(())
-        out = self.product(from_keys, self.operand(p, "accumulate") * later, v / scale, "accumulate")
+        out = self.product(
+            from_keys, self.operand(p, "accumulate") * later, v / scale, "accumulate"
+        )
         return out * (scale.unsqueeze(2) if scale.dim() else scale)
 
     def output(self, out: Tensor, total: Tensor) -> Tensor:
@@ -147,32 +196,42 @@ class _Emulator:
         if self.arithmetic.delta == "product":
             product = self.rounding.store(self.working(p * dp), self.problem.dtype)
             return self.working(product - self.working(p * self.rounding.total(product, self.work)))
-        delta = self.rounding.total(b.do * out if self.arithmetic.delta == "out" else p * dp, self.work)
+        delta = self.rounding.total(
+            b.do * out if self.arithmetic.delta == "out" else p * dp, self.work
+        )
         return self.working(self.store(p, "ds_probs") * self.working(dp - delta))
 
     def scaled(self, ds: Tensor, slope: Tensor) -> Tensor:
-        """Scale * slope * dS as it enters the products: rounded once, or after each step that is written to memory."""
+        """Scale * slope * dS as it enters the products: rounded once, or after each step that is
+        written to memory.
+        """
         cap, scale = self.problem.softcap, self.problem.softmax_scale
         if self.arithmetic.format("stored_scores", self.problem.dtype) in ("fp32", "fp64"):
             inside, outside = (scale, 1.0) if self.arithmetic.scaled_dscores else (1.0, scale)
             return outside * self.store(inside * ds * slope, "dscores")
         ds = self.store(ds, "dscores")
         if cap:
-            ds = self.store(self.store(self.store(cap * ds, "dscores") * slope, "dscores") / cap, "dscores")
+            ds = self.store(
+                self.store(self.store(cap * ds, "dscores") * slope, "dscores") / cap, "dscores"
+            )
         return self.store(scale * ds, "dscores")
 
     def add_rows(self, total: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
-        """Total + weights^T rows, kept apart for each query head: [B,Hk,G,K,D]. Where partial sums are spilled, one running sum
-        goes through the tiles of all heads of the group: [B,Hk,1,K,D].
+        """Total + weights^T rows, kept apart for each query head: [B,Hk,G,K,D]. Where partial sums
+        are spilled, one running sum goes through the tiles of all heads of the group: [B,Hk,1,K,D].
         """
         weights, rows = self.operand(weights, "accumulate"), self.operand(rows, "accumulate")
         heads = [(weights[:, :, g : g + 1], rows[:, :, g : g + 1]) for g in range(weights.shape[2])]
         if not self.arithmetic.spill:
-            return total + torch.stack([self.product(to_keys, w, r, "accumulate") for w, r in heads], 2)
+            return total + torch.stack(
+                [self.product(to_keys, w, r, "accumulate") for w, r in heads], 2
+            )
         for w, r in heads:
             for start in range(0, weights.shape[3], self.arithmetic.spill[0]):
                 part = slice(start, start + self.arithmetic.spill[0])
-                partial = self.product(to_keys, w[:, :, :, part], r[:, :, :, part], "accumulate").unsqueeze(2)
+                partial = self.product(
+                    to_keys, w[:, :, :, part], r[:, :, :, part], "accumulate"
+                ).unsqueeze(2)
                 total = self.store(total + partial, "output")
         return total
 
@@ -183,11 +242,16 @@ class _Emulator:
         total = weights.new_zeros((*weights.shape[:4], keys.shape[-1]))
         for start in range(0, weights.shape[4], max(1, step)):
             part = slice(start, start + step)
-            total = self.store(total + self.product(from_keys, weights[..., part], keys[:, :, part], "accumulate"), "output")
+            total = self.store(
+                total + self.product(from_keys, weights[..., part], keys[:, :, part], "accumulate"),
+                "output",
+            )
         return total
 
     def bias_gradient(self, ds: Tensor, shape: Sequence[int]) -> Tensor:
-        """DS [B,Hk,G,n,K] -> rows of dbias [B|1,H|1,n,K]: summed over what the bias is broadcast in, stored."""
+        """DS [B,Hk,G,n,K] -> rows of dbias [B|1,H|1,n,K]: summed over what the bias is broadcast
+        in, stored.
+        """
         parts = ungrouped(self.store(ds, "dscores"))
         parts = parts if shape[1] > 1 else parts.sum(1, keepdim=True)
         if shape[0] == 1 and parts.shape[0] > 1:
@@ -199,14 +263,20 @@ class _Emulator:
 
 
 def running_max(s: Tensor, row_max: Tensor, arithmetic: Arithmetic) -> Tensor:
-    """The maximum that was in force when P of each key was rounded: [.., n, K], or [.., n, 1] where it is the row's."""
+    """The maximum that was in force when P of each key was rounded: [.., n, K], or [.., n, 1] where
+    it is the row's.
+    """
     if not s.shape[-1] or (arithmetic.tile == 0 and arithmetic.splits == 1):
         return row_max
     parts, share = [], -(-s.shape[-1] // arithmetic.splits)
-    for part in s.split(-(-share // (arithmetic.tile or 1)) * (arithmetic.tile or 1), -1):  # whole tiles
+    for part in s.split(
+        -(-share // (arithmetic.tile or 1)) * (arithmetic.tile or 1), -1
+    ):  # whole tiles
         tiles = part.split(arithmetic.tile or part.shape[-1], -1)
         tops = torch.cat([tile.amax(-1, keepdim=True) for tile in tiles], -1).cummax(-1).values
-        parts += [top.expand(tile.shape) for top, tile in zip(tops.split(1, -1), tiles, strict=True)]
+        parts += [
+            top.expand(tile.shape) for top, tile in zip(tops.split(1, -1), tiles, strict=True)
+        ]
     held = torch.cat(parts, -1)
     return torch.where(held == -torch.inf, row_max, held)
 
@@ -218,15 +288,20 @@ def emulate(
     rounding: Rounding | None = None,
     blocks: Iterable[Block] | None = None,
 ) -> Exact:
-    """out, lse and, where problem.grads, the gradients that an honest kernel of this arithmetic gives.
+    """out, lse and, where problem.grads, the gradients that an honest kernel of this arithmetic
+    gives.
 
-    `rounding`: to nearest by default. `blocks`: the exact softmax of these inputs, if at hand and the kernel does not quantise.
+    `rounding`: to nearest by default. `blocks`: the exact softmax of these inputs, if at hand and
+    the kernel does not quantise.
     """
     coded = quantised(problem, inputs, arithmetic.quantised) if arithmetic.quantised else None
     inputs = coded.inputs if coded else inputs
     emulator = _Emulator(problem, arithmetic, rounding or Nearest(), inputs.q.device.type, coded)
     shapes = problem.shapes
-    result = {name: torch.zeros(shapes[name], dtype=torch.float64, device=inputs.q.device) for name in ("out", "lse")}
+    result = {
+        name: torch.zeros(shapes[name], dtype=torch.float64, device=inputs.q.device)
+        for name in ("out", "lse")
+    }
     if problem.grads:
         result |= {
             "d" + name: inputs.q.new_zeros(shapes[name], dtype=torch.float64)
@@ -236,15 +311,22 @@ def emulate(
     dk = dv = torch.zeros((), dtype=torch.float64, device=inputs.q.device)
     for block in blocks or float64.blocks(problem, inputs):
         out, lse, p, slope = emulator.forward(block)
-        result["out"][:, :, block.rows], result["lse"][:, :, block.rows] = ungrouped(out), ungrouped(lse).squeeze(-1)
+        result["out"][:, :, block.rows], result["lse"][:, :, block.rows] = (
+            ungrouped(out),
+            ungrouped(lse).squeeze(-1),
+        )
         if problem.grads:
             ds = emulator.ds(block, out, p)
             if "dbias" in result:
-                result["dbias"][:, :, block.rows] = emulator.bias_gradient(ds, result["dbias"].shape)
+                result["dbias"][:, :, block.rows] = emulator.bias_gradient(
+                    ds, result["dbias"].shape
+                )
             ds = emulator.scaled(ds, slope)
             result["dq"][:, :, block.rows] = ungrouped(emulator.add_keys(ds, block.k))
             dk = emulator.add_rows(dk, ds, block.q)
-            dv = emulator.add_rows(dv, p if arithmetic.normalized_probs else emulator.store(p, "probs"), block.do)
+            dv = emulator.add_rows(
+                dv, p if arithmetic.normalized_probs else emulator.store(p, "probs"), block.do
+            )
     if problem.grads and problem.len_q:
         result |= {"dk": emulator.group_sum(dk), "dv": emulator.group_sum(dv)}
     return Exact(**result, provenance="emulation")

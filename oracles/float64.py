@@ -1,7 +1,8 @@
 """Exact attention in float64, on the CPU or the GPU: forward, LSE and closed-form gradients.
 
-Works through the query rows a block at a time, each with all its keys, so memory is O(len) and a block can show its whole
-softmax to whoever needs it (error bounds, emulations). Heads are grouped: query heads [B, Hk, G, ...] over key heads [B, Hk].
+Works through the query rows a block at a time, each with all its keys, so memory is O(len) and a
+block can show its whole softmax to whoever needs it (error bounds, emulations). Heads are grouped:
+query heads [B, Hk, G, ...] over key heads [B, Hk].
 """
 
 from __future__ import annotations
@@ -20,13 +21,20 @@ BLOCK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
 
 
 def exact(problem: Problem, inputs: Inputs) -> Exact:
-    """Attention of these very values (any dtype, taken as they are), on their device. Gradients where problem.grads.
+    """Attention of these very values (any dtype, taken as they are), on their device. Gradients
+    where problem.grads.
 
-    Raises VerifyError where an input is not finite: then the answer is a matter of convention, not of arithmetic.
+    Raises VerifyError where an input is not finite: then the answer is a matter of convention, not
+    of arithmetic.
     """
     shapes, device = problem.shapes, inputs.q.device
-    out, lse = (torch.zeros(shapes[name], dtype=torch.float64, device=device) for name in ("out", "lse"))
-    grads = {"d" + name: torch.zeros(shapes[name], dtype=torch.float64, device=device) for name in ("q", "k", "v")}
+    out, lse = (
+        torch.zeros(shapes[name], dtype=torch.float64, device=device) for name in ("out", "lse")
+    )
+    grads = {
+        "d" + name: torch.zeros(shapes[name], dtype=torch.float64, device=device)
+        for name in ("q", "k", "v")
+    }
     if "bias" in shapes:
         grads["dbias"] = torch.zeros(shapes["bias"], dtype=torch.float64, device=device)
     for block in blocks(problem, inputs):
@@ -40,7 +48,9 @@ def exact(problem: Problem, inputs: Inputs) -> Exact:
 
 
 def blocks(problem: Problem, inputs: Inputs) -> Iterator[Block]:
-    """The exact softmax, a block of query rows at a time. Raises VerifyError where an input is not finite."""
+    """The exact softmax, a block of query rows at a time. Raises VerifyError where an input is not
+    finite.
+    """
     x = inputs.exact(inputs.q.device)
     for name in ("q", "k", "v", "do", "bias"):
         tensor = getattr(x, name)
@@ -60,13 +70,19 @@ def _block(problem: Problem, x: Inputs, rows: slice) -> Block:
     bias = additive(problem, x, rows)
     s = capped if bias is None else capped + bias
     hidden = s.masked_fill(~visible, -torch.inf)
-    row_max = hidden.amax(-1, keepdim=True) if problem.len_k else hidden.new_full((*s.shape[:-1], 1), -torch.inf)
+    row_max = (
+        hidden.amax(-1, keepdim=True)
+        if problem.len_k
+        else hidden.new_full((*s.shape[:-1], 1), -torch.inf)
+    )
     row_max = row_max.masked_fill(row_max == -torch.inf, 0.0)
     weights = torch.exp(hidden - row_max)
     total = weights.sum(-1, keepdim=True)
     p = weights / total.masked_fill(total == 0, 1.0)
     lse = row_max + torch.log(total)
-    return Block(rows, q, x.k, x.v, do, visible, raw, capped, bias, s, row_max, lse, p, from_keys(p, x.v))
+    return Block(
+        rows, q, x.k, x.v, do, visible, raw, capped, bias, s, row_max, lse, p, from_keys(p, x.v)
+    )
 
 
 def _add_gradients(problem: Problem, b: Block, grads: dict[str, torch.Tensor]) -> None:
@@ -82,7 +98,9 @@ def _add_gradients(problem: Problem, b: Block, grads: dict[str, torch.Tensor]) -
 
 
 def additive(problem: Problem, x: Inputs, rows: slice) -> torch.Tensor | None:
-    """The float bias or ALiBi's -slope |i + len_k - len_q - j| over these rows, broadcastable to [B,Hk,G,n,K]; None without."""
+    """The float bias or ALiBi's -slope |i + len_k - len_q - j| over these rows, broadcastable to
+    [B,Hk,G,n,K]; None without.
+    """
     if x.slopes is not None:
         q = torch.arange(rows.start, rows.stop, device=x.q.device)[:, None]
         k = torch.arange(problem.len_k, device=x.q.device)[None, :]
@@ -94,8 +112,12 @@ def additive(problem: Problem, x: Inputs, rows: slice) -> torch.Tensor | None:
     return grouped(part, problem) if part.shape[1] == problem.heads_q else part.unsqueeze(2)
 
 
-def _add_bias_gradient(problem: Problem, total: torch.Tensor, rows: slice, ds: torch.Tensor) -> None:
-    """Add dS [B,Hk,G,n,K], summed over the dimensions that the bias is broadcast in, to its rows of `total`."""
+def _add_bias_gradient(
+    problem: Problem, total: torch.Tensor, rows: slice, ds: torch.Tensor
+) -> None:
+    """Add dS [B,Hk,G,n,K], summed over the dimensions that the bias is broadcast in, to its rows of
+    `total`.
+    """
     per_head = ungrouped(ds)
     summed = [n for n in (0, 1) if total.shape[n] == 1 and per_head.shape[n] != 1]
     total[:, :, rows] += per_head.sum(summed, keepdim=True) if summed else per_head

@@ -1,4 +1,6 @@
-"""Number formats: float64 tensors rounded as a format rounds, added as a processor adds, quantised as a kernel quantises."""
+"""Number formats: float64 tensors rounded as a format rounds, added as a processor adds, quantised
+as a kernel quantises.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +21,14 @@ EIGHT_BITS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 STORED_BITS = {"fp32": 23, "fp22": 13, "tf32": 10, "exponent": 0}
 """Stored bits of the significand."""
 MMA_TERMS = {"fp32": 16, "fp22": 32}
-"""Products that one tensor-core instruction adds to the accumulator (wgmma k16 of 16-bit operands, k32 of 8-bit ones)."""
+"""Products that one tensor-core instruction adds to the accumulator (wgmma k16 of 16-bit operands,
+k32 of 8-bit ones).
+"""
 USUAL_ULP = 2.0
 """What every exponential may be off by: no cause to expect an error of its own."""
 GUARD_BITS = 2
-"""Bits beyond FP32 that a product of 16-bit operands keeps when it is aligned with the accumulator: what gives the bias that
-kernels show on an H200 on V of one sign (BOUNDS.md, Truncation)."""
+"""Bits beyond FP32 that a product of 16-bit operands keeps when it is aligned with the accumulator:
+what gives the bias that kernels show on an H200 on V of one sign (BOUNDS.md, Truncation)."""
 ELEMENTS = 2**26
 """Products that are held at a time where each is cut by itself."""
 _CONTRACTED = {by_key: (-1, -1), from_keys: (-1, -2), to_keys: (-2, -2)}
@@ -32,7 +36,9 @@ Form = Callable[[Tensor, Tensor], Tensor]
 
 
 def truncated(x: Tensor, fmt: str) -> Tensor:
-    """x (float64) cut towards zero to the stored bits of fp32, fp22 or tf32; its exponent range is left alone."""
+    """x (float64) cut towards zero to the stored bits of fp32, fp22 or tf32; its exponent range is
+    left alone.
+    """
     cut = 52 - STORED_BITS[fmt]
     return ((x.contiguous().view(torch.int64) >> cut) << cut).view(torch.float64)
 
@@ -44,7 +50,9 @@ def to_tf32(x: Tensor) -> Tensor:
 
 
 def rounded(x: Tensor, fmt: str) -> Tensor:
-    """x as float64, rounded to nearest in this format. Overflow is infinite; in the 8-bit formats it saturates."""
+    """x as float64, rounded to nearest in this format. Overflow is infinite; in the 8-bit formats
+    it saturates.
+    """
     if fmt in EIGHT_BITS:
         largest = torch.finfo(EIGHT_BITS[fmt]).max
         return x.clamp(-largest, largest).to(torch.float32).to(EIGHT_BITS[fmt]).to(torch.float64)
@@ -66,7 +74,9 @@ class Nearest:
         return x if fmt == "fp64" else rounded(x, fmt)
 
     def function(self, name: str, x: Tensor, fmt: str, ulp: float) -> Tensor:
-        """The result x of `name` (exp, log, tanh) in this format; off at random where it is declared to be off by many ulp."""
+        """The result x of `name` (exp, log, tanh) in this format; off at random where it is
+        declared to be off by many ulp.
+        """
         if ulp > USUAL_ULP and fmt == "fp32":
             x = self._random(x, 2 * ulp * x.abs())
         return self.store(x, fmt)
@@ -75,15 +85,27 @@ class Nearest:
         """x moved by up to FP32's unit roundoff of `size`, evenly distributed."""
         if x.device not in self.generators:
             self.generators[x.device] = torch.Generator(x.device).manual_seed(1)
-        draw = 2 * torch.rand(x.shape, dtype=x.dtype, device=x.device, generator=self.generators[x.device]) - 1
-        return torch.where(x.isfinite(), x + draw * size.nan_to_num() * 2.0 ** -(STORED_BITS["fp32"] + 1), x)
+        draw = (
+            2
+            * torch.rand(
+                x.shape, dtype=x.dtype, device=x.device, generator=self.generators[x.device]
+            )
+            - 1
+        )
+        return torch.where(
+            x.isfinite(), x + draw * size.nan_to_num() * 2.0 ** -(STORED_BITS["fp32"] + 1), x
+        )
 
     def total(self, x: Tensor, fmt: str) -> Tensor:
         """The sum along the last dimension, kept."""
-        return x.sum(-1, keepdim=True) if fmt == "fp64" else x.float().sum(-1, keepdim=True).double()
+        return (
+            x.sum(-1, keepdim=True) if fmt == "fp64" else x.float().sum(-1, keepdim=True).double()
+        )
 
     def product(self, form: Form, a: Tensor, b: Tensor, fmt: str, *, cut: bool) -> Tensor:
-        """`form` (by_key, from_keys, to_keys) of a and b, accumulated in this format; cut: by truncation, as tensor cores do."""
+        """`form` (by_key, from_keys, to_keys) of a and b, accumulated in this format; cut: by
+        truncation, as tensor cores do.
+        """
         if fmt == "fp64":
             return form(a, b)
         if fmt == "fp22" and form is from_keys:
@@ -96,7 +118,9 @@ class Nearest:
 
 
 class Jittered(Nearest):
-    """Narrow formats to nearest; a random error of up to one unit roundoff wherever FP32 rounds: honest kernels differ by it."""
+    """Narrow formats to nearest; a random error of up to one unit roundoff wherever FP32 rounds:
+    honest kernels differ by it.
+    """
 
     repeats = False
 
@@ -118,19 +142,23 @@ class Jittered(Nearest):
         if fmt in ("fp64", "fp22"):
             return super().product(form, a, b, fmt, cut=cut)
         found = form(a, b)
-        return self._random(found, _partial_sums(found, form(a.abs(), b.abs()), a.shape[_CONTRACTED[form][0]]))
+        return self._random(
+            found, _partial_sums(found, form(a.abs(), b.abs()), a.shape[_CONTRACTED[form][0]])
+        )
 
 
 def _partial_sums(found: Tensor, sizes: Tensor, terms: int) -> Tensor:
-    """What the roundings of a sum in any order add up to, in unit roundoffs: n random ones of partial sums as large as the whole,
-    where terms have one sign; as the sum of sizes, where they cancel (Higham 2002, section 4.2; random signs)."""
+    """What the roundings of a sum in any order add up to, in unit roundoffs: n random ones of
+    partial sums as large as the whole, where terms have one sign; as the sum of sizes, where they
+    cancel (Higham 2002, section 4.2; random signs)."""
     return torch.maximum(sizes, math.sqrt(max(1, terms)) * found.abs())
 
 
 def _by_instructions(form: Form, a: Tensor, b: Tensor, fmt: str) -> Tensor:
-    """An exact sum of MMA_TERMS products at a time, added to the accumulator, which is cut. To FP32: each product, aligned with
-    it, is cut GUARD_BITS below its last place and on average loses half a unit there, towards zero, which is taken off here.
-    Products of 8-bit operands have too few bits to lose any unless the accumulator is far larger: _by_products.
+    """An exact sum of MMA_TERMS products at a time, added to the accumulator, which is cut. To
+    FP32: each product, aligned with it, is cut GUARD_BITS below its last place and on average loses
+    half a unit there, towards zero, which is taken off here. Products of 8-bit operands have too
+    few bits to lose any unless the accumulator is far larger: _by_products.
     """
     along_a, along_b = _CONTRACTED[form]
     total, step = torch.zeros((), dtype=torch.float64, device=a.device), MMA_TERMS[fmt]
@@ -140,29 +168,38 @@ def _by_instructions(form: Form, a: Tensor, b: Tensor, fmt: str) -> Tensor:
         total = total + form(left, right)
         if fmt == "fp32":
             lost = 0.5 * 2.0 ** -(STORED_BITS[fmt] + GUARD_BITS)
-            total = total - lost * truncated(total, "exponent").abs() * form(left.sign(), right.sign())
+            total = total - lost * truncated(total, "exponent").abs() * form(
+                left.sign(), right.sign()
+            )
         total = truncated(total, fmt)
     return total if total.dim() else form(a, b)
 
 
 def _by_products(a: Tensor, b: Tensor) -> Tensor:
-    """[B,Hk,G,n,K] times [B,Hk,K,D] as Hopper's FP8 tensor cores do: of 32 products and the accumulator each is cut towards zero
-    13 bits below the largest exponent (a product's is the sum of its factors'), and so is the sum. Found on an H200: with factors
-    of 8 bits, 60 000 sums of 32 to 8192 products are equal to the bit.
+    """[B,Hk,G,n,K] times [B,Hk,K,D] as Hopper's FP8 tensor cores do: of 32 products and the
+    accumulator each is cut towards zero 13 bits below the largest exponent (a product's is the sum
+    of its factors'), and so is the sum. Found on an H200: with factors of 8 bits, 60 000 sums of 32
+    to 8192 products are equal to the bit.
     """
     a, b = a.float(), b.float().unsqueeze(2)
     rows = max(1, ELEMENTS // max(1, math.prod(a.shape[:-2]) * MMA_TERMS["fp22"] * b.shape[-1]))
-    return torch.cat([_rows_by_products(part, b) for part in a.split(rows, -2)], -2).to(torch.float64)
+    return torch.cat([_rows_by_products(part, b) for part in a.split(rows, -2)], -2).to(
+        torch.float64
+    )
 
 
 def _rows_by_products(a: Tensor, b: Tensor) -> Tensor:
     total = a.new_zeros(*a.shape[:-1], b.shape[-1])
-    for some_a, some_b in zip(a.split(MMA_TERMS["fp22"], -1), b.split(MMA_TERMS["fp22"], -2), strict=True):
+    for some_a, some_b in zip(
+        a.split(MMA_TERMS["fp22"], -1), b.split(MMA_TERMS["fp22"], -2), strict=True
+    ):
         if some_a.shape[-1]:
             left, right = some_a.unsqueeze(-1), some_b.unsqueeze(-3)
             highest = torch.maximum((_exponent(left) + _exponent(right)).amax(-2), _exponent(total))
             unit = torch.exp2((highest - STORED_BITS["fp22"]).clamp(min=-126).float())
-            total = ((left * right / unit.unsqueeze(-2)).trunc().sum(-2) + (total / unit).trunc()) * unit
+            total = (
+                (left * right / unit.unsqueeze(-2)).trunc().sum(-2) + (total / unit).trunc()
+            ) * unit
             unit = torch.exp2((_exponent(total) - STORED_BITS["fp22"]).clamp(min=-126).float())
             total = (total / unit).trunc() * unit
     return total
@@ -196,33 +233,53 @@ def quantised(problem: Problem, inputs: Inputs, how: Quantisation) -> Quantised:
     k, v = ((t - mean).masked_fill(~seen, 0.0) for t, mean in ((x.k, k_mean), (x.v, v_mean)))
     turn = _turn(problem.dim_qk, x.q.device) if how.rotated else None
     by_rows = how.values == "rows" and bool(how.rows)
-    over = {"rows": (0, 1, 2, 3) if how.rows is None else (2, 3), "head": (2, 3), "columns": (2,)}[how.values]
+    over = {"rows": (0, 1, 2, 3) if how.rows is None else (2, 3), "head": (2, 3), "columns": (2,)}[
+        how.values
+    ]
     v_scale = v.new_ones(()) if by_rows else _scales(v, how.format, over)
     v8 = _whole(_coded(v, how)) if by_rows else rounded(v / v_scale, how.format) * v_scale
     v_mean = v_mean + key_mean(v - v8, seen).double() if how.balanced else v_mean
     q8, k8 = _coded(x.q, how, turn, fitted=how.fitted), _coded(k, how, turn)
-    left = Inputs(_whole(q8, turn, x.q.shape[-1]), _whole(k8, turn, k.shape[-1]) + k_mean, v8, x.do, x.bias, x.slopes)
+    left = Inputs(
+        _whole(q8, turn, x.q.shape[-1]),
+        _whole(k8, turn, k.shape[-1]) + k_mean,
+        v8,
+        x.do,
+        x.bias,
+        x.slopes,
+    )
     return Quantised(left, v_mean, v_scale, q8, k8, k_mean)
 
 
 def dequantised(problem: Problem, inputs: Inputs, how: Quantisation) -> Inputs:
-    """The values that such a kernel multiplies, as float64: exact attention of them is the reference of its own arithmetic."""
+    """The values that such a kernel multiplies, as float64: exact attention of them is the
+    reference of its own arithmetic.
+    """
     left = quantised(problem, inputs, how)
     return replace(left.inputs, v=left.inputs.v + left.v_mean)
 
 
-def _coded(x: Tensor, how: Quantisation, turn: Tensor | None = None, *, fitted: bool = False) -> tuple[Tensor, Tensor]:
-    """x [B,H,n,D], turned, as it is in the 8-bit format, and a float32 scale for each row [B,H,n,1]."""
+def _coded(
+    x: Tensor, how: Quantisation, turn: Tensor | None = None, *, fitted: bool = False
+) -> tuple[Tensor, Tensor]:
+    """x [B,H,n,D], turned, as it is in the 8-bit format, and a float32 scale for each row
+    [B,H,n,1].
+    """
     if turn is not None:
         x = torch.nn.functional.pad(x, (0, turn.shape[0] - x.shape[-1])) @ turn
     over = (0, 1, 2, 3) if how.rows is None else (2, 3)
-    parts = [_scales(part, how.format, over).expand(*part.shape[:3], 1) for part in x.split(how.rows or max(1, x.shape[2]), 2)]
+    parts = [
+        _scales(part, how.format, over).expand(*part.shape[:3], 1)
+        for part in x.split(how.rows or max(1, x.shape[2]), 2)
+    ]
     scale = torch.cat(parts, 2)
     coded = rounded(x / scale, how.format)
     return coded, (scale * fit(x / scale, coded)).float().double() if fitted else scale
 
 
-def _whole(coded: tuple[Tensor, Tensor], turn: Tensor | None = None, columns: int | None = None) -> Tensor:
+def _whole(
+    coded: tuple[Tensor, Tensor], turn: Tensor | None = None, columns: int | None = None
+) -> Tensor:
     """Dequantised and turned back."""
     x = coded[0] * coded[1]
     return x if turn is None else (x @ turn.T)[..., :columns]

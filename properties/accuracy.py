@@ -11,19 +11,23 @@ from verify.spec.case import Case
 
 @holds()
 def oracle(kernel: Kernel, case: Case, device: str) -> Verdict:
-    """|out - exact| and |lse - exact| are within the bound that the kernel's declared arithmetic has on these inputs, and as
-    large and as even as an honest kernel's of that arithmetic."""
+    """|out - exact| and |lse - exact| are within the bound that the kernel's declared arithmetic
+    has on these inputs, and as large and as even as an honest kernel's of that arithmetic."""
     known = truth(case, device)
     judged = judge(kernel, answer(kernel, known), known, names=("out", "lse"))
-    return Verdict(blind_to=known.blind_to(judged.limits, judged.expected), measured=judged.measured)
+    return Verdict(
+        blind_to=known.blind_to(judged.limits, judged.expected), measured=judged.measured
+    )
 
 
 @holds(grads=True)
 def gradients(kernel: Kernel, case: Case, device: str) -> Verdict:
-    """|dq - exact|, |dk - exact|, |dv - exact| and |dbias - exact| for a random cotangent are within their bounds, and as large
-    and as even as an honest kernel's."""
+    """|dq - exact|, |dk - exact|, |dv - exact| and |dbias - exact| for a random cotangent are
+    within their bounds, and as large and as even as an honest kernel's."""
     known = truth(case, device)
     output = answer(kernel, known)
     if output.dq is None:
         return Verdict(unsupported="its output carries no autograd graph")
-    return Verdict(measured=judge(kernel, output, known, names=("dv", "dq", "dk", "dbias")).measured)
+    return Verdict(
+        measured=judge(kernel, output, known, names=("dv", "dq", "dk", "dbias")).measured
+    )

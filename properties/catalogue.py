@@ -16,5 +16,15 @@ from verify.properties import (
 from verify.properties.property import PROPERTIES, Property
 
 __all__ = ["FILES", "PROPERTIES", "Property"]
-FILES = (accuracy, identities, dropout, closed_form, gradients, memory_safety, decomposition, repeated_calls, symmetry)
+FILES = (
+    accuracy,
+    identities,
+    dropout,
+    closed_form,
+    gradients,
+    memory_safety,
+    decomposition,
+    repeated_calls,
+    symmetry,
+)
 """Importing them registers their laws."""

@@ -1,4 +1,6 @@
-"""Laws with an answer that nobody needs to compute: probes that see which keys were seen, and whether weights add up to 1."""
+"""Laws with an answer that nobody needs to compute: probes that see which keys were seen, and
+whether weights add up to 1.
+"""
 
 from __future__ import annotations
 
@@ -36,17 +38,31 @@ def uniform(kernel: Kernel, case: Case, device: str) -> Verdict:
 
 @holds(no_bias=True, hides=True)
 def one_hot(kernel: Kernel, case: Case, device: str) -> Verdict:
-    """Q = 0, V_j = e_(j mod Dv): out_ic = (visible keys j with j mod Dv = c) / (visible keys): which keys a row saw."""
+    """Q = 0, V_j = e_(j mod Dv): out_ic = (visible keys j with j mod Dv = c) / (visible keys):
+    which keys a row saw.
+    """
     return _without_scores(kernel, case, device, one_hot=True)
 
 
 @holds(no_bias=True)
 def edges(kernel: Kernel, case: Case, device: str) -> Verdict:
-    """Q = 0, V_j = e_(j mod Dv) under a window, then under packed sequences, of drawn sizes: which keys a row saw."""
-    p, draw, verdict = case.problem, rng(case), Verdict(unsupported="takes no window and no packed sequences")
-    sides, lengths = draw.integers(-1, max(p.len_k, 1), 2).tolist(), draw.integers(1, max(2, min(p.len_q, p.len_k)), 3).tolist()
+    """Q = 0, V_j = e_(j mod Dv) under a window, then under packed sequences, of drawn sizes: which
+    keys a row saw.
+    """
+    p, draw, verdict = (
+        case.problem,
+        rng(case),
+        Verdict(unsupported="takes no window and no packed sequences"),
+    )
+    sides, lengths = (
+        draw.integers(-1, max(p.len_k, 1), 2).tolist(),
+        draw.integers(1, max(2, min(p.len_q, p.len_k)), 3).tolist(),
+    )
     for mask in (Mask((("window", tuple(sides)),)), Mask((("blocks", tuple(lengths)),))):
-        ways = (replace(case, problem=p.but(mask=mask, mask_as=form)) for form in ("rule", "bool", "float"))
+        ways = (
+            replace(case, problem=p.but(mask=mask, mask_as=form))
+            for form in ("rule", "bool", "float")
+        )
         if way := next((way for way in ways if sound(kernel, way, device, "edges")), None):
             verdict = _without_scores(kernel, way, device, one_hot=True)
     return verdict
@@ -74,7 +90,9 @@ def _without_scores(kernel: Kernel, case: Case, device: str, *, one_hot: bool) -
     try:
         judge(kernel, output, replace(known, exact=exact), names=("out", "lse"))
     except Finding as finding:
-        raise Finding(finding.sentence + _seen(output.out, seen, exact) * one_hot, measured=finding.measured) from None
+        raise Finding(
+            finding.sentence + _seen(output.out, seen, exact) * one_hot, measured=finding.measured
+        ) from None
     return Verdict()
 
 
@@ -82,17 +100,26 @@ def _seen(out: torch.Tensor, seen: torch.Tensor, exact: Exact) -> str:
     """Where every key has its own column: what the first wrong row saw."""
     if seen.shape[-1] > out.shape[-1] or not out.isfinite().all():
         return ""
-    wrong = ((out[..., : seen.shape[-1]] > 0) != (exact.out[..., : seen.shape[-1]] > 0)).any(-1).nonzero()
+    wrong = (
+        ((out[..., : seen.shape[-1]] > 0) != (exact.out[..., : seen.shape[-1]] > 0))
+        .any(-1)
+        .nonzero()
+    )
     if not len(wrong):
         return ""
     b, h, row = wrong[0].tolist()
     keys = (out[b, h, row, : seen.shape[-1]] > 0).nonzero().flatten().tolist()
-    return f"; row {row} of head {h}, entry {b}, saw keys {keys}, should see {seen[b, 0, row].nonzero().flatten().tolist()}"
+    return (
+        f"; row {row} of head {h}, entry {b}, saw keys {keys}, should see "
+        f"{seen[b, 0, row].nonzero().flatten().tolist()}"
+    )
 
 
 @holds(grads=True)
 def empty_row(kernel: Kernel, case: Case, device: str) -> Verdict:
-    """No visible key: out_i is as declared (0 or NaN), lse_i = -inf, dq_i = 0, and every gradient is finite."""
+    """No visible key: out_i is as declared (0 or NaN), lse_i = -inf, dq_i = 0, and every gradient
+    is finite.
+    """
     known = truth(case, device)
     empty = known.exact.lse == -torch.inf
     if not empty.any():
@@ -108,11 +135,20 @@ def empty_row(kernel: Kernel, case: Case, device: str) -> Verdict:
         if right is not None and not right.all():
             value = getattr(output, name)[empty].flatten()[(~right).flatten()][0].item()
             wanted = {"out": kernel.empty_row, "lse": "-inf", "dq": "0"}[name]
-            raise Finding(f"{name} of a row that sees no key is {value:g}, not {wanted}, in {int((~right).sum())} elements")
+            raise Finding(
+                f"{name} of a row that sees no key is {value:g}, not {wanted}, in "
+                f"{int((~right).sum())} elements"
+            )
     for name in ("dk", "dv", "dbias"):
         gradient, want = getattr(output, name), getattr(known.exact, name)
-        if gradient is not None and not gradient[limits(kernel, known)[name].limit.isfinite()].isfinite().all():
-            raise Finding(f"{name} is not finite where rows see no key; exact {want.abs().max().item():.3g} at most")
+        if (
+            gradient is not None
+            and not gradient[limits(kernel, known)[name].limit.isfinite()].isfinite().all()
+        ):
+            raise Finding(
+                f"{name} is not finite where rows see no key; exact {want.abs().max().item():.3g} "
+                "at most"
+            )
     return Verdict()
 
 

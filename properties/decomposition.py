@@ -24,7 +24,9 @@ FAR = 1e4
 
 @holds(full_mask=True, lse=True)
 def split(kernel: Kernel, case: Case, device: str) -> Verdict:
-    """Keys in two parts, merged through their LSE, give the whole: lse = ln(e^lse1 + e^lse2), out = sum e^(lse_i - lse) out_i."""
+    """Keys in two parts, merged through their LSE, give the whole: lse = ln(e^lse1 + e^lse2), out =
+    sum e^(lse_i - lse) out_i.
+    """
     known = truth(case, device)
     p, x = known.problem, known.inputs
     if p.bias == "alibi":
@@ -38,7 +40,9 @@ def split(kernel: Kernel, case: Case, device: str) -> Verdict:
     if len(lses) < len(outputs):
         return Verdict(unsupported="returns no LSE")
     allowed = [limits(kernel, part) for part in parts]
-    merged, bound = merge([o.out for o in outputs], lses, [(a["out"].limit, a["lse"].limit) for a in allowed])
+    merged, bound = merge(
+        [o.out for o in outputs], lses, [(a["out"].limit, a["lse"].limit) for a in allowed]
+    )
     compare(
         "out",
         merged,
@@ -56,16 +60,26 @@ def _keys(known: Truth, keys: slice) -> Truth:
     return about(known.problem.but(len_k=k.shape[2]), replace(x, k=k, v=v, bias=bias))
 
 
-def merge(outs: list[Tensor], lses: list[Tensor], errors: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """(the merged output in float64, how far it may be off): weights w_i = e^(lse_i - lse), off by a factor of e^(error of lse_1
-    + error of lse_2) at most, move it by w_1 w_2 |out_1 - out_2| times that less 1.
+def merge(
+    outs: list[Tensor], lses: list[Tensor], errors: list[tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """(the merged output in float64, how far it may be off): weights w_i = e^(lse_i - lse), off by
+    a factor of e^(error of lse_1 + error of lse_2) at most, move it by w_1 w_2 |out_1 - out_2|
+    times that less 1.
     """
     (one, two), (l1, l2) = (o.double() for o in outs), (x.double() for x in lses)
     whole = torch.logaddexp(l1, l2)
-    w1, w2 = (torch.exp(part - whole).masked_fill(whole == -torch.inf, 0.0).unsqueeze(-1) for part in (l1, l2))
-    swing = torch.expm1((errors[0][1] + errors[1][1]).nan_to_num(0.0, posinf=math.inf)).unsqueeze(-1)
+    w1, w2 = (
+        torch.exp(part - whole).masked_fill(whole == -torch.inf, 0.0).unsqueeze(-1)
+        for part in (l1, l2)
+    )
+    swing = torch.expm1((errors[0][1] + errors[1][1]).nan_to_num(0.0, posinf=math.inf)).unsqueeze(
+        -1
+    )
     apart = torch.where((w1 > 0) & (w2 > 0), w1 * w2 * (one - two).abs() * swing, 0.0)
-    bound = (w1 * errors[0][0]).nan_to_num() + (w2 * errors[1][0]).nan_to_num() + apart * (1 + swing)
+    bound = (
+        (w1 * errors[0][0]).nan_to_num() + (w2 * errors[1][0]).nan_to_num() + apart * (1 + swing)
+    )
     return w1 * one.nan_to_num() + w2 * two.nan_to_num(), bound
 
 
@@ -78,7 +92,8 @@ def duplicate_keys(kernel: Kernel, case: Case, device: str) -> Verdict:
         return Verdict(unsupported="ALiBi moves with the number of keys")
     bias = None if x.bias is None else torch.cat([x.bias, x.bias], -1)
     other = about(
-        p.but(len_k=2 * p.len_k, grads=False), replace(x, k=torch.cat([x.k, x.k], 2), v=torch.cat([x.v, x.v], 2), bias=bias)
+        p.but(len_k=2 * p.len_k, grads=False),
+        replace(x, k=torch.cat([x.k, x.k], 2), v=torch.cat([x.v, x.v], 2), bias=bias),
     )
     if reason := kernel.unsupported(other.problem, device):
         return Verdict(unsupported=reason)
@@ -91,8 +106,8 @@ def duplicate_keys(kernel: Kernel, case: Case, device: str) -> Verdict:
 
 @holds()
 def hidden_keys_appended(kernel: Kernel, case: Case, device: str) -> Verdict:
-    """More keys that nobody sees change nothing; nor do as many queries after the last, which a diagonal that ends in the lower
-    right, and ALiBi, need to stay where they are.
+    """More keys that nobody sees change nothing; nor do as many queries after the last, which a
+    diagonal that ends in the lower right, and ALiBi, need to stay where they are.
     """
     known = truth(case, device)
     p, x = known.problem, known.inputs
@@ -103,16 +118,22 @@ def hidden_keys_appended(kernel: Kernel, case: Case, device: str) -> Verdict:
     rows, mask = more * moves, p.mask & Mask((("padding", (p.len_k,) * p.batch),))
     problem = p.but(len_q=p.len_q + rows, len_k=p.len_k + more, mask=mask)
     if not sound(kernel, replace(case, problem=problem), device, "hidden-keys-appended"):
-        return Verdict(unsupported="does not take the longer problem, or is known to be wrong there")
+        return Verdict(
+            unsupported="does not take the longer problem, or is known to be wrong there"
+        )
     longer = {"q": (x.q, rows), "k": (x.k, more), "v": (x.v, more), "do": (x.do, rows)}
-    extra = {name: torch.nn.functional.pad(t, (0, 0, 0, n), value=FAR) for name, (t, n) in longer.items()}
+    extra = {
+        name: torch.nn.functional.pad(t, (0, 0, 0, n), value=FAR) for name, (t, n) in longer.items()
+    }
     bias = None if x.bias is None else torch.nn.functional.pad(x.bias, (0, more, 0, rows))
     return _rows(kernel, about(problem, replace(x, **extra, bias=bias)), known, slice(0, p.len_q))
 
 
 @holds()
 def last_rows(kernel: Kernel, case: Case, device: str) -> Verdict:
-    """Decoding: the last queries alone, against all keys, give the last rows of the whole (lower-right masks)."""
+    """Decoding: the last queries alone, against all keys, give the last rows of the whole
+    (lower-right masks).
+    """
     known = truth(case, device)
     p, x = known.problem, known.inputs
     if not p.mask.names <= {"full", "causal_lower_right", "window", "padding"}:
@@ -120,8 +141,12 @@ def last_rows(kernel: Kernel, case: Case, device: str) -> Verdict:
     n = 1 + case.seed % 3
     if p.len_q <= n:
         return Verdict(unsupported="they are the whole")
-    bias = None if x.bias is None else laid_out(x.bias[:, :, -n:])  # a view may start at any alignment
-    some = about(p.but(len_q=n, grads=False), replace(x, q=x.q[:, :, -n:], do=x.do[:, :, -n:], bias=bias))
+    bias = (
+        None if x.bias is None else laid_out(x.bias[:, :, -n:])
+    )  # a view may start at any alignment
+    some = about(
+        p.but(len_q=n, grads=False), replace(x, q=x.q[:, :, -n:], do=x.do[:, :, -n:], bias=bias)
+    )
     return _rows(kernel, known, some, slice(p.len_q - n, None))
 
 
@@ -138,8 +163,17 @@ def prefix(kernel: Kernel, case: Case, device: str) -> Verdict:
         return Verdict(unsupported="no prefix of both queries and keys")
     n = int(rng(case).integers(low, high + 1))
     bias = None if x.bias is None else laid_out(x.bias[:, :, :n, : n + offset])
-    first = replace(x, q=x.q[:, :, :n], do=x.do[:, :, :n], k=x.k[:, :, : n + offset], v=x.v[:, :, : n + offset], bias=bias)
-    return _rows(kernel, known, about(p.but(len_q=n, len_k=n + offset, grads=False), first), slice(0, n))
+    first = replace(
+        x,
+        q=x.q[:, :, :n],
+        do=x.do[:, :, :n],
+        k=x.k[:, :, : n + offset],
+        v=x.v[:, :, : n + offset],
+        bias=bias,
+    )
+    return _rows(
+        kernel, known, about(p.but(len_q=n, len_k=n + offset, grads=False), first), slice(0, n)
+    )
 
 
 def _rows(kernel: Kernel, known: Truth, some: Truth, rows: slice) -> Verdict:
@@ -152,6 +186,11 @@ def _rows(kernel: Kernel, known: Truth, some: Truth, rows: slice) -> Verdict:
     allowed = {name: both(own[name], other[name].limit[:, :, rows]) for name in names}
     return Verdict(
         bitwise=agree(
-            part, chosen, allowed, f"rows {rows.start} to {rows.stop or known.problem.len_q} of the whole", BOTH, times=1
+            part,
+            chosen,
+            allowed,
+            f"rows {rows.start} to {rows.stop or known.problem.len_q} of the whole",
+            BOTH,
+            times=1,
         )
     )

@@ -1,4 +1,6 @@
-"""The law of dropout. With V = identity a kernel shows its weights P * M / (1 - p), element by element; M is read off them."""
+"""The law of dropout. With V = identity a kernel shows its weights P * M / (1 - p), element by
+element; M is read off them.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,16 @@ import torch
 from scipy.stats import binom
 from torch import Tensor
 
-from verify.bounds.constants import FALSE_ALARM, UNBOUNDED, Allowance, Terms, Units, dropout_error, total, unbounded
+from verify.bounds.constants import (
+    FALSE_ALARM,
+    UNBOUNDED,
+    Allowance,
+    Terms,
+    Units,
+    dropout_error,
+    total,
+    unbounded,
+)
 from verify.bounds.exact import from_keys, grouped, to_keys, ungrouped
 from verify.properties.property import Verdict, agree, holds, limits
 from verify.reference.compare import compare
@@ -25,8 +36,9 @@ RATES = (0.1, 0.5, 0.9)
 
 @holds(takes="dropout")
 def dropout(kernel: Kernel, case: Case, device: str) -> Verdict:
-    """out = (P * M / (1 - p)) V and dV = (P * M / (1 - p))^T dO with one mask M: Bernoulli(1 - p), independent over heads, batch
-    entries and calls, the same again from the same seed of torch's generator. p = 0 drops nothing."""
+    """out = (P * M / (1 - p)) V and dV = (P * M / (1 - p))^T dO with one mask M: Bernoulli(1 - p),
+    independent over heads, batch entries and calls, the same again from the same seed of torch's
+    generator. p = 0 drops nothing."""
     rate = RATES[case.seed % len(RATES)]
     shown = _readable(kernel, case, device, rate)
     if why := _refusal(kernel, case, shown, device, rate):
@@ -45,8 +57,8 @@ def dropout(kernel: Kernel, case: Case, device: str) -> Verdict:
 
 @dataclass(frozen=True)
 class _Weights:
-    """P, what a kept P / (1 - p) may be off by, which are large enough that kept and dropped differ, which of these were kept:
-    each [B,H,Q,K]."""
+    """P, what a kept P / (1 - p) may be off by, which are large enough that kept and dropped
+    differ, which of these were kept: each [B,H,Q,K]."""
 
     rate: float
     p: Tensor
@@ -61,10 +73,15 @@ class _Weights:
 
 
 def _readable(kernel: Kernel, case: Case, device: str, rate: float) -> Case:
-    """The case, with no more keys than V has columns, and with gradients where the kernel has them."""
+    """The case, with no more keys than V has columns, and with gradients where the kernel has
+    them.
+    """
     problem, layouts = case.problem, case.layouts
     if problem.len_k > problem.dim_v:
-        problem, layouts = problem.but(dim_v=problem.dim_qk, len_k=min(problem.len_k, problem.dim_qk)), ()
+        problem, layouts = (
+            problem.but(dim_v=problem.dim_qk, len_k=min(problem.len_k, problem.dim_qk)),
+            (),
+        )
     graded = problem.but(grads=True)
     takes = kernel.unsupported(graded, device, dropout=rate) is None
     return replace(case, problem=graded if takes else problem, layouts=layouts)
@@ -92,7 +109,9 @@ def _nothing_is_dropped(kernel: Kernel, known: Truth, seed: int) -> bool:
 
 
 def _weights(kernel: Kernel, known: Truth, rate: float, seed: int) -> tuple[_Weights, Tensor]:
-    """What V = identity shows: the weights with the generator seeded, each of them checked, and what the next call keeps."""
+    """What V = identity shows: the weights with the generator seeded, each of them checked, and
+    what the next call keeps.
+    """
     p, like = known.problem, known.inputs.v
     eye = torch.eye(p.len_k, p.dim_v, dtype=like.dtype, device=like.device).expand(like.shape)
     inputs = replace(known.inputs, v=laid_out(eye))
@@ -104,9 +123,14 @@ def _weights(kernel: Kernel, known: Truth, rate: float, seed: int) -> tuple[_Wei
         error = error.masked_fill((exact.exact.lse == -torch.inf).unsqueeze(-1), UNBOUNDED)
     torch.manual_seed(seed)
     first, second = (call(kernel, p, inputs, dropout=rate).out for _ in range(2))
-    scaled, terms = want / (1 - rate), {name: part / (1 - rate) for name, part in allowed.terms.items()}
+    scaled, terms = (
+        want / (1 - rate),
+        {name: part / (1 - rate) for name, part in allowed.terms.items()},
+    )
     against = f"with p = {rate:g} and V = identity (P * M / (1 - p)); exact, if kept,"
-    compare("out", first, torch.where(first == 0, 0.0, scaled), _allowed(terms, error), against=against)
+    compare(
+        "out", first, torch.where(first == 0, 0.0, scaled), _allowed(terms, error), against=against
+    )
     told, columns = scaled > error, slice(0, p.len_k)
     found = (want, error, told, told & (first != 0), told & (second != 0))
     *mine, again = (t[..., columns] for t in found)
@@ -139,18 +163,26 @@ def _heads_differ(w: _Weights) -> None:
     at = int(far.argmax())
     if far[at] > 0:
         names = [f"b{i // w.p.shape[1]},h{i % w.p.shape[1]}" for i in (int(one[at]), int(two[at]))]
-        raise Finding(f"the heads {names[0]} and {names[1]} {_alike(counts[at], n[at], low[at], high[at])} at p = {w.rate:g}")
+        raise Finding(
+            f"the heads {names[0]} and {names[1]} {_alike(counts[at], n[at], low[at], high[at])} "
+            f"at p = {w.rate:g}"
+        )
 
 
 def _calls_differ(w: _Weights, again: Tensor) -> None:
     alike, n = int((w.kept == again)[w.told].sum()), int(w.told.sum())
     low, high = _interval(n, _by_chance(int(w.kept.sum()), int(again.sum()), n))
     if not low <= alike <= high:
-        raise Finding(f"two calls {_alike(alike, n, low, high)} at p = {w.rate:g}, torch's generator not seeded in between")
+        raise Finding(
+            f"two calls {_alike(alike, n, low, high)} at p = {w.rate:g}, torch's generator not "
+            "seeded in between"
+        )
 
 
 def _by_chance(first, second, n):
-    """How likely two masks that keep so many of n agree on one, if they are independent, whatever the rate that they have."""
+    """How likely two masks that keep so many of n agree on one, if they are independent, whatever
+    the rate that they have.
+    """
     one, two = first / np.maximum(n, 1), second / np.maximum(n, 1)
     return one * two + (1 - one) * (1 - two)
 
@@ -161,13 +193,19 @@ def _alike(count: float, n: float, low: float, high: float) -> str:
 
 
 def _interval(n, probability: float, *, tests: int = 1):
-    """Outside of these counts lies a binomial variable with at most FALSE_ALARM in all tests. Numbers, or arrays of them."""
+    """Outside of these counts lies a binomial variable with at most FALSE_ALARM in all tests.
+    Numbers, or arrays of them.
+    """
     share = FALSE_ALARM / (2 * tests)
-    return np.maximum(binom.ppf(share, n, probability), 0), np.minimum(binom.isf(share, n, probability), n)
+    return np.maximum(binom.ppf(share, n, probability), 0), np.minimum(
+        binom.isf(share, n, probability), n
+    )
 
 
 def _same_mask(kernel: Kernel, known: Truth, w: _Weights, seed: int) -> None:
-    """From the same seed the case's own V and dO meet the weights that were seen; one that was not told may be kept or not."""
+    """From the same seed the case's own V and dO meet the weights that were seen; one that was not
+    told may be kept or not.
+    """
     p, x = known.problem, known.inputs.exact(known.device)
     torch.manual_seed(seed)
     output = call(kernel, p, known.inputs, dropout=w.rate)
@@ -177,19 +215,37 @@ def _same_mask(kernel: Kernel, known: Truth, w: _Weights, seed: int) -> None:
     against = f"p = {w.rate:g}, {{}} of the weights seen with V = identity from the same seed,"
 
     beyond = unbounded((w.error >= UNBOUNDED).any(-1, keepdim=True))
-    terms = {name: ungrouped(from_keys(t, x.v.abs())) + beyond for name, t in (("weights", error), ("weights too small", doubt))}
+    terms = {
+        name: ungrouped(from_keys(t, x.v.abs())) + beyond
+        for name, t in (("weights", error), ("weights too small", doubt))
+    }
     want = ungrouped(from_keys(seen, x.v))
     units.store(terms, "output", want)
-    compare("out", output.out, want, _allowed(terms, total(terms)), against=against.format("product with V"))
+    compare(
+        "out",
+        output.out,
+        want,
+        _allowed(terms, total(terms)),
+        against=against.format("product with V"),
+    )
     if output.dv is None:
         return
     do, beyond = grouped(x.do, p), grouped(beyond, p).sum((2, 3))[:, :, None]
-    terms = {name: to_keys(t, do.abs()) + beyond for name, t in (("weights", error), ("weights too small", doubt))}
+    terms = {
+        name: to_keys(t, do.abs()) + beyond
+        for name, t in (("weights", error), ("weights too small", doubt))
+    }
     limit = limits(kernel, known)["dv"].limit.clamp(max=UNBOUNDED)
     terms["without dropout"] = dropout_error(units, torch.zeros_like(limit), limit, w.rate)
     want = to_keys(seen, do)
     units.store(terms, "output", want)
-    compare("dv", output.dv, want, _allowed(terms, total(terms)), against=against.format("product with dO"))
+    compare(
+        "dv",
+        output.dv,
+        want,
+        _allowed(terms, total(terms)),
+        against=against.format("product with dO"),
+    )
 
 
 def _allowed(terms: Terms, limit: Tensor) -> Allowance:

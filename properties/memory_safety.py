@@ -28,30 +28,41 @@ def layout(kernel: Kernel, case: Case, device: str) -> Verdict:
     if not moved:
         return Verdict(unsupported="all tensors are contiguous")
     plain = {name: laid_out(t) for name, t in (present | moved).items()}
-    here, there = (call(kernel, known.problem, replace(known.inputs, **tensors)) for tensors in (present | moved, plain))
+    here, there = (
+        call(kernel, known.problem, replace(known.inputs, **tensors))
+        for tensors in (present | moved, plain)
+    )
     said = ", ".join(f"{name} {way}" for name, way in chosen.items() if name in moved)
     return Verdict(bitwise=agree(here, there, limits(kernel, known), f"contiguous; here {said};"))
 
 
 @holds(hides=True, backward=True)
 def no_leak(kernel: Kernel, case: Case, device: str) -> Verdict:
-    """K_j, V_j replaced where rows do not see key j: these rows the same, whatever was written there, and, if no other row
-    overflows, dk and dv of the keys that only these rows see.
+    """K_j, V_j replaced where rows do not see key j: these rows the same, whatever was written
+    there, and, if no other row overflows, dk and dv of the keys that only these rows see.
     """
     known = truth(case, device)
     p, x = known.problem, known.inputs
     seen = visibility(p, x.q.device).expand(p.batch, 1, p.len_q, p.len_k)
     row = int(rng(case).integers(p.len_q)) if p.len_q else 0
-    shared = kernel.numerics(p, device).quantised is not None  # what another row sees may move the scales
+    shared = (
+        kernel.numerics(p, device).quantised is not None
+    )  # what another row sees may move the scales
     hidden = ~(seen.any(2, keepdim=True) if shared else seen[:, :, row : row + 1])  # [B,1,1,K]
     if not hidden.any():
         return Verdict(unsupported="the row sees every key")
     draw, largest = rng(case), torch.finfo(x.k.dtype).max ** 0.5
     noise = torch.from_numpy(draw.uniform(-largest, largest, (p.batch, 1, p.len_k, 1))).to(x.k)
     k, v = (laid_out(torch.where(hidden.mT, noise, t)) for t in (x.k, x.v))
-    one, two, allowed = answer(kernel, known), call(kernel, p, replace(x, k=k, v=v)), limits(kernel, known)
+    one, two, allowed = (
+        answer(kernel, known),
+        call(kernel, p, replace(x, k=k, v=v)),
+        limits(kernel, known),
+    )
     rows = ~(seen & hidden).any(-1)  # [B,1,Q] that see none of them
-    alone = ~(seen & ~rows.unsqueeze(-1)).any(2) & two.out.isfinite().all()  # [B,1,K] that only these rows see; 0 * NaN is NaN
+    alone = (
+        ~(seen & ~rows.unsqueeze(-1)).any(2) & two.out.isfinite().all()
+    )  # [B,1,K] that only these rows see; 0 * NaN is NaN
     for name in ("out", "lse", "dq", "dk", "dv"):
         got, want = getattr(two, name), getattr(one, name)
         if got is not None and want is not None:
@@ -63,15 +74,22 @@ def no_leak(kernel: Kernel, case: Case, device: str) -> Verdict:
                 at = tuple(wrong.nonzero()[0].tolist())
                 keys = hidden[at[0], 0, 0].nonzero().flatten().tolist()
                 raise Finding(
-                    f"{name}{list(at)} was {want[at].item():.6g} and is {got[at].item():.6g} after keys {keys[:5]}, which its row"
+                    f"{name}{list(at)} was {want[at].item():.6g} and is {got[at].item():.6g} after "
+                    f"keys {keys[:5]}, which its row"
                     f" does not see, were changed; allowed {2 * limit[at].item():.1e}"
                 )
-    return Verdict(bitwise=bool(same(one.out, two.out).masked_select(rows.unsqueeze(-1).expand(one.out.shape)).all()))
+    return Verdict(
+        bitwise=bool(
+            same(one.out, two.out).masked_select(rows.unsqueeze(-1).expand(one.out.shape)).all()
+        )
+    )
 
 
 @holds()
 def nan(kernel: Kernel, case: Case, device: str) -> Verdict:
-    """NaN in q_i: row i is NaN and no other. NaN in V_jc: column c of every row that sees j is NaN, no other column is."""
+    """NaN in q_i: row i is NaN and no other. NaN in V_jc: column c of every row that sees j is NaN,
+    no other column is.
+    """
     known = truth(case, device)
     p, x = known.problem, known.inputs
     sees = known.exact.lse != -torch.inf
@@ -94,7 +112,9 @@ def nan(kernel: Kernel, case: Case, device: str) -> Verdict:
     wanted, sure = before.clone(), torch.ones_like(before)
     heads = slice(h // p.group * p.group, (h // p.group + 1) * p.group)
     wanted[b, heads, rows, c] = True
-    sure[b, heads, :, c] = rows[:, None].T.expand(p.group, p.len_q)  # whether it leaks to rows that do not see j: a convention
+    sure[b, heads, :, c] = rows[:, None].T.expand(
+        p.group, p.len_q
+    )  # whether it leaks to rows that do not see j: a convention
     _as_wanted(after, wanted, f"NaN in v[{b},{h // p.group},{j},{c}]", sure)
     return Verdict()
 
@@ -138,4 +158,7 @@ def _contradictions(p: Problem, x: Inputs) -> Iterator[tuple[str, dict[str, Tens
     if p.heads_kv > 1 and p.heads_q % (p.heads_kv + 1):
         yield f"k of {p.heads_kv + 1} heads and v of {p.heads_kv}", {"k": longer(x.k, 1)}
     if p.batch > 1:
-        yield f"q of batch {p.batch} and k, v of batch {p.batch + 1}", {"k": longer(x.k, 0), "v": longer(x.v, 0)}
+        yield (
+            f"q of batch {p.batch} and k, v of batch {p.batch + 1}",
+            {"k": longer(x.k, 0), "v": longer(x.v, 0)},
+        )

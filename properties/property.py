@@ -1,4 +1,6 @@
-"""Property: a law as a short function. It raises a Finding where the law is broken; its docstring is the law in symbols."""
+"""Property: a law as a short function. It raises a Finding where the law is broken; its docstring
+is the law in symbols.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,9 @@ from verify.spec.finding import Finding
 
 @dataclass
 class Verdict:
-    """The law held. `unsupported` says why nothing was judged; `blind_to` what the case could not have seen;
-    `bitwise` whether two results that must agree agreed to the last bit; `measured` errors over what was expected and proved."""
+    """The law held. `unsupported` says why nothing was judged; `blind_to` what the case could not
+    have seen; `bitwise` whether two results that must agree agreed to the last bit; `measured`
+    errors over what was expected and proved."""
 
     unsupported: str | None = None
     blind_to: list[str] = field(default_factory=list)
@@ -33,8 +36,8 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Property:
-    """A law, and what its cases must be: without a mask, with one that hides something, without a bias, with gradients;
-    whether it needs the LSE, and which keyword the kernel must take.
+    """A law, and what its cases must be: without a mask, with one that hides something, without a
+    bias, with gradients; whether it needs the LSE, and which keyword the kernel must take.
     """
 
     name: str
@@ -74,13 +77,15 @@ def holds(
     takes: str = "",
     backward: bool = False,
 ) -> Callable[[Callable[..., Verdict]], Callable[..., Verdict]]:
-    """Register a function (kernel, case, device) -> Verdict as a property, by its name; with `backward` also as NAME-gradients,
-    whose cases have gradients.
+    """Register a function (kernel, case, device) -> Verdict as a property, by its name; with
+    `backward` also as NAME-gradients, whose cases have gradients.
     """
 
     def register(check: Callable[..., Verdict]) -> Callable[..., Verdict]:
         name = check.__name__.replace("_", "-")
-        law = Property(name, (check.__doc__ or "").strip(), check, full_mask, hides, no_bias, grads, lse, takes)
+        law = Property(
+            name, (check.__doc__ or "").strip(), check, full_mask, hides, no_bias, grads, lse, takes
+        )
         PROPERTIES[name] = law
         if backward:
             PROPERTIES[f"{name}-gradients"] = replace(law, name=f"{name}-gradients", grads=True)
@@ -100,7 +105,9 @@ def limits(kernel: Kernel, known: Truth) -> dict[str, Allowance]:
 
 
 def sound(kernel: Kernel, case: Case, device: str, law: str) -> bool:
-    """Whether the kernel takes a case that a law has changed, and is not known to be wrong on it."""
+    """Whether the kernel takes a case that a law has changed, and is not known to be wrong on
+    it.
+    """
     return not kernel.unsupported(case.problem, device) and not kernel.defect(case, device, law)
 
 
@@ -110,28 +117,39 @@ def answer(kernel: Kernel, known: Truth) -> Output:
 
 
 def both(one: Allowance, two: Allowance | Tensor) -> Allowance:
-    """How far two results may be apart: each off by its own allowance, or by that and what is known of the difference."""
+    """How far two results may be apart: each off by its own allowance, or by that and what is known
+    of the difference.
+    """
     other = two.limit if isinstance(two, Allowance) else two
     return Allowance(one.limit + other, one.terms | {"the other": other.expand_as(one.limit)})
 
 
 def difference(one: Output, two: Output) -> str:
-    """The first element in which two outputs are not the same to the last bit; empty where they are."""
+    """The first element in which two outputs are not the same to the last bit; empty where they
+    are.
+    """
     for name in TENSORS:
         a, b = getattr(one, name), getattr(two, name)
         if a is not None and b is not None and not (equal := same(a, b)).all():
             at = tuple((~equal).nonzero()[0].tolist())
             return (
-                f"{name}{list(at)} is {b[at].item():.9g}, was {a[at].item():.9g}; {int((~equal).sum())} of {a.numel()} elements"
+                f"{name}{list(at)} is {b[at].item():.9g}, was {a[at].item():.9g}; "
+                f"{int((~equal).sum())} of {a.numel()} elements"
             )
     return ""
 
 
 def agree(
-    one: Output, two: Output, allowed: dict[str, Allowance], against: str, names: tuple[str, ...] = TENSORS, *, times: int = 2
+    one: Output,
+    two: Output,
+    allowed: dict[str, Allowance],
+    against: str,
+    names: tuple[str, ...] = TENSORS,
+    *,
+    times: int = 2,
 ) -> bool:
-    """Whether two outputs for the same exact answer agree to the last bit. Raises a Finding where they are farther apart than
-    so many times the allowance: each may be off by its own.
+    """Whether two outputs for the same exact answer agree to the last bit. Raises a Finding where
+    they are farther apart than so many times the allowance: each may be off by its own.
     """
     bitwise = True
     for name in names:
@@ -143,13 +161,18 @@ def agree(
 
 
 def doubled(name: str, got: Tensor, once: Tensor, factor: float, against: str) -> bool:
-    """Whether got = factor * once to the last bit, where neither overflows and their last places are normal numbers. `factor` is
-    a power of two.
+    """Whether got = factor * once to the last bit, where neither overflows and their last places
+    are normal numbers. `factor` is a power of two.
     """
     form, want = torch.finfo(once.dtype), once.double() * factor
-    inside = (want.abs() <= form.max) & (torch.minimum(want.abs(), once.abs().double()) >= form.tiny / form.eps)
+    inside = (want.abs() <= form.max) & (
+        torch.minimum(want.abs(), once.abs().double()) >= form.tiny / form.eps
+    )
     wrong = inside & (got.double() != want)
     if wrong.any():
         at = tuple(wrong.nonzero()[0].tolist())
-        raise Finding(f"{name}{list(at)} = {got[at].item():.9g}, {factor:g} times {against} {once[at].item():.9g}: must be exact")
+        raise Finding(
+            f"{name}{list(at)} = {got[at].item():.9g}, {factor:g} times {against} "
+            f"{once[at].item():.9g}: must be exact"
+        )
     return True

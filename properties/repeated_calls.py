@@ -1,4 +1,6 @@
-"""Laws of calls after each other, and within each other: the same again, memory that is kept, what a kernel remembers."""
+"""Laws of calls after each other, and within each other: the same again, memory that is kept, what
+a kernel remembers.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,17 @@ import torch
 
 from verify import environment
 from verify.bounds.metrics import same
-from verify.properties.property import TENSORS, Verdict, agree, answer, difference, holds, limits, rng, sound
+from verify.properties.property import (
+    TENSORS,
+    Verdict,
+    agree,
+    answer,
+    difference,
+    holds,
+    limits,
+    rng,
+    sound,
+)
 from verify.reference.compare import judge
 from verify.reference.reference import Truth, about, truth
 from verify.registry import Kernel
@@ -33,8 +45,8 @@ ROUGHLY = 512
 
 @holds(backward=True)
 def repeat(kernel: Kernel, case: Case, device: str) -> Verdict:
-    """f(x) = f(x) in 20 calls: no farther apart than two right answers may be, and to the last bit where the
-    kernel declares that it is deterministic.
+    """f(x) = f(x) in 20 calls: no farther apart than two right answers may be, and to the last bit
+    where the kernel declares that it is deterministic.
     """
     known = truth(case, device)
     first, repeats = answer(kernel, known), True
@@ -51,7 +63,9 @@ def repeat(kernel: Kernel, case: Case, device: str) -> Verdict:
 
 @holds(backward=True)
 def memory_growth(kernel: Kernel, case: Case, device: str) -> Verdict:
-    """f(x) again and again, its results dropped: not every call leaves more memory in use than the one before."""
+    """f(x) again and again, its results dropped: not every call leaves more memory in use than the
+    one before.
+    """
     known = truth(case, device)
     if environment.in_use(device) is None:
         return Verdict(unsupported="this system does not say how much memory is in use")
@@ -61,7 +75,10 @@ def memory_growth(kernel: Kernel, case: Case, device: str) -> Verdict:
     if grown >= ROUGHLY:
         grown = _growth(kernel, known, gc.collect)  # what cycles of objects keep is no leak
     if grown >= ROUGHLY:
-        raise Finding(f"keeps memory: each of {MEASURED} calls on the same inputs left at least {grown} bytes more in use")
+        raise Finding(
+            f"keeps memory: each of {MEASURED} calls on the same inputs left at least {grown} "
+            "bytes more in use"
+        )
     return Verdict()
 
 
@@ -77,12 +94,15 @@ def _growth(kernel: Kernel, known: Truth, settle: Callable[[], object]) -> int:
 
 @holds(backward=True)
 def call_sequence(kernel: Kernel, case: Case, device: str) -> Verdict:
-    """f(x); f(x) with f(y) and f(z) between its forward and its backward, as layers of a model are called; f(x), where y and z
-    differ from x in one argument each: all are right, x's are the same, and the first has not changed meanwhile.
+    """f(x); f(x) with f(y) and f(z) between its forward and its backward, as layers of a model are
+    called; f(x), where y and z differ from x in one argument each: all are right, x's are the same,
+    and the first has not changed meanwhile.
     """
     known = truth(case, device)
     neighbours = _neighbours(case, known, options(kernel, device).layouts)
-    others = [n for n in neighbours if sound(kernel, replace(case, problem=n[1]), device, "call-sequence")]
+    others = [
+        n for n in neighbours if sound(kernel, replace(case, problem=n[1]), device, "call-sequence")
+    ]
     first = answer(kernel, known)
     kept = {name: t.clone() for name in TENSORS if (t := getattr(first, name)) is not None}
     chosen = [others[n] for n in rng(case).permutation(len(others))[:2]]
@@ -92,14 +112,26 @@ def call_sequence(kernel: Kernel, case: Case, device: str) -> Verdict:
             judge(kernel, call(kernel, problem, inputs), about(problem, inputs), names=TENSORS)
             for name, tensor in kept.items():
                 if not same(tensor, getattr(first, name)).all():
-                    raise Finding(f"{name} of the first call changed when the kernel was called again with {what}")
+                    raise Finding(
+                        f"{name} of the first call changed when the kernel was called again with "
+                        f"{what}"
+                    )
 
     said, allowed = " and ".join(what for what, _, _ in chosen), limits(kernel, known)
-    around = agree(call(kernel, known.problem, known.inputs, between=between), first, allowed, f"alone; here around {said};")
-    return Verdict(bitwise=around & agree(answer(kernel, known), first, allowed, f"before calls with {said};"))
+    around = agree(
+        call(kernel, known.problem, known.inputs, between=between),
+        first,
+        allowed,
+        f"alone; here around {said};",
+    )
+    return Verdict(
+        bitwise=around & agree(answer(kernel, known), first, allowed, f"before calls with {said};")
+    )
 
 
-def _neighbours(case: Case, known: Truth, layouts: dict[str, tuple[str, ...]]) -> Iterator[tuple[str, Problem, Inputs]]:
+def _neighbours(
+    case: Case, known: Truth, layouts: dict[str, tuple[str, ...]]
+) -> Iterator[tuple[str, Problem, Inputs]]:
     p, x = known.problem, known.inputs
     yield "other values", p, replace(case, seed=case.seed + 1).inputs(known.device)
     if p.grads:

@@ -20,12 +20,22 @@ from verify.spec.problem import Problem
 
 @holds(full_mask=True)
 def key_permutation(kernel: Kernel, case: Case, device: str) -> Verdict:
-    """out(Q, K[pi], V[pi], bias[:, pi]) = out(Q, K, V, bias): attention is a sum over a set of keys."""
+    """out(Q, K[pi], V[pi], bias[:, pi]) = out(Q, K, V, bias): attention is a sum over a set of
+    keys.
+    """
     if case.problem.bias == "alibi":
         return Verdict(unsupported="ALiBi depends on the keys' order")
     pi = _permutation(case, case.problem.len_k, device)
     columns = {"k": (2, pi), "v": (2, pi), "bias": (3, pi)}
-    return _same_after(kernel, case, device, columns, case.problem, restore=lambda out: out, what="before permuting the keys")
+    return _same_after(
+        kernel,
+        case,
+        device,
+        columns,
+        case.problem,
+        restore=lambda out: out,
+        what="before permuting the keys",
+    )
 
 
 @holds(full_mask=True)
@@ -36,7 +46,15 @@ def query_permutation(kernel: Kernel, case: Case, device: str) -> Verdict:
     pi = _permutation(case, case.problem.len_q, device)
     moved = {"q": (2, pi), "bias": (2, pi)}
     restore = _along(2, pi)
-    return _same_after(kernel, case, device, moved, case.problem, restore=restore, what="before permuting the queries")
+    return _same_after(
+        kernel,
+        case,
+        device,
+        moved,
+        case.problem,
+        restore=restore,
+        what="before permuting the queries",
+    )
 
 
 @holds()
@@ -45,17 +63,41 @@ def batch_permutation(kernel: Kernel, case: Case, device: str) -> Verdict:
     pi = _permutation(case, case.problem.batch, device)
     moved = {name: (0, pi) for name in ("q", "k", "v", "bias")}
     problem = case.problem.but(mask=case.problem.mask.reordered(pi.tolist()))
-    return _same_after(kernel, case, device, moved, problem, restore=_along(0, pi), what="before permuting the batch")
+    return _same_after(
+        kernel,
+        case,
+        device,
+        moved,
+        problem,
+        restore=_along(0, pi),
+        what="before permuting the batch",
+    )
 
 
 @holds()
 def head_permutation(kernel: Kernel, case: Case, device: str) -> Verdict:
-    """Permuting key heads together with their groups of query heads (bias and ALiBi slopes too) permutes the output."""
+    """Permuting key heads together with their groups of query heads (bias and ALiBi slopes too)
+    permutes the output.
+    """
     p = case.problem
     pi = _permutation(case, p.heads_kv, device)
     query_heads = (pi[:, None] * p.group + torch.arange(p.group, device=device)).flatten()
-    moved = {"q": (1, query_heads), "k": (1, pi), "v": (1, pi), "bias": (1, query_heads), "slopes": (0, query_heads)}
-    return _same_after(kernel, case, device, moved, p, restore=_along(1, query_heads), what="before permuting the heads")
+    moved = {
+        "q": (1, query_heads),
+        "k": (1, pi),
+        "v": (1, pi),
+        "bias": (1, query_heads),
+        "slopes": (0, query_heads),
+    }
+    return _same_after(
+        kernel,
+        case,
+        device,
+        moved,
+        p,
+        restore=_along(1, query_heads),
+        what="before permuting the heads",
+    )
 
 
 @holds()
@@ -64,19 +106,35 @@ def replicate(kernel: Kernel, case: Case, device: str) -> Verdict:
     problem, x = case.problem, truth(case, device).inputs
     if problem.batch == 1:
         return Verdict(unsupported="one request")
-    mask = Mask(tuple((n, (a[0],) * len(a) if n == "padding" else a) for n, a in problem.mask.parts))
+    mask = Mask(
+        tuple((n, (a[0],) * len(a) if n == "padding" else a) for n, a in problem.mask.parts)
+    )
     repeated = replace(
-        x, **{n: t[:1].expand(t.shape).clone() for n in ("q", "k", "v", "bias") if (t := getattr(x, n)) is not None}
+        x,
+        **{
+            n: t[:1].expand(t.shape).clone()
+            for n in ("q", "k", "v", "bias")
+            if (t := getattr(x, n)) is not None
+        },
     )
     known = about(problem.but(mask=mask), repeated)
     out, allowed = answer(kernel, known).out, limits(kernel, known)["out"]
-    compare("out", out, out[:1].expand(out.shape), allowed, against="entry 0, the same request,", times=2)
+    compare(
+        "out",
+        out,
+        out[:1].expand(out.shape),
+        allowed,
+        against="entry 0, the same request,",
+        times=2,
+    )
     return Verdict(bitwise=bool((out == out[:1]).all()))
 
 
 @holds()
 def alone(kernel: Kernel, case: Case, device: str) -> Verdict:
-    """out(q[b, h]) alone = out[b, h]: a batch entry and a key head with its query heads depend on no other."""
+    """out(q[b, h]) alone = out[b, h]: a batch entry and a key head with its query heads depend on
+    no other.
+    """
     p, x = case.problem, truth(case, device).inputs
     b, g = (int(n) for n in rng(case).integers((p.batch, p.heads_kv)))
     if p.batch * p.heads_kv == 1:
@@ -84,7 +142,14 @@ def alone(kernel: Kernel, case: Case, device: str) -> Verdict:
     known = about(*part(p, x, slice(b, b + 1), slice(g, g + 1)))
     whole = answer(kernel, truth(case, device)).out[b : b + 1, g * p.group : (g + 1) * p.group]
     out = answer(kernel, known).out
-    compare("out", out, whole, limits(kernel, known)["out"], against=f"within the batch (entry {b}, key head {g})", times=2)
+    compare(
+        "out",
+        out,
+        whole,
+        limits(kernel, known)["out"],
+        against=f"within the batch (entry {b}, key head {g})",
+        times=2,
+    )
     return Verdict(bitwise=torch.equal(out, whole))
 
 
@@ -99,14 +164,16 @@ def grouped_heads(kernel: Kernel, case: Case, device: str) -> Verdict:
         return Verdict(unsupported=reason)
     k, v = (t.repeat_interleave(p.group, 1) for t in (known.inputs.k, known.inputs.v))
     other = call(kernel, repeated, replace(known.inputs, k=k, v=v))
-    bitwise = agree(answer(kernel, known), other, limits(kernel, known), "with K and V repeated", ("out", "lse"))
+    bitwise = agree(
+        answer(kernel, known), other, limits(kernel, known), "with K and V repeated", ("out", "lse")
+    )
     return Verdict(bitwise=bitwise)
 
 
 @holds()
 def mask_equivalence(kernel: Kernel, case: Case, device: str) -> Verdict:
-    """One mask, whatever it is called and however it is handed over (rule, booleans, additive -inf or the lowest finite number),
-    gives one output.
+    """One mask, whatever it is called and however it is handed over (rule, booleans, additive -inf
+    or the lowest finite number), gives one output.
     """
     known, p = truth(case, device), case.problem
     ways = [(w, known.inputs, f"the mask {w.mask} as {w.mask_as}") for w in _equivalent(p)]
@@ -115,7 +182,13 @@ def mask_equivalence(kernel: Kernel, case: Case, device: str) -> Verdict:
         hidden = ~visibility(p, known.inputs.q.device).expand(lowest.shapes["bias"])
         bias = torch.zeros(hidden.shape, dtype=TORCH_DTYPES[p.dtype], device=device)
         lowest_finite = torch.finfo(bias.dtype).min
-        ways.append((lowest, replace(known.inputs, bias=bias.masked_fill(hidden, lowest_finite)), "the lowest finite number"))
+        ways.append(
+            (
+                lowest,
+                replace(known.inputs, bias=bias.masked_fill(hidden, lowest_finite)),
+                "the lowest finite number",
+            )
+        )
     ways = [way for way in ways if kernel.unsupported(way[0], device) is None]
     if not ways:
         return Verdict(unsupported="takes no second form of this mask")
@@ -131,13 +204,24 @@ def mask_equivalence(kernel: Kernel, case: Case, device: str) -> Verdict:
 
 def _equivalent(problem: Problem) -> list[Problem]:
     """The same visibility under other names and in the other forms."""
-    window_of = {"full": "window(-1,-1)", "causal_lower_right": "window(-1,0)", "causal_upper_left": "prefix_lm(0)"}
+    window_of = {
+        "full": "window(-1,-1)",
+        "causal_lower_right": "window(-1,0)",
+        "causal_upper_left": "prefix_lm(0)",
+    }
     masks = [window_of[str(problem.mask)]] if str(problem.mask) in window_of else []
-    if problem.len_q == problem.len_k and problem.mask.names <= {"causal_upper_left", "causal_lower_right"}:
+    if problem.len_q == problem.len_k and problem.mask.names <= {
+        "causal_upper_left",
+        "causal_lower_right",
+    }:
         masks += ["causal_upper_left", "causal_lower_right"]
     everything = Mask((("padding", (problem.len_k,) * problem.batch),))
     named = [problem.but(mask=m) for m in (*map(Mask.parse, masks), problem.mask & everything)]
-    handed = [problem.but(mask_as=form) for form in ("rule", "bool", "float")] if problem.mask.names != {"full"} else []
+    handed = (
+        [problem.but(mask_as=form) for form in ("rule", "bool", "float")]
+        if problem.mask.names != {"full"}
+        else []
+    )
     return [way for way in dict.fromkeys(named + handed) if way != problem]
 
 
@@ -152,8 +236,19 @@ def _along(dim: int, pi: Tensor) -> Callable[[Tensor], Tensor]:
 
 def _moved(inputs: Inputs, moves: dict[str, tuple[int, Tensor]]) -> Inputs:
     """Inputs permuted along one dimension each; what is broadcast (size 1) or absent stays."""
-    present = {n: (getattr(inputs, n), dim, pi) for n, (dim, pi) in moves.items() if getattr(inputs, n) is not None}
-    return replace(inputs, **{n: t.index_select(dim, pi) for n, (t, dim, pi) in present.items() if t.shape[dim] == len(pi)})
+    present = {
+        n: (getattr(inputs, n), dim, pi)
+        for n, (dim, pi) in moves.items()
+        if getattr(inputs, n) is not None
+    }
+    return replace(
+        inputs,
+        **{
+            n: t.index_select(dim, pi)
+            for n, (t, dim, pi) in present.items()
+            if t.shape[dim] == len(pi)
+        },
+    )
 
 
 def _same_after(

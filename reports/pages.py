@@ -14,11 +14,17 @@ LEFT = ("kernel", "inputs", "tensor", "problem")
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], style: str) -> str:
     align = ["left" if name in LEFT else "right" for name in headings]
-    return tabulate(rows, headings, tablefmt=style, colalign=align if rows else None, disable_numparse=True)
+    return tabulate(
+        rows, headings, tablefmt=style, colalign=align if rows else None, disable_numparse=True
+    )
 
 
-def markdown(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> str:
-    """A heading, the table, a list of notes. What a cell holds stays in it, whatever a kernel or file is called."""
+def markdown(
+    title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str] = ()
+) -> str:
+    """A heading, the table, a list of notes. What a cell holds stays in it, whatever a kernel or
+    file is called.
+    """
     listed = "".join(f"- {note}\n" for note in notes)
     cells = [[_cell(text) for text in row] for row in rows]
     return f"## {title}\n\n{_table(headings, cells, 'pipe')}\n" + (f"\n{listed}" if listed else "")

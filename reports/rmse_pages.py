@@ -1,4 +1,6 @@
-"""A stored RMSE report on the terminal, as markdown, LaTeX, CSV and plots. Needs neither torch nor a GPU."""
+"""A stored RMSE report on the terminal, as markdown, LaTeX, CSV and plots. Needs neither torch nor
+a GPU.
+"""
 
 from __future__ import annotations
 
@@ -28,15 +30,24 @@ def show(report: dict[str, Any], folder: Path, console: Console) -> None:
         plots = rmse_plot.plot(report, folder)
     except OSError as error:
         raise VerifyError(
-            f"out={folder}: {error.strerror}; the figures are above and in table.json, if that was written"
+            f"out={folder}: {error.strerror}; the figures are above and in table.json, if that was "
+            "written"
         ) from error
-    console.print(f"written: {', '.join(str(folder / f'table.{kind}') for kind in ('md', 'tex', 'csv'))}{plots}", markup=False)
+    console.print(
+        "written: "
+        f"{', '.join(str(folder / f'table.{kind}') for kind in ('md', 'tex', 'csv'))}{plots}",
+        markup=False,
+    )
     if others := [section["title"] for section in sections[1:]]:
         console.print(f"there, too: {'; '.join(others)}", markup=False)
 
 
-def from_stored(path: Path | None, compare: tuple[Path, Path] | None, folder: Path, console: Console) -> None:
-    """Compare two stored reports; render one. Raises VerifyError for a file that is no report of this version."""
+def from_stored(
+    path: Path | None, compare: tuple[Path, Path] | None, folder: Path, console: Console
+) -> None:
+    """Compare two stored reports; render one. Raises VerifyError for a file that is no report of
+    this version.
+    """
     if compare is not None:
         old, new = (stored.load(file, SCHEMA) for file in compare)
         console.print(comparison.table(old, new))
@@ -49,7 +60,9 @@ def _write(report: dict[str, Any], sections: list[dict[str, Any]], folder: Path)
     """table.csv has a line for each row and draw."""
     titled = [(title(s, reduced=report["reduced"]), *cells(s)) for s in sections]
     notes = "".join(f"- {note}\n" for note in footnotes(report))
-    (folder / "table.md").write_text("\n".join(pages.markdown(*t) for t in titled) + f"\n{notes}", encoding="utf-8")
+    (folder / "table.md").write_text(
+        "\n".join(pages.markdown(*t) for t in titled) + f"\n{notes}", encoding="utf-8"
+    )
     (folder / "table.tex").write_text("\n".join(pages.latex(*t) for t in titled), encoding="utf-8")
     rows = [(s["name"], row) for s in sections for row in s["rows"]]
     names = sorted({name for _, row in rows for draw in row["draws"] for name in draw})
@@ -59,4 +72,6 @@ def _write(report: dict[str, Any], sections: list[dict[str, Any]], folder: Path)
         writer.writerow(["section", *keys, "draw", *names])
         for section, row in rows:
             for number, draw in enumerate(row["draws"]):
-                writer.writerow([section, *(row[k] for k in keys), number, *(draw.get(n, "") for n in names)])
+                writer.writerow(
+                    [section, *(row[k] for k in keys), number, *(draw.get(n, "") for n in names)]
+                )

@@ -1,4 +1,6 @@
-"""The RMSE report as plots: error against length, and of each row of Table 3 how much is quantisation and how much arithmetic."""
+"""The RMSE report as plots: error against length, and of each row of Table 3 how much is
+quantisation and how much arithmetic.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,16 @@ from verify.reports.rmse_table import pooled
 
 
 def plot(report: dict[str, Any], folder: Path) -> str:
-    """lengths.png and rows.png, of what the report has; a sentence to append to the names of what was written."""
+    """lengths.png and rows.png, of what the report has; a sentence to append to the names of what
+    was written.
+    """
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415 - optional, and slow to load
     except ImportError:
         return " (no plots: pip install matplotlib)"
-    sections = {section["name"]: section["rows"] for section in report["sections"] if section["rows"]}
+    sections = {
+        section["name"]: section["rows"] for section in report["sections"] if section["rows"]
+    }
     written = []
     for name, draw in (("lengths", _lengths), ("table3", _rows)):
         if name in sections:
@@ -47,7 +53,12 @@ def _rows(figure: Any, rows: list[dict[str, Any]]) -> None:
     names = [f"{row['kernel']} {row['dtype']}" for row in rows]
     places = range(len(rows))
     for shift, figure_name in ((-0.2, "input"), (0.2, "arithmetic")):
-        axes.bar([n + shift for n in places], [pooled(row, figure_name) for row in rows], width=0.4, label=figure_name)
+        axes.bar(
+            [n + shift for n in places],
+            [pooled(row, figure_name) for row in rows],
+            width=0.4,
+            label=figure_name,
+        )
     axes.set(yscale="log", ylabel="RMSE")
     axes.set_xticks(list(places), names, rotation=60, ha="right", fontsize="x-small")
     axes.legend(["input rounding, quantisation", "kernel arithmetic"])

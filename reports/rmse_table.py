@@ -1,7 +1,8 @@
 """The RMSE tables of a stored report: what is in a cell. Needs neither torch nor a GPU.
 
-A figure is the root mean square over the draws, in brackets its 95 % confidence interval: Student's t on the mean squares, the
-draws being independent. Draws are the same for every row, so that rows are compared draw by draw (reports/comparison.py).
+A figure is the root mean square over the draws, in brackets its 95 % confidence interval: Student's
+t on the mean squares, the draws being independent. Draws are the same for every row, so that rows
+are compared draw by draw (reports/comparison.py).
 """
 
 from __future__ import annotations
@@ -27,14 +28,27 @@ PAPER = {
     "fp8-rotated": ("FlashAttention-3 FP8, no block quantisation", 9.3e-3),
     "fp8-head": ("FlashAttention-3 FP8, no incoherent processing", 2.4e-2),
 }
-"""FlashAttention-3's Table 3 (arXiv 2407.08608): total RMSE, inputs in FP16, of the kernel that does what that row says."""
+"""FlashAttention-3's Table 3 (arXiv 2407.08608): total RMSE, inputs in FP16, of the kernel that
+does what that row says.
+"""
 PAPER_CASE = ("b1.h16.q8192.k8192.d128.fp16.full", "outliers(0.001,10)")
-HEADINGS = ("total", "input rounding, quantisation", "kernel arithmetic", "expected", "measured / expected", "alpha - 1", "bias")
+HEADINGS = (
+    "total",
+    "input rounding, quantisation",
+    "kernel arithmetic",
+    "expected",
+    "measured / expected",
+    "alpha - 1",
+    "bias",
+)
 NOTES = (
     "total: against FP64 attention of the unrounded inputs (what the paper prints)",
-    "input rounding, quantisation: FP64 attention of the values that the kernel multiplies against that of the unrounded inputs",
-    "kernel arithmetic, alpha, bias: against FP64 attention of the values that the kernel multiplies",
-    "expected: FP64 emulation of the declared roundings, against the same; of the first draw, as is measured / expected",
+    "input rounding, quantisation: FP64 attention of the values that the kernel multiplies against "
+    "that of the unrounded inputs",
+    "kernel arithmetic, alpha, bias: against FP64 attention of the values that the kernel "
+    "multiplies",
+    "expected: FP64 emulation of the declared roundings, against the same; of the first draw, as "
+    "is measured / expected",
     "where a kernel quantises, its error is split in the first few draws; total is of all",
 )
 
@@ -45,7 +59,9 @@ def squares(row: dict[str, Any], figure: str) -> list[float]:
 
 
 def student(values: Sequence[float]) -> tuple[float, float] | None:
-    """Student's confidence interval of the mean of independent values; None where there are fewer than two."""
+    """Student's confidence interval of the mean of independent values; None where there are fewer
+    than two.
+    """
     if len(values) < 2:
         return None
     if min(values) == max(values):
@@ -76,10 +92,17 @@ def ratio(row: dict[str, Any]) -> float:
 def cells(section: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """(headings, rows of text) of one section."""
     rows = section["rows"]
-    several = len({(row["problem"].replace(f".{row['dtype']}.", "."), row["recipe"]) for row in rows}) > 1
+    several = (
+        len({(row["problem"].replace(f".{row['dtype']}.", "."), row["recipe"]) for row in rows}) > 1
+    )
     tensors = any(row["tensor"] != "out" for row in rows)
     paper = any(_paper(row) for row in rows)
-    headings = ["kernel", *(["inputs"] if several else ["dtype"]), *(["tensor"] if tensors else []), *HEADINGS]
+    headings = [
+        "kernel",
+        *(["inputs"] if several else ["dtype"]),
+        *(["tensor"] if tensors else []),
+        *HEADINGS,
+    ]
     shown = []
     for row in rows:
         where = f"{row['problem']}/{row['recipe']}" if several else row["dtype"]
@@ -93,8 +116,16 @@ def _figures(row: dict[str, Any]) -> list[str]:
     spread = f" [{bounds[0]:.2e}, {bounds[1]:.2e}]" if bounds else ""
     parts = [f"{pooled(row, name):.2e}" for name in ("input", "arithmetic", "expected")]
     split = [draw for draw in row["draws"] if "alpha" in draw]
-    alpha, bias = (sum(draw[name] for draw in split) / max(1, len(split)) for name in ("alpha", "bias"))
-    return [f"{pooled(row, 'total'):.2e}{spread}", *parts, f"{ratio(row):.3f}", f"{alpha - 1:+.1e}", f"{bias:+.1e}"]
+    alpha, bias = (
+        sum(draw[name] for draw in split) / max(1, len(split)) for name in ("alpha", "bias")
+    )
+    return [
+        f"{pooled(row, 'total'):.2e}{spread}",
+        *parts,
+        f"{ratio(row):.3f}",
+        f"{alpha - 1:+.1e}",
+        f"{bias:+.1e}",
+    ]
 
 
 def _paper(row: dict[str, Any]) -> tuple[str, float] | None:
@@ -103,7 +134,11 @@ def _paper(row: dict[str, Any]) -> tuple[str, float] | None:
 
 def _beside(row: dict[str, Any]) -> list[str]:
     figure = _paper(row)
-    return [f"{figure[1]:.1e} {figure[0]}", f"{pooled(row, 'total') / figure[1]:.2f}"] if figure else ["-", "-"]
+    return (
+        [f"{figure[1]:.1e} {figure[0]}", f"{pooled(row, 'total') / figure[1]:.2f}"]
+        if figure
+        else ["-", "-"]
+    )
 
 
 def table(section: dict[str, Any], *, reduced: bool) -> Table:
@@ -112,7 +147,9 @@ def table(section: dict[str, Any], *, reduced: bool) -> Table:
     shown = Table(title=title(section, reduced=reduced), title_justify="left", box=box.SIMPLE_HEAD)
     for name in headings:
         side: Any = "left" if name in pages.LEFT else "right"
-        shown.add_column(name.replace(", ", ",\n").replace(" / ", " /\n"), justify=side, no_wrap=name != "paper")
+        shown.add_column(
+            name.replace(", ", ",\n").replace(" / ", " /\n"), justify=side, no_wrap=name != "paper"
+        )
     for row in rows:
         shown.add_row(*row)
     return shown
@@ -131,12 +168,21 @@ def footnotes(report: dict[str, Any]) -> list[str]:
     for entry in report["unsupported"]:
         reasons.setdefault((entry["kernel"], entry["reason"]), {})[entry["dtype"]] = None
     lines = [
-        f"not measured: {kernel} {', '.join(filter(None, dtypes))}: {reason}" for (kernel, reason), dtypes in reasons.items()
+        f"not measured: {kernel} {', '.join(filter(None, dtypes))}: {reason}"
+        for (kernel, reason), dtypes in reasons.items()
     ]
-    return [*NOTES, *lines, ", ".join(f"{name} {value}" for name, value in report["environment"].items())]
+    return [
+        *NOTES,
+        *lines,
+        ", ".join(f"{name} {value}" for name, value in report["environment"].items()),
+    ]
 
 
 def rows_of(report: dict[str, Any]) -> dict[tuple[str, ...], dict[str, Any]]:
     """Every row by what it measures."""
     keys = ("kernel", "problem", "recipe", "tensor")
-    return {tuple(row[k] for k in keys): row for section in report["sections"] for row in section["rows"]}
+    return {
+        tuple(row[k] for k in keys): row
+        for section in report["sections"]
+        for row in section["rows"]
+    }

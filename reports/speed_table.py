@@ -1,4 +1,6 @@
-"""The speed table from a stored benchmark: terminal, markdown, CSV, plot. Needs neither torch nor a GPU."""
+"""The speed table from a stored benchmark: terminal, markdown, CSV, plot. Needs neither torch nor a
+GPU.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +18,20 @@ BASELINE = "sdpa-flash"
 FIGURES = ("ms", "tflops", "rmse")
 
 
-HEADINGS = ["problem", "kernel", *(f"{w} {x}" for w in ("fwd", "bwd") for x in ("TFLOP/s", "x flash", "x best", "RMSE"))]
+HEADINGS = [
+    "problem",
+    "kernel",
+    *(f"{w} {x}" for w in ("fwd", "bwd") for x in ("TFLOP/s", "x flash", "x best", "RMSE")),
+]
 
 
 def rows(report: dict[str, Any]) -> list[list[str]]:
     """A line for each problem and kernel, forward and backward."""
     both = ("forward", "backward")
-    return [[row["problem"], row["kernel"], *(c for w in both for c in _cells(report, row, w))] for row in report["rows"]]
+    return [
+        [row["problem"], row["kernel"], *(c for w in both for c in _cells(report, row, w))]
+        for row in report["rows"]
+    ]
 
 
 def table(report: dict[str, Any]) -> Table:
@@ -41,7 +50,14 @@ def table(report: dict[str, Any]) -> Table:
 def _cells(report: dict[str, Any], row: dict[str, Any], which: str) -> list[str]:
     if "tflops" not in row.get(which, {}):
         return ["-"] * 4
-    own, others = row[which], [r for r in report["rows"] if r["problem"] == row["problem"] and "tflops" in r.get(which, {})]
+    own, others = (
+        row[which],
+        [
+            r
+            for r in report["rows"]
+            if r["problem"] == row["problem"] and "tflops" in r.get(which, {})
+        ],
+    )
     flash = next((r[which]["tflops"] for r in others if r["kernel"] == BASELINE), None)
     best = max(r[which]["tflops"] for r in others)
     relative = [f"{own['tflops'] / other:.2f}" if other else "-" for other in (flash, best)]
@@ -51,12 +67,18 @@ def _cells(report: dict[str, Any], row: dict[str, Any], which: str) -> list[str]
 def _stages(report: dict[str, Any], row: dict[str, Any]) -> str:
     """The parts of a forward, in ms; of `attention` also how fast it is."""
     others = {
-        r["kernel"]: r["forward"]["tflops"] for r in report["rows"] if r["problem"] == row["problem"] and "tflops" in r["forward"]
+        r["kernel"]: r["forward"]["tflops"]
+        for r in report["rows"]
+        if r["problem"] == row["problem"] and "tflops" in r["forward"]
     }
     parts = [f"{name} {ms:.3f} ms" for name, ms in row["stages"].items()]
     if "attention" in row["stages"]:
         speed = row["forward"]["tflops"] * row["forward"]["ms"] / row["stages"]["attention"]
-        ratios = [f"{speed / tflops:.2f} x {kernel}" for kernel, tflops in others.items() if kernel != row["kernel"]]
+        ratios = [
+            f"{speed / tflops:.2f} x {kernel}"
+            for kernel, tflops in others.items()
+            if kernel != row["kernel"]
+        ]
         parts.append(f"attention alone {speed:.0f} TFLOP/s, {', '.join(ratios)}")
     return f"{row['kernel']}, {row['problem']}: {', '.join(parts)}"
 
@@ -64,16 +86,28 @@ def _stages(report: dict[str, Any], row: dict[str, Any]) -> str:
 def footnotes(report: dict[str, Any]) -> list[str]:
     """What a figure is, what was not measured and why, and what can change a number."""
     lines = [
-        "TFLOP/s: 4 B H N^2 D operations forward, half where causal, 2.5 times that backward, over the median of"
-        f" {report['repeats']} calls between CUDA events; launches are queued ahead, so the host's time is not in it",
+        "TFLOP/s: 4 B H N^2 D operations forward, half where causal, 2.5 times that backward, over "
+        "the median of"
+        f" {report['repeats']} calls between CUDA events; launches are queued ahead, so the host's "
+        "time is not in it",
         f"x flash: against {BASELINE} in this run; x best: against the fastest of this run",
-        "RMSE: of out, and of dq, dk, dv together, in the first batch entry, against FP64 attention of the same N(0,1) inputs",
+        "RMSE: of out, and of dq, dk, dv together, in the first batch entry, against FP64 "
+        "attention of the same N(0,1) inputs",
     ]
     lines += [_stages(report, row) for row in report["rows"] if row.get("stages")]
-    measured = [(r["kernel"], which, r[which]) for r in report["rows"] for which in ("forward", "backward") if which in r]
-    reasons = dict.fromkeys((kernel, which, found["reason"]) for kernel, which, found in measured if "reason" in found)
+    measured = [
+        (r["kernel"], which, r[which])
+        for r in report["rows"]
+        for which in ("forward", "backward")
+        if which in r
+    ]
+    reasons = dict.fromkeys(
+        (kernel, which, found["reason"]) for kernel, which, found in measured if "reason" in found
+    )
     lines += [f"not measured: {kernel} {which}: {reason}" for kernel, which, reason in reasons]
-    lines += [f"unavailable: {entry['kernel']}: {entry['reason']}" for entry in report["unavailable"]]
+    lines += [
+        f"unavailable: {entry['kernel']}: {entry['reason']}" for entry in report["unavailable"]
+    ]
     return [*lines, ", ".join(f"{name} {value}" for name, value in report["environment"].items())]
 
 
@@ -87,11 +121,20 @@ def write(report: dict[str, Any], folder: Path) -> None:
         for row in report["rows"]:
             for which in ("forward", "backward"):
                 found = row.get(which, {})
-                writer.writerow([row["problem"], row["kernel"], which, *(found.get(f, "") for f in (*FIGURES, "reason"))])
+                writer.writerow(
+                    [
+                        row["problem"],
+                        row["kernel"],
+                        which,
+                        *(found.get(f, "") for f in (*FIGURES, "reason")),
+                    ]
+                )
 
 
 def plot(report: dict[str, Any], folder: Path) -> str:
-    """speed.png, TFLOP/s against length for each head dim, mask and direction; a sentence to append where it cannot be drawn."""
+    """speed.png, TFLOP/s against length for each head dim, mask and direction; a sentence to append
+    where it cannot be drawn.
+    """
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415 - optional, and slow to load
     except ImportError:
@@ -105,14 +148,19 @@ def plot(report: dict[str, Any], folder: Path) -> str:
                 panel.setdefault(row["kernel"], []).append((int(found[1]), row[which]["tflops"]))
     if not series:
         return ""
-    down, across = sorted({(mask, which) for _, mask, which in series}), sorted({dim for dim, _, _ in series})
+    down, across = (
+        sorted({(mask, which) for _, mask, which in series}),
+        sorted({dim for dim, _, _ in series}),
+    )
     figure = Figure(figsize=(4.5 * len(across), 3.2 * len(down)), layout="constrained")
     panels = figure.subplots(len(down), len(across), squeeze=False)
     for (dim, mask, which), lines in series.items():
         axes = panels[down.index((mask, which))][across.index(dim)]
         for kernel, points in lines.items():
             axes.plot(*zip(*sorted(points), strict=True), marker="o", label=kernel)
-        axes.set(title=f"{which}, D {dim}, {mask}", xlabel="length", ylabel="TFLOP/s", ylim=(0, None))
+        axes.set(
+            title=f"{which}, D {dim}, {mask}", xlabel="length", ylabel="TFLOP/s", ylim=(0, None)
+        )
         axes.set_xscale("log", base=2)
         axes.grid(alpha=0.3)
     fullest = max(series, key=lambda panel: len(series[panel]))

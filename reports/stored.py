@@ -1,4 +1,6 @@
-"""Stored measurements: one JSON file that is replaced as a whole, so that whatever interrupts a run leaves the last good one."""
+"""Stored measurements: one JSON file that is replaced as a whole, so that whatever interrupts a run
+leaves the last good one.
+"""
 
 from __future__ import annotations
 
@@ -17,24 +19,41 @@ def replace(path: Path, text: str) -> None:
 
 
 def save(report: dict[str, Any], path: Path) -> None:
-    """Replace the file. Raises VerifyError where that fails (a full disk); what it held before is still there then."""
+    """Replace the file. Raises VerifyError where that fails (a full disk); what it held before is
+    still there then.
+    """
     try:
         replace(path, json.dumps(report, indent=1))
     except OSError as error:
-        raise VerifyError(f"{path}: {error.strerror}; what was stored there before is kept") from error
+        raise VerifyError(
+            f"{path}: {error.strerror}; what was stored there before is kept"
+        ) from error
 
 
 def load(path: Path, schema: int) -> dict[str, Any]:
-    """A stored report of this schema. Raises VerifyError where it is missing, not JSON, cut short, or of another schema."""
+    """A stored report of this schema. Raises VerifyError where it is missing, not JSON, cut short,
+    or of another schema.
+    """
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise VerifyError(f"{path}: {error.strerror}; name the .json that a run has written") from error
+        raise VerifyError(
+            f"{path}: {error.strerror}; name the .json that a run has written"
+        ) from error
     except ValueError as error:
-        raise VerifyError(f"{path}: not JSON ({error}); name the .json that a run has written") from error
+        raise VerifyError(
+            f"{path}: not JSON ({error}); name the .json that a run has written"
+        ) from error
     found = report.get("schema") if isinstance(report, dict) else None
     if found != schema:
-        raise VerifyError(f"{path}: schema {found!r}, this version reads {schema}; measure again with this version")
-    if missing := [name for name in ("environment", "sections", "unsupported") if name not in report]:
-        raise VerifyError(f"{path}: {missing[0]!r} is missing; the file is no whole report, measure again")
+        raise VerifyError(
+            f"{path}: schema {found!r}, this version reads {schema}; measure again with this "
+            "version"
+        )
+    if missing := [
+        name for name in ("environment", "sections", "unsupported") if name not in report
+    ]:
+        raise VerifyError(
+            f"{path}: {missing[0]!r} is missing; the file is no whole report, measure again"
+        )
     return report

@@ -1,4 +1,6 @@
-"""attention-verify: decides whether an attention kernel is right. `from verify import kernel` is all that a kernel needs."""
+"""attention-verify: decides whether an attention kernel is right. `from verify import kernel` is
+all that a kernel needs.
+"""
 
 from verify.errors import VerifyError
 from verify.registry import kernel

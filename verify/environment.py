@@ -1,4 +1,6 @@
-"""What can change a number: devices, versions, settings. Chooses the device, prepares Triton, shares GPUs among workers."""
+"""What can change a number: devices, versions, settings. Chooses the device, prepares Triton,
+shares GPUs among workers.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from pathlib import Path
 from verify.errors import VerifyError
 
 WORKERS_PER_GPU = 8
-"""Cases are small and the CPU does half of the work: several processes share a GPU well, more only queue for it."""
+"""Cases are small and the CPU does half of the work: several processes share a GPU well, more only
+queue for it.
+"""
 
 
 def prepare(device: str | None = None) -> str:
@@ -31,14 +35,17 @@ def prepare(device: str | None = None) -> str:
     interpret = "1" if device == "cpu" else "0"
     if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET", "0") != interpret:
         raise VerifyError(
-            f"device {device!r}: Triton was imported before with TRITON_INTERPRET={1 - int(interpret)}; start a new process"
+            f"device {device!r}: Triton was imported before with "
+            f"TRITON_INTERPRET={1 - int(interpret)}; start a new process"
         )
     os.environ["TRITON_INTERPRET"] = interpret
     return device
 
 
 def workers() -> int | None:
-    """How many xdist workers suit the GPUs present; None where there is none (then xdist counts cores)."""
+    """How many xdist workers suit the GPUs present; None where there is none (then xdist counts
+    cores).
+    """
     import torch
 
     gpus = torch.cuda.device_count()
@@ -46,7 +53,9 @@ def workers() -> int | None:
 
 
 def share_machine(worker: str | None) -> None:
-    """Give an xdist worker ("gw3") its GPU, round robin, and one CPU thread: workers with more would fight for the cores."""
+    """Give an xdist worker ("gw3") its GPU, round robin, and one CPU thread: workers with more
+    would fight for the cores.
+    """
     import torch
 
     if worker is None:
@@ -57,7 +66,9 @@ def share_machine(worker: str | None) -> None:
 
 
 def in_use(device: str) -> int | None:
-    """Bytes that are allocated and not freed, on the GPU or in glibc's heap, as torch's tensors are; None where nobody says."""
+    """Bytes that are allocated and not freed, on the GPU or in glibc's heap, as torch's tensors
+    are; None where nobody says.
+    """
     if device == "cuda":
         import torch
 
@@ -79,12 +90,13 @@ def held(pid: int | None) -> int:
         return 0
 
 
+_MALLINFO = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+
+
 class _Mallinfo(ctypes.Structure):
     """mallinfo(3)."""
 
-    _fields_ = tuple(
-        (n, ctypes.c_size_t) for n in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
-    )
+    _fields_ = tuple((n, ctypes.c_size_t) for n in _MALLINFO.split())
 
 
 def describe(device: str) -> dict[str, str]:
@@ -100,8 +112,12 @@ def describe(device: str) -> dict[str, str]:
         "python": platform.python_version(),
         "attention-verify": _version("attention-verify"),
         "float32 matmul": torch.get_float32_matmul_precision(),
-        "bf16 reduced reduction": str(torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction),
-        "fp16 reduced reduction": str(torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction),
+        "bf16 reduced reduction": str(
+            torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+        ),
+        "fp16 reduced reduction": str(
+            torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction
+        ),
     }
     if device == "cuda":
         facts["cuda"], facts["cudnn"] = str(torch.version.cuda), str(torch.backends.cudnn.version())

@@ -1,4 +1,6 @@
-"""The one error that a user's input can cause. The command line prints it as one line and exits with 2."""
+"""The one error that a user's input can cause. The command line prints it as one line and exits
+with 2.
+"""
 
 
 class VerifyError(ValueError):

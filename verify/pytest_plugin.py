@@ -1,4 +1,6 @@
-"""The pytest side of the runner: options, the matrix kernel x property, GPUs shared among xdist workers, the closing tables."""
+"""The pytest side of the runner: options, the matrix kernel x property, GPUs shared among xdist
+workers, the closing tables.
+"""
 
 from __future__ import annotations
 
@@ -24,31 +26,66 @@ if TYPE_CHECKING:
 JUDGED = {"cpu": 25, "cuda": 40}
 """Cases judged for each kernel and property in a plain `pytest` run, ..."""
 PATIENCE = 4.0
-"""... or as many as so many seconds allow: an interpreted kernel is slow. The closing table says how many it were."""
+"""... or as many as so many seconds allow: an interpreted kernel is slow. The closing table says
+how many it were.
+"""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Options of a run; the command line of `verify` sets them too."""
     group = parser.getgroup("verify", "attention-verify")
     group.addoption(
-        "--kernel", action="append", metavar="TARGET", help="a kernel's name or path/to/file.py[::name]; default: all bundled"
+        "--kernel",
+        action="append",
+        metavar="TARGET",
+        help="a kernel's name or path/to/file.py[::name]; default: all bundled",
     )
     group.addoption("--property", action="append", metavar="NAME", help="judge only this property")
-    group.addoption("--device", default=None, help="cpu or cuda; default: cuda where there is a GPU")
     group.addoption(
-        "--seconds", type=float, default=None, help="time for the whole kernel x property matrix instead of a number of cases"
+        "--device", default=None, help="cpu or cuda; default: cuda where there is a GPU"
     )
-    group.addoption("--cases", type=int, default=None, help="cases to judge for each kernel and property")
+    group.addoption(
+        "--seconds",
+        type=float,
+        default=None,
+        help="time for the whole kernel x property matrix instead of a number of cases",
+    )
+    group.addoption(
+        "--cases", type=int, default=None, help="cases to judge for each kernel and property"
+    )
     group.addoption("--draw-seed", type=int, default=0, help="seed of the drawn cases")
-    group.addoption("--corpus", default=None, metavar="FILE", help="cases to try first; default: .verify/corpus.tsv")
     group.addoption(
-        "--in-process", action="store_true", help="call kernels in pytest's own process (for a debugger): a crash ends the run"
+        "--corpus",
+        default=None,
+        metavar="FILE",
+        help="cases to try first; default: .verify/corpus.tsv",
     )
-    group.addoption("--call-seconds", type=float, default=None, help="a call that takes longer hangs; default: 60")
-    group.addoption("--shrink-seconds", type=float, default=20.0, help="for each finding; default: 20")
-    group.addoption("--resume", action="store_true", help="what the folder of --records holds is not judged again")
+    group.addoption(
+        "--in-process",
+        action="store_true",
+        help="call kernels in pytest's own process (for a debugger): a crash ends the run",
+    )
+    group.addoption(
+        "--call-seconds",
+        type=float,
+        default=None,
+        help="a call that takes longer hangs; default: 60",
+    )
+    group.addoption(
+        "--shrink-seconds", type=float, default=20.0, help="for each finding; default: 20"
+    )
+    group.addoption(
+        "--resume",
+        action="store_true",
+        help="what the folder of --records holds is not judged again",
+    )
     group.addoption("--run", default=None, help=SUPPRESS)
-    group.addoption("--records", default=None, metavar="DIR", help="where records are appended; default: .verify/runs/<time>")
+    group.addoption(
+        "--records",
+        default=None,
+        metavar="DIR",
+        help="where records are appended; default: .verify/runs/<time>",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -83,7 +120,9 @@ class Run:
         self.device = environment.prepare(config.getoption("--device"))
         targets = config.getoption("--kernel")
         if targets:
-            self.kernels = {n: k for t in targets for n, k in registry.named(t, registry.find(t)).items()}
+            self.kernels = {
+                n: k for t in targets for n, k in registry.named(t, registry.find(t)).items()
+            }
         else:
             registry.load_bundled()
             self.kernels = dict(registry.REGISTRY)
@@ -92,7 +131,9 @@ class Run:
         self.judged, self.ended = done(folder) if config.getoption("--resume") else ({}, {})
         asked = json.loads(config.getoption("--run") or "null")
         self.journal = Journal(folder, os.environ.get("PYTEST_XDIST_WORKER", "main"), asked)
-        self.corpus = Corpus(Path(config.getoption("--corpus") or config.rootpath / ".verify" / "corpus.tsv"))
+        self.corpus = Corpus(
+            Path(config.getoption("--corpus") or config.rootpath / ".verify" / "corpus.tsv")
+        )
         self.progress: Callable[[Record], None] = lambda record: None
         self.full: VerifyError | None = None
         self._in_process = config.getoption("--in-process")
@@ -119,7 +160,9 @@ class Run:
         self._isolated = None
 
     def record(self, record: Record) -> None:
-        """Append a record and show it. Ends the run where it cannot be written: what is measured then would be lost."""
+        """Append a record and show it. Ends the run where it cannot be written: what is measured
+        then would be lost.
+        """
         try:
             self.journal.append(record)
         except VerifyError as error:
@@ -152,7 +195,9 @@ def run_of(config: pytest.Config) -> Run:
 def _folder(config: pytest.Config) -> Path:
     if FOLDER not in config.stash:
         given = getattr(config, "workerinput", {}).get("records") or config.getoption("--records")
-        config.stash[FOLDER] = Path(given or config.rootpath / ".verify" / "runs" / time.strftime("%Y%m%d-%H%M%S"))
+        config.stash[FOLDER] = Path(
+            given or config.rootpath / ".verify" / "runs" / time.strftime("%Y%m%d-%H%M%S")
+        )
     return config.stash[FOLDER]
 
 
@@ -164,7 +209,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         run = run_of(metafunc.config)
         wanted = metafunc.config.getoption("--property") or list(PROPERTIES)
         if unknown := [name for name in wanted if name not in PROPERTIES]:
-            raise pytest.UsageError(f"property {unknown[0]!r} is unknown: one of {', '.join(PROPERTIES)}")
+            raise pytest.UsageError(
+                f"property {unknown[0]!r} is unknown: one of {', '.join(PROPERTIES)}"
+            )
         pairs = [(t, PROPERTIES[p]) for t in (*run.kernels, *run.unavailable) for p in wanted]
         metafunc.parametrize(("target", "law"), pairs, ids=[f"{t}-{law.name}" for t, law in pairs])
 
@@ -191,7 +238,10 @@ def covered(run: Run, records: list[Record]) -> Iterator[str]:
         if judged:
             run.judging(target)  # knows what the kernel takes
             had, all_pairs = coverage(kernel, run.device, map(Case.parse, judged))
-            yield f"{kernel.name}: pairs of options judged: {had} of {all_pairs} ({100 * had / all_pairs:.0f} %)"
+            yield (
+                f"{kernel.name}: pairs of options judged: {had} of {all_pairs} "
+                f"({100 * had / all_pairs:.0f} %)"
+            )
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:

@@ -1,4 +1,6 @@
-"""Known-wrong kernels whose backward alone is wrong, and is more than a switch in the emulated one."""
+"""Known-wrong kernels whose backward alone is wrong, and is more than a switch in the emulated
+one.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ class UnseenKeys(Program):
     def backward(self, *arguments) -> tuple[Tensor | None, ...]:
         """Nothing stored there."""
         p, (dq, *both, dbias) = self.problem, super().backward(*arguments)
-        nobody = ~self.visible(torch.arange(p.len_q), torch.arange(p.len_k)).any(2).squeeze(1)  # [B|1,K]
+        nobody = ~self.visible(torch.arange(p.len_q), torch.arange(p.len_k)).any(2).squeeze(
+            1
+        )  # [B|1,K]
         unseen = nobody[:, None, :, None]
         return dq, *(t if t is None else t.masked_fill(unseen, torch.nan) for t in both), dbias
 
@@ -40,7 +44,9 @@ class UnseenKeys(Program):
 class NarrowDelta(Program):
     """delta = rowsum(do * out) sums over dim_qk columns where dim_v is more."""
 
-    def backward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, *more) -> tuple[Tensor | None, ...]:
+    def backward(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, *more
+    ) -> tuple[Tensor | None, ...]:
         """Without the others."""
         some = torch.arange(self.problem.dim_v) < self.problem.dim_qk
         return super().backward(q, k, v, bias, out * some, *more)
@@ -50,15 +56,21 @@ class RowsRoundedUp(Program):
     """The backward of a causal mask; see below."""
 
     def visible(self, rows: Tensor, keys: Tensor) -> Tensor:
-        """From the first whole tile of rows on that begins at the tile of keys' diagonal or later."""
+        """From the first whole tile of rows on that begins at the tile of keys' diagonal or
+        later.
+        """
         p, size = self.problem, self.variant.rows
         first = max(int(keys[0]) - (p.len_k - p.len_q), 0)
         late = rows >= -(-first // size) * size
-        return super().visible(rows, keys) & (late[:, None] | (str(p.mask) != "causal_lower_right") | (p.mask_as != "rule"))
+        return super().visible(rows, keys) & (
+            late[:, None] | (str(p.mask) != "causal_lower_right") | (p.mask_as != "rule")
+        )
 
 
 class LateRows(Program):
-    """The causal backward's first row for a tile of keys is rounded up to a tile, not down: right if the offset is in tiles."""
+    """The causal backward's first row for a tile of keys is rounded up to a tile, not down: right
+    if the offset is in tiles.
+    """
 
     def backward(self, *arguments) -> tuple[Tensor | None, ...]:
         """Without the rows before."""
@@ -75,14 +87,24 @@ class BinaryGradient(Program):
 
 
 class InterleavedGroups(Program):
-    """dK and dV are summed over query heads h, h + heads_kv, ...; the forward's groups are right."""
+    """dK and dV are summed over query heads h, h + heads_kv, ...; the forward's groups are
+    right.
+    """
 
     def backward(self, q: Tensor, k: Tensor, v: Tensor, *more) -> tuple[Tensor | None, ...]:
-        """By way of a key head for every query head; the same with one key head, or as many as query heads."""
+        """By way of a key head for every query head; the same with one key head, or as many as
+        query heads.
+        """
         p = self.problem
         alone = replace(self, problem=p.but(heads_kv=p.heads_q))
-        dq, dk, dv, dbias = Program.backward(alone, q, k[:, self.kv_head], v[:, self.kv_head], *more)
-        summed = (t.float().unflatten(1, (p.group, p.heads_kv)).sum(1).to(t.dtype) for t in (dk, dv) if t is not None)
+        dq, dk, dv, dbias = Program.backward(
+            alone, q, k[:, self.kv_head], v[:, self.kv_head], *more
+        )
+        summed = (
+            t.float().unflatten(1, (p.group, p.heads_kv)).sum(1).to(t.dtype)
+            for t in (dk, dv)
+            if t is not None
+        )
         return dq, *summed, dbias
 
 
@@ -96,7 +118,9 @@ class SlopeOfBiased(Program):
 
 
 class DirtyAccumulator(Program):
-    """dQ is added up in a buffer that is kept for each shape, and is zeroed only when it is made."""
+    """dQ is added up in a buffer that is kept for each shape, and is zeroed only when it is
+    made.
+    """
 
     def backward(self, *arguments) -> tuple[Tensor | None, ...]:
         """On top of what the calls before have left."""
@@ -107,7 +131,9 @@ class DirtyAccumulator(Program):
 
 
 class LSEOfTheLastForward(Program):
-    """The backward reads the LSE in a workspace of its shape, where the last forward of such a shape has left it."""
+    """The backward reads the LSE in a workspace of its shape, where the last forward of such a
+    shape has left it.
+    """
 
     def forward(self, *arguments) -> tuple[Tensor, Tensor]:
         """Leaves it there."""
@@ -122,7 +148,9 @@ class LSEOfTheLastForward(Program):
 
 
 class LostTile(Program):
-    """Once in 20 backwards, the last tile of keys is missing in dQ: two programs have added to it at once."""
+    """Once in 20 backwards, the last tile of keys is missing in dQ: two programs have added to it
+    at once.
+    """
 
     def backward(self, *arguments) -> tuple[Tensor | None, ...]:
         """Not if the last tile is the first, or whole."""
@@ -132,10 +160,20 @@ class LostTile(Program):
 
 
 class NextHeadsRows(Program):
-    """The backward masks Q past the last row, not dO and the LSE: the next head's first rows are there, and dV takes them in."""
+    """The backward masks Q past the last row, not dO and the LSE: the next head's first rows are
+    there, and dV takes them in.
+    """
 
     def backward(
-        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor, do: Tensor, *more
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+        do: Tensor,
+        *more,
     ) -> tuple[Tensor | None, ...]:
         """With P = e^(0 - LSE) of those; right if the rows are in tiles."""
         dq, dk, dv, dbias = super().backward(q, k, v, bias, out, lse, do, *more)
@@ -144,11 +182,18 @@ class NextHeadsRows(Program):
         probs = torch.exp(-lse.masked_fill(lse == -torch.inf, 0.0))[..., None]
         taken = (probs * do.float()).flatten(0, 1)[:, :beyond].sum(1).roll(-1, 0)
         taken[-1] = 0.0
-        return dq, dk, (dv.float() + taken.view(p.batch, p.heads_kv, p.group, 1, p.dim_v).sum(2)).to(dv.dtype), dbias
+        return (
+            dq,
+            dk,
+            (dv.float() + taken.view(p.batch, p.heads_kv, p.group, 1, p.dim_v).sum(2)).to(dv.dtype),
+            dbias,
+        )
 
 
 class GradientLikeQ(Program):
-    """dQ is allocated with the order of Q's strides (`empty_like`), and stored as if it were contiguous."""
+    """dQ is allocated with the order of Q's strides (`empty_like`), and stored as if it were
+    contiguous.
+    """
 
     def backward(self, q: Tensor, *more) -> tuple[Tensor | None, ...]:
         """Scrambled where Q is a transposed view."""
@@ -160,7 +205,9 @@ class GradientLikeQ(Program):
 
 
 class TunedInPlace(Program):
-    """The first backward of a padded head dim is run three times to tune it, and dQ, which is added up, is not zeroed between."""
+    """The first backward of a padded head dim is run three times to tune it, and dQ, which is added
+    up, is not zeroed between.
+    """
 
     def backward(self, *arguments) -> tuple[Tensor | None, ...]:
         """Three times dQ, once."""

@@ -1,9 +1,11 @@
-"""Kernels that are known to be wrong, to see that the suite finds them, and correct ones that must never be accused.
+"""Kernels that are known to be wrong, to see that the suite finds them, and correct ones that must
+never be accused.
 
-Each is the emulated FlashAttention-2 with one fault (emulated.py). Classes are those of bugs in public trackers: A empty rows
-and sentinels, B tails and invalid memory, C mask semantics, D strides, layouts, heads, E overflow of indices, F races and
-determinism, G LSE and merging, H backward alone, I FP8, J scale, softcap, ALiBi, K overflow and rounding, L stale state, M no
-keys or queries.
+Each is the emulated FlashAttention-2 with one fault (emulated.py). Classes are those of bugs in
+public trackers: A empty rows and sentinels, B tails and invalid memory, C mask semantics, D
+strides, layouts, heads, E overflow of indices, F races and determinism, G LSE and merging, H
+backward alone, I FP8, J scale, softcap, ALiBi, K overflow and rounding, L stale state, M no keys or
+queries.
 """
 
 from __future__ import annotations
@@ -22,14 +24,18 @@ from verify.spec.problem import Problem
 
 TAKES = frozenset({"scale", "mask", "bias", "slopes", "softcap", "problem"})
 FLASH_TILED = Arithmetic(tile=64)
-EIGHT_BITS = Arithmetic(tile=64, quantised=Quantisation("e4m3", 0), probs="e4m3", probs_scale=256.0, accumulate="fp32")
+EIGHT_BITS = Arithmetic(
+    tile=64, quantised=Quantisation("e4m3", 0), probs="e4m3", probs_scale=256.0, accumulate="fp32"
+)
 PLAIN = Variant()
 BY_FOUR = Variant(splits=4, keys=16)
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """A fault, the class of bugs that it is of, the property that must catch it, and on which variant it is."""
+    """A fault, the class of bugs that it is of, the property that must catch it, and on which
+    variant it is.
+    """
 
     fault: str
     kind: str
@@ -47,11 +53,20 @@ FAULTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (
         "B",
         "oracle",
-        ("tail of V not masked", "last rows not stored", "keys in whole tiles only", "values beyond dim_qk not stored"),
+        (
+            "tail of V not masked",
+            "last rows not stored",
+            "keys in whole tiles only",
+            "values beyond dim_qk not stored",
+        ),
     ),
     ("B", "one-hot", ("one key too many",)),
     ("B", "layout", ("head dim not masked",)),
-    ("C", "one-hot", ("upper left for lower right", "causal: strictly below", "window one too wide")),
+    (
+        "C",
+        "one-hot",
+        ("upper left for lower right", "causal: strictly below", "window one too wide"),
+    ),
     ("C", "one-hot", ("window's right edge ignored", "mask of entry 0")),
     ("C", "edges", ("window's first tile skipped",)),
     ("C", "last-rows", ("causal bound without the offset",)),
@@ -61,7 +76,12 @@ FAULTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (
         "D",
         "layout",
-        ("q: taken for contiguous", "k: taken for contiguous", "v: taken for contiguous", "bias: taken for contiguous"),
+        (
+            "q: taken for contiguous",
+            "k: taken for contiguous",
+            "v: taken for contiguous",
+            "bias: taken for contiguous",
+        ),
     ),
     ("D", "layout", ("k by q's strides", "v by k's strides", "storage offset ignored")),
     ("D", "grouped-heads", ("key head h % heads_kv",)),
@@ -71,22 +91,58 @@ FAULTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("G", "uniform", ("LSE in base 2",)),
     ("G", "shift", ("LSE without the maximum",)),
     ("G", "oracle", ("row sum not rescaled", "sum not rescaled")),
-    ("H", "gradients", ("delta forgotten", "delta in the input's dtype", "dq not scaled", "dk scaled twice")),
-    ("H", "gradients", ("dq without the last keys", "dv without the last rows", "softcap's slope forgotten")),
+    (
+        "H",
+        "gradients",
+        ("delta forgotten", "delta in the input's dtype", "dq not scaled", "dk scaled twice"),
+    ),
+    (
+        "H",
+        "gradients",
+        ("dq without the last keys", "dv without the last rows", "softcap's slope forgotten"),
+    ),
     ("H", "gradients", ("last head of the group", "dbias of the first entry", "group sum in BF16")),
     ("H", "gradients", ("do: taken for contiguous",)),
     ("H", "lse-gradient", ("LSE's gradient dropped",)),
     ("H", "gradient-subsets", ("dv only with dq",)),
-    ("J", "oracle", ("scale of the padded head dim", "scale without log2(e)", "softcap after the bias", "bias scaled")),
+    (
+        "J",
+        "oracle",
+        (
+            "scale of the padded head dim",
+            "scale without log2(e)",
+            "softcap after the bias",
+            "bias scaled",
+        ),
+    ),
     ("J", "query-scaling", ("always the default scale",)),
     ("J", "oracle", ("ALiBi from the upper left", "ALiBi by key head")),
-    ("K", "oracle", ("S in the input's dtype", "Q scaled in the input's dtype", "no maximum", "one tile's sum in BF16")),
     (
         "K",
         "oracle",
-        ("P truncated", "exponential off by 1e-3", "out rounded towards zero", "row sum in 16 bits", "out 0.1 % too large"),
+        (
+            "S in the input's dtype",
+            "Q scaled in the input's dtype",
+            "no maximum",
+            "one tile's sum in BF16",
+        ),
     ),
-    ("L", "call-sequence", ("result remembered by shape", "scale remembered by shape", "mask remembered by shape")),
+    (
+        "K",
+        "oracle",
+        (
+            "P truncated",
+            "exponential off by 1e-3",
+            "out rounded towards zero",
+            "row sum in 16 bits",
+            "out 0.1 % too large",
+        ),
+    ),
+    (
+        "L",
+        "call-sequence",
+        ("result remembered by shape", "scale remembered by shape", "mask remembered by shape"),
+    ),
     ("L", "call-sequence", ("one output buffer for all calls",)),
     ("M", "oracle", ("raises without queries", "nothing stored without keys")),
     ("M", "one-hot", ("no mask for a single query",)),
@@ -120,7 +176,10 @@ _ALL = (
     *(Mutant(fault, kind, law) for kind, law, faults in FAULTS for fault in faults),
     *(Mutant(fault, "G", law, BY_FOUR) for fault, law in PARTED.items()),
     *(Mutant(fault, "I", law, Variant(fp8=True)) for fault, law in EIGHT.items()),
-    *(Mutant(fault, kind, law, Variant(fp8=kind == "I"), program) for fault, (kind, law, program) in OTHERS.items()),
+    *(
+        Mutant(fault, kind, law, Variant(fp8=kind == "I"), program)
+        for fault, (kind, law, program) in OTHERS.items()
+    ),
 )
 MUTANTS = {mutant.fault: mutant for mutant in _ALL}
 CONTROLS: dict[str, tuple[Variant, Arithmetic]] = {
@@ -133,7 +192,10 @@ CONTROLS: dict[str, tuple[Variant, Arithmetic]] = {
     "four parts of the keys": (BY_FOUR, Arithmetic(tile=16, splits=4)),
     "P in FP32": (Variant(exact_probs=True), Arithmetic(tile=64, probs="fp32")),
     "tiles from the last to the first": (Variant(reverse=True), FLASH_TILED),
-    "reverse, exp2, tiles of 32": (Variant(reverse=True, binary=True, keys=32), Arithmetic(tile=32)),
+    "reverse, exp2, tiles of 32": (
+        Variant(reverse=True, binary=True, keys=32),
+        Arithmetic(tile=32),
+    ),
     "FP8": (Variant(fp8=True), EIGHT_BITS),
     "FP8, exp2, tiles of 128": (Variant(fp8=True, binary=True, keys=128), EIGHT_BITS),
 }
@@ -142,14 +204,23 @@ CONTROLS: dict[str, tuple[Variant, Arithmetic]] = {
 def mutant(fault: str) -> Kernel:
     """The kernel with this fault and nothing to remember."""
     STATE.clear()
-    how, repeats = MUTANTS[fault].variant, MUTANTS[fault].law == "repeat"  # sums of torch on the CPU may repeat their bits or not
-    arithmetic = EIGHT_BITS if how.fp8 else Arithmetic(tile=how.keys, splits=how.splits, deterministic=repeats)
+    how, repeats = (
+        MUTANTS[fault].variant,
+        MUTANTS[fault].law == "repeat",
+    )  # sums of torch on the CPU may repeat their bits or not
+    arithmetic = (
+        EIGHT_BITS
+        if how.fp8
+        else Arithmetic(tile=how.keys, splits=how.splits, deterministic=repeats)
+    )
     return _kernel(fault, how, arithmetic, frozenset({fault}), MUTANTS[fault].program)
 
 
 def honest(fault: str) -> str:
     """The correct variant that this mutant is but for its fault."""
-    return next(name for name, (variant, _) in CONTROLS.items() if variant == MUTANTS[fault].variant)
+    return next(
+        name for name, (variant, _) in CONTROLS.items() if variant == MUTANTS[fault].variant
+    )
 
 
 def control(name: str) -> Kernel:
@@ -159,12 +230,24 @@ def control(name: str) -> Kernel:
 
 @functools.cache  # what is found out about a kernel is kept by the kernel
 def _kernel(
-    name: str, variant: Variant, arithmetic: Arithmetic, faults: frozenset[str], program: Callable[..., Program] = Program
+    name: str,
+    variant: Variant,
+    arithmetic: Arithmetic,
+    faults: frozenset[str],
+    program: Callable[..., Program] = Program,
 ) -> Kernel:
     fn = functools.partial(attention, variant=variant, faults=faults, program=program)
     supports = functools.partial(_supports, fp8=variant.fp8)
-    return Kernel(name.replace(" ", "-"), fn, TAKES, arithmetic, supports, tiles=(variant.rows, variant.keys))
+    return Kernel(
+        name.replace(" ", "-"), fn, TAKES, arithmetic, supports, tiles=(variant.rows, variant.keys)
+    )
 
 
 def _supports(problem: Problem, device: str, *, fp8: bool) -> str | None:
-    return "runs on the CPU" if device != "cpu" else "FP8: forward only" if fp8 and problem.grads else None
+    return (
+        "runs on the CPU"
+        if device != "cpu"
+        else "FP8: forward only"
+        if fp8 and problem.grads
+        else None
+    )

@@ -1,4 +1,6 @@
-"""Known-wrong kernels that are more than a switch in the emulated one; all were once blind (blind.py)."""
+"""Known-wrong kernels that are more than a switch in the emulated one; all were once blind
+(blind.py).
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from verify.spec.masks import Mask
 class OddColumn(Program):
     """Loads two columns at a time, and not the last of an odd number."""
 
-    def operands(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Memory, Memory, Memory, Tensor, Tensor]:
+    def operands(
+        self, q: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Memory, Memory, Memory, Tensor, Tensor]:
         """Q without it."""
         if self.problem.dim_qk % 2 and self.problem.dim_qk > 1:
             q = torch.cat([q[..., :-1], torch.zeros_like(q[..., -1:])], -1)
@@ -31,7 +35,9 @@ class PaddedLSE(Program):
         """The LSE as its reader finds it."""
         out, lse = super().forward(*arguments)
         room = -(-lse.shape[2] // self.variant.rows) * self.variant.rows
-        return out, torch.nn.functional.pad(lse, (0, room - lse.shape[2])).flatten()[: lse.numel()].view(lse.shape)
+        return out, torch.nn.functional.pad(lse, (0, room - lse.shape[2])).flatten()[
+            : lse.numel()
+        ].view(lse.shape)
 
 
 class HalfScale(Program):
@@ -39,11 +45,15 @@ class HalfScale(Program):
 
     def scores(self, *arguments) -> tuple[Tensor, Tensor]:
         """By another scale."""
-        return Program.scores(replace(self, scale=float(torch.tensor(self.scale).half())), *arguments)
+        return Program.scores(
+            replace(self, scale=float(torch.tensor(self.scale).half())), *arguments
+        )
 
 
 class GroupByHeads(Program):
-    """Key head h // heads_kv for h // group: the same where there are as many groups as heads in one."""
+    """Key head h // heads_kv for h // group: the same where there are as many groups as heads in
+    one.
+    """
 
     @property
     def kv_head(self) -> Tensor:
@@ -93,15 +103,25 @@ def same_call(kind: type[Program], program: Program) -> Program:
 
 def _by_rule(program: Program, mask: Mask, len_k: Any) -> Tensor:
     """This mask [B|1,1,Q,K], its diagonals those of `len_k` keys."""
-    p, i, j = program.problem, torch.arange(program.problem.len_q)[:, None], torch.arange(program.problem.len_k)
-    seen = mask.visible(i, j, p.len_q, len_k, batch=p.batch, lift=lambda n: torch.tensor(n)[:, None, None, None])
+    p, i, j = (
+        program.problem,
+        torch.arange(program.problem.len_q)[:, None],
+        torch.arange(program.problem.len_k),
+    )
+    seen = mask.visible(
+        i, j, p.len_q, len_k, batch=p.batch, lift=lambda n: torch.tensor(n)[:, None, None, None]
+    )
     return seen.expand(-1, 1, p.len_q, p.len_k)
 
 
 class StoredBeyond(Program):
-    """Stores whole tiles of rows: those past the end (Q is 0 there) land on the next head's first rows, stored before."""
+    """Stores whole tiles of rows: those past the end (Q is 0 there) land on the next head's first
+    rows, stored before.
+    """
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Not with one tile, as heads come in order."""
         out, lse = super().forward(q, k, v, bias)
         beyond = -self.problem.len_q % self.variant.rows
@@ -112,15 +132,21 @@ class StoredBeyond(Program):
 
 
 class DiagonalOfPadded(Program):
-    """With padding, the lower-right diagonal or window ends at each entry's own last key, and not at the tensor's."""
+    """With padding, the lower-right diagonal or window ends at each entry's own last key, and not
+    at the tensor's.
+    """
 
     def visible(self, rows: Tensor, keys: Tensor) -> Tensor:
         """By another offset for every entry."""
-        lengths = [torch.tensor(numbers) for name, numbers in self.problem.mask.parts if name == "padding"]
+        lengths = [
+            torch.tensor(numbers) for name, numbers in self.problem.mask.parts if name == "padding"
+        ]
         if self.mask is None or not lengths:
             return super().visible(rows, keys)
         own = torch.stack(lengths).amin(0).clamp(max=self.problem.len_k)[:, None, None, None]
-        return Program.visible(replace(self, mask=_by_rule(self, self.problem.mask, own)), rows, keys)
+        return Program.visible(
+            replace(self, mask=_by_rule(self, self.problem.mask, own)), rows, keys
+        )
 
 
 class ZeroIsAll(Program):
@@ -129,7 +155,10 @@ class ZeroIsAll(Program):
     def visible(self, rows: Tensor, keys: Tensor) -> Tensor:
         """With every key of such an entry."""
         p, old = self.problem, self.problem.mask.parts
-        new = tuple((name, tuple(n or p.len_k for n in numbers) if name == "padding" else numbers) for name, numbers in old)
+        new = tuple(
+            (name, tuple(n or p.len_k for n in numbers) if name == "padding" else numbers)
+            for name, numbers in old
+        )
         if self.mask is None or new == old:
             return super().visible(rows, keys)
         return Program.visible(replace(self, mask=_by_rule(self, Mask(new), p.len_k)), rows, keys)
@@ -145,7 +174,9 @@ class Early(Memory):
 
 
 class MissingBarrier(Program):
-    """Reads a tile of V from shared memory before it has arrived, now and then: that of two tiles ago is there."""
+    """Reads a tile of V from shared memory before it has arrived, now and then: that of two tiles
+    ago is there.
+    """
 
     def memory(self, x: Tensor, name: str, like: Tensor | None = None) -> Memory:
         """V by two buffers."""
@@ -162,15 +193,21 @@ class ByQueryHead(Program):
 
 
 class ScaleByQueryHead(Program):
-    """FP8: the scales of K and V are read at the query head's number; K and V themselves are not."""
+    """FP8: the scales of K and V are read at the query head's number; K and V themselves are
+    not.
+    """
 
-    def operands(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Memory, Memory, Memory, Tensor, Tensor]:
+    def operands(
+        self, q: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Memory, Memory, Memory, Tensor, Tensor]:
         """With scales of other heads where these are grouped."""
         return same_call(ByQueryHead, self).operands(q, k, v)
 
 
 class WrappedExponent(Program):
-    """e^x by a polynomial, and an addition to the exponent's 8 bits, which wrap around below 2^-127 (-88 nats)."""
+    """e^x by a polynomial, and an addition to the exponent's 8 bits, which wrap around below 2^-127
+    (-88 nats).
+    """
 
     def exp(self, x: Tensor) -> Tensor:
         """e^x; hidden scores are 0 all the same."""
@@ -179,12 +216,16 @@ class WrappedExponent(Program):
 
 
 class PlannedLength(Program):
-    """How far to walk was planned by the first call with such queries, and is not planned again when there are more keys."""
+    """How far to walk was planned by the first call with such queries, and is not planned again
+    when there are more keys.
+    """
 
     def bounds(self, low: int, high: int) -> tuple[int, int]:
         """Within the plan."""
         first, last = super().bounds(low, high)
-        return first, min(last, STATE.setdefault(("plan", self.problem.shapes["q"]), self.problem.len_k))
+        return first, min(
+            last, STATE.setdefault(("plan", self.problem.shapes["q"]), self.problem.len_k)
+        )
 
 
 class EmptyFirstRow(Program):
@@ -196,20 +237,34 @@ class EmptyFirstRow(Program):
         """Nothing, of such a tile."""
         blind = ~self.visible(rows[:1], torch.arange(self.problem.len_k)).any(-1, keepdim=True)
         parts = super().attend(Q, K, V, B, rows, s_scale)
-        return [(a.masked_fill(blind, 0.0), n.masked_fill(blind, 0.0), m.masked_fill(blind, -torch.inf)) for a, n, m in parts]
+        return [
+            (a.masked_fill(blind, 0.0), n.masked_fill(blind, 0.0), m.masked_fill(blind, -torch.inf))
+            for a, n, m in parts
+        ]
 
 
 class EndsWhereHidden(Program):
-    """The walk over the keys ends at the first tile that is hidden as a whole (`break` for `continue`): right if causal."""
+    """The walk over the keys ends at the first tile that is hidden as a whole (`break` for
+    `continue`): right if causal.
+    """
 
-    def walk(self, q: Tensor, K: Memory, V: Memory, B: Memory | None, rows: Tensor, starts: list[int]) -> tuple[Tensor, ...]:
+    def walk(
+        self, q: Tensor, K: Memory, V: Memory, B: Memory | None, rows: Tensor, starts: list[int]
+    ) -> tuple[Tensor, ...]:
         """As far as that."""
-        hidden = [not self.visible(rows, torch.arange(start, start + self.variant.keys)).any() for start in starts]
-        return super().walk(q, K, V, B, rows, starts[: hidden.index(True)] if any(hidden) else starts)
+        hidden = [
+            not self.visible(rows, torch.arange(start, start + self.variant.keys)).any()
+            for start in starts
+        ]
+        return super().walk(
+            q, K, V, B, rows, starts[: hidden.index(True)] if any(hidden) else starts
+        )
 
 
 class PackedHeads(Program):
-    """The heads of a group are packed into rows, head by head; the causal diagonal takes them for packed row by row."""
+    """The heads of a group are packed into rows, head by head; the causal diagonal takes them for
+    packed row by row.
+    """
 
     def visible(self, rows: Tensor, keys: Tensor) -> Tensor:
         """[1,H,rows,keys] where it goes wrong."""
@@ -217,13 +272,19 @@ class PackedHeads(Program):
         if p.mask_as != "rule" or not p.mask.names <= {"causal_lower_right", "causal_upper_left"}:
             return super().visible(rows, keys)
         taken = ((self.heads % p.group)[:, None] * p.len_q + rows) // p.group
-        return p.mask.visible(taken[None, :, :, None], keys, p.len_q, p.len_k, lift=lambda n: n[0]) & (keys < p.len_k)
+        return p.mask.visible(
+            taken[None, :, :, None], keys, p.len_q, p.len_k, lift=lambda n: n[0]
+        ) & (keys < p.len_k)
 
 
 class DistanceInBytes(Program):
-    """ALiBi's distance is kept in 8 bits with a sign: 128 keys to the left are as far as 128, 129 as far as 127."""
+    """ALiBi's distance is kept in 8 bits with a sign: 128 keys to the left are as far as 128, 129
+    as far as 127.
+    """
 
-    def scores(self, q: Tensor, k: Tensor, bias: Memory | None, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    def scores(
+        self, q: Tensor, k: Tensor, bias: Memory | None, rows: Tensor, keys: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """With the wrapped distance."""
         s, slope = Program.scores(replace(self, slopes=None), q, k, bias, rows, keys)
         if self.slopes is None:
@@ -233,7 +294,9 @@ class DistanceInBytes(Program):
 
 
 class EarlyLSE(Program):
-    """Now and then a tile's LSE is stored before the row sum has been added up over the four threads of a row; out is not."""
+    """Now and then a tile's LSE is stored before the row sum has been added up over the four
+    threads of a row; out is not.
+    """
 
     def normalised(self, acc: Tensor, total: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
         """With the LSE of a quarter of the sum."""
@@ -242,7 +305,9 @@ class EarlyLSE(Program):
 
 
 class HiddenPart(Program):
-    """The keys are in two parts; one that a row sees nothing of has the LSE 0 in the merge, unless no row of a tile sees any."""
+    """The keys are in two parts; one that a row sees nothing of has the LSE 0 in the merge, unless
+    no row of a tile sees any.
+    """
 
     def attend(self, *arguments) -> list[tuple[Tensor, ...]]:
         """In two parts."""
@@ -254,12 +319,17 @@ class HiddenPart(Program):
         some = torch.stack([total != 0 for _, total, _ in parts]).any(0)
         gaps = [(total == 0) & some for _, total, _ in parts]
         return super().merged(
-            [(a, n.masked_fill(g, 1.0), m.masked_fill(g, 0.0)) for (a, n, m), g in zip(parts, gaps, strict=True)]
+            [
+                (a, n.masked_fill(g, 1.0), m.masked_fill(g, 0.0))
+                for (a, n, m), g in zip(parts, gaps, strict=True)
+            ]
         )
 
 
 class LargestSigned(Program):
-    """FP8: a head's scale is from its largest value, not its largest magnitude; what is further below 0 saturates."""
+    """FP8: a head's scale is from its largest value, not its largest magnitude; what is further
+    below 0 saturates.
+    """
 
     def largest(self, x: Tensor) -> Tensor:
         """Of each head [B,H,1,1]."""
@@ -267,7 +337,9 @@ class LargestSigned(Program):
 
 
 class SequenceOfTile(Program):
-    """Of packed sequences, a tile of rows is taken for the sequence of its first row: right if they begin at tiles."""
+    """Of packed sequences, a tile of rows is taken for the sequence of its first row: right if they
+    begin at tiles.
+    """
 
     def visible(self, rows: Tensor, keys: Tensor) -> Tensor:
         """[1,1,rows,keys] where it goes wrong."""
@@ -275,13 +347,19 @@ class SequenceOfTile(Program):
         if p.mask_as != "rule" or p.mask.names != {"blocks"}:
             return super().visible(rows, keys)
         first = (rows // size * size)[:, None]
-        return (p.mask.visible(first, keys, p.len_q, p.len_k, lift=lambda n: n[0]) & (keys < p.len_k))[None, None]
+        return (
+            p.mask.visible(first, keys, p.len_q, p.len_k, lift=lambda n: n[0]) & (keys < p.len_k)
+        )[None, None]
 
 
 class ColumnALiBi(Program):
-    """Under a causal rule ALiBi is slope * key for -slope * distance: the same in every row but for the LSE, which moves."""
+    """Under a causal rule ALiBi is slope * key for -slope * distance: the same in every row but for
+    the LSE, which moves.
+    """
 
-    def scores(self, q: Tensor, k: Tensor, bias: Memory | None, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    def scores(
+        self, q: Tensor, k: Tensor, bias: Memory | None, rows: Tensor, keys: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """With the softmax that it should have."""
         p = self.problem
         if self.slopes is None or p.mask_as != "rule" or "causal_lower_right" not in p.mask.names:
@@ -296,18 +374,34 @@ class ZeroScale(Program):
     def quantised(self, x: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
         """With 0 / 0 there."""
         narrow, scale = super().quantised(x, seen)
-        return narrow.masked_fill((narrow == 0).flatten(2).all(-1)[..., None, None], torch.nan), scale
+        return narrow.masked_fill(
+            (narrow == 0).flatten(2).all(-1)[..., None, None], torch.nan
+        ), scale
 
 
 class UnscaledMaximum(Program):
-    """The maximum is of Q K^T before the scale, as if that were never negative: then it is the minimum, and e^x overflows."""
+    """The maximum is of Q K^T before the scale, as if that were never negative: then it is the
+    minimum, and e^x overflows.
+    """
 
-    def walk(self, q: Tensor, K: Memory, V: Memory, B: Memory | None, rows: Tensor, starts: list[int]) -> tuple[Tensor, ...]:
-        """With a negative scale and nothing added to the scores; right until P is beyond its format."""
-        if self.scale >= 0 or self.softcap or B is not None or self.slopes is not None or not starts:
+    def walk(
+        self, q: Tensor, K: Memory, V: Memory, B: Memory | None, rows: Tensor, starts: list[int]
+    ) -> tuple[Tensor, ...]:
+        """With a negative scale and nothing added to the scores; right until P is beyond its
+        format.
+        """
+        if (
+            self.scale >= 0
+            or self.softcap
+            or B is not None
+            or self.slopes is not None
+            or not starts
+        ):
             return super().walk(q, K, V, B, rows, starts)
         keys = torch.cat([torch.arange(start, start + self.variant.keys) for start in starts])
-        s, _ = self.scores(q, K.load(self.kv_head, keys, torch.arange(self.problem.dim_qk)), B, rows, keys)
+        s, _ = self.scores(
+            q, K.load(self.kv_head, keys, torch.arange(self.problem.dim_qk)), B, rows, keys
+        )
         s = s.masked_fill(~self.visible(rows, keys), torch.inf)
         base = s.amin(-1, keepdim=True)
         w = self.exp(s - base.masked_fill(base == torch.inf, 0.0)).masked_fill(s == torch.inf, 0.0)
@@ -316,9 +410,13 @@ class UnscaledMaximum(Program):
 
 
 class QuotientTanh(Program):
-    """The softcap's tanh is (e^2x - 1) / (e^2x + 1): inf / inf from x = 44.4 up, fine as far below 0 as one likes."""
+    """The softcap's tanh is (e^2x - 1) / (e^2x + 1): inf / inf from x = 44.4 up, fine as far below
+    0 as one likes.
+    """
 
-    def scores(self, q: Tensor, k: Tensor, bias: Memory | None, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    def scores(
+        self, q: Tensor, k: Tensor, bias: Memory | None, rows: Tensor, keys: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """NaN where the score is more than 44 softcaps."""
         s, slope = super().scores(q, k, bias, rows, keys)
         if not self.softcap:
@@ -329,23 +427,31 @@ class QuotientTanh(Program):
 
 
 class UnwrittenPart(Program):
-    """Four parts of the keys, by a workspace: one with nothing to do is not written, and is merged as an earlier call left it."""
+    """Four parts of the keys, by a workspace: one with nothing to do is not written, and is merged
+    as an earlier call left it.
+    """
 
     def attend(self, *arguments) -> list[tuple[Tensor, ...]]:
         """As the workspace has it."""
         parts = Program.attend(replace(self, variant=replace(self.variant, splits=4)), *arguments)
         keys = [("part", n, int(arguments[4][0]), part[0].shape) for n, part in enumerate(parts)]
-        STATE.update({key: part for key, part in zip(keys, parts, strict=True) if (part[1] != 0).any()})
+        STATE.update(
+            {key: part for key, part in zip(keys, parts, strict=True) if (part[1] != 0).any()}
+        )
         return [STATE.get(key, part) for key, part in zip(keys, parts, strict=True)]
 
 
 class SwappedBack(Program):
-    """With one query, a group's heads are its rows; the LSE comes back as [group, key head] for [key head, group]."""
+    """With one query, a group's heads are its rows; the LSE comes back as [group, key head] for
+    [key head, group].
+    """
 
     def forward(self, *arguments) -> tuple[Tensor, Tensor]:
         """The LSE of other heads; out is right."""
         p, (out, lse) = self.problem, super().forward(*arguments)
-        return out, lse.unflatten(1, (p.heads_kv, p.group)).transpose(1, 2).flatten(1, 2) if p.len_q == 1 else lse
+        return out, lse.unflatten(1, (p.heads_kv, p.group)).transpose(1, 2).flatten(
+            1, 2
+        ) if p.len_q == 1 else lse
 
 
 PROGRAMS: dict[str, tuple[str, str, type[Program]]] = {

@@ -1,9 +1,11 @@
-"""FlashAttention-2 in Triton: Algorithm 1 of Dao 2023 (arXiv 2307.08691); the backward is triton_fa2_backward.py's.
+"""FlashAttention-2 in Triton: Algorithm 1 of Dao 2023 (arXiv 2307.08691); the backward is
+triton_fa2_backward.py's.
 
-One program per block of queries and (batch, query head). It walks over the blocks of keys that its rows may see, with a running
-maximum, a running row sum and an accumulator that is divided by the sum once, at the end; LSE = maximum + ln sum. A block that is
-wholly visible pays for no mask. The exponential is 2^(s factor - maximum), product and difference in one fused step; factor is
-scale log2(e), or log2(e) where more than the scale is done to a score.
+One program per block of queries and (batch, query head). It walks over the blocks of keys that its
+rows may see, with a running maximum, a running row sum and an accumulator that is divided by the
+sum once, at the end; LSE = maximum + ln sum. A block that is wholly visible pays for no mask. The
+exponential is 2^(s factor - maximum), product and difference in one fused step; factor is scale
+log2(e), or log2(e) where more than the scale is done to a score.
 """
 
 from typing import Any
@@ -30,11 +32,30 @@ def _forward(
     KIND: tl.constexpr, INTERPRET: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """q [B,H,Q,D], k [B,Hk,K,D], v [B,Hk,K,Dv], mask and bias [B,H,Q,K] -> out [B,H,Q,Dv], lse [B,H,Q], contiguous."""
-    bh, block = tl.program_id(0) // blocks, blocks - 1 - tl.program_id(0) % blocks  # causal: the longest first
+    """q [B,H,Q,D], k [B,Hk,K,D], v [B,Hk,K,Dv], mask and bias [B,H,Q,K] -> out [B,H,Q,Dv], lse
+    [B,H,Q], contiguous.
+    """
+    bh, block = (
+        tl.program_id(0) // blocks,
+        blocks - 1 - tl.program_id(0) % blocks,
+    )  # causal: the longest first
     b, h = bh // heads, bh % heads
     mask_at, bias_at = (mask_b, mask_h, mask_r, mask_c), (bias_b, bias_h, bias_r, bias_c)
-    extras = (batch, len_q, len_k, integers, terms, flags, before, softcap, slopes, mask, mask_at, bias, bias_at)
+    extras = (
+        batch,
+        len_q,
+        len_k,
+        integers,
+        terms,
+        flags,
+        before,
+        softcap,
+        slopes,
+        mask,
+        mask_at,
+        bias,
+        bias_at,
+    )
     q_at, k_at, v_at = (q_b, q_h, q_r, q_c), (k_b, k_h, k_r, k_c), (v_b, v_h, v_r, v_c)
     way = walk(plan, plan_b, b, block)
     rows, keys = block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
@@ -46,7 +67,19 @@ def _forward(
         start = number * BLOCK_N
         k_block = load(k, k_at, b, h // group, start, len_k, dim_qk, BLOCK_N, BLOCK_D, KIND)
         s = dot(q_block, tl.trans(k_block), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), INTERPRET)
-        s, _ = scores(s, rows[:, None], start + keys[None, :], b, h, number, way, extras, rules, KIND, INTERPRET)
+        s, _ = scores(
+            s,
+            rows[:, None],
+            start + keys[None, :],
+            b,
+            h,
+            number,
+            way,
+            extras,
+            rules,
+            KIND,
+            INTERPRET,
+        )
         old, top = top, tl.maximum(top, tl.max(s, 1) * factor)
         base = tl.where(top == float("-inf"), 0.0, top)  # nothing visible yet: no -inf - -inf
         p = power(s, factor, base[:, None])
@@ -76,20 +109,31 @@ def attention(
     scale: float,
     softcap: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q [B,H,Q,D], k [B,Hk,K,D], v [B,Hk,K,Dv] in fp16, bf16 or fp32, any strides -> out [B,H,Q,Dv], lse float32 [B,H,Q].
+    """q [B,H,Q,D], k [B,Hk,K,D], v [B,Hk,K,Dv] in fp16, bf16 or fp32, any strides -> out
+    [B,H,Q,Dv], lse float32 [B,H,Q].
 
-    The meaning of all of it is verify/spec/problem.py's. mask: a Mask without `dense`, or bool [B|1,H|1,Q|1,K|1], True = take part;
-    bias: that shape, dtype of q, -inf hides; slopes: float32 [H], ALiBi. Raises VerifyError for what it cannot compute.
+    The meaning of all of it is verify/spec/problem.py's. mask: a Mask without `dense`, or bool
+    [B|1,H|1,Q|1,K|1], True = take part; bias: that shape, dtype of q, -inf hides; slopes: float32
+    [H], ALiBi. Raises VerifyError for what it cannot compute.
     """
     problem = checked("triton-fa2", supports, q, k, v, mask=mask, bias=bias, slopes=slopes)
-    return _Attention.apply(q, k, v, bias, Launch.of(problem, q, mask, bias, slopes, scale, softcap))
+    return _Attention.apply(
+        q, k, v, bias, Launch.of(problem, q, mask, bias, slopes, scale, softcap)
+    )
 
 
 class _Attention(torch.autograd.Function):
     """out and LSE, differentiable in q, k, v, bias."""
 
     @staticmethod
-    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, launch: Launch) -> Any:
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        bias: torch.Tensor | None,
+        launch: Launch,
+    ) -> Any:
         out, lse = launch.results()
         if out.numel() and k.shape[2]:
             with quiet(q):
@@ -105,7 +149,9 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, do: torch.Tensor, dlse: torch.Tensor) -> Any:
         with quiet(do):
-            return *gradients(ctx.launch, do, dlse, ctx.saved_tensors, ctx.needs_input_grad[:4]), None
+            return *gradients(
+                ctx.launch, do, dlse, ctx.saved_tensors, ctx.needs_input_grad[:4]
+            ), None
 
 
 def supports(problem: Problem, device: str) -> str | None:
@@ -113,7 +159,23 @@ def supports(problem: Problem, device: str) -> str | None:
     return refusal(problem, device, tuple(DTYPES))
 
 
-@kernel(name="triton-fa2", arithmetic=Arithmetic(exp="fused", deterministic=True), supports=supports, tiles=(64, 128))
+@kernel(
+    name="triton-fa2",
+    arithmetic=Arithmetic(exp="fused", deterministic=True),
+    supports=supports,
+    tiles=(64, 128),
+)
 def triton_fa2(q, k, v, *, problem, mask, bias, slopes, scale, softcap):
-    """Masks as rules where the problem leaves the choice and all of them are rules for Triton; `dense` comes as a tensor."""
-    return attention(q, k, v, mask=as_rules(problem, mask), bias=bias, slopes=slopes, scale=scale, softcap=softcap)
+    """Masks as rules where the problem leaves the choice and all of them are rules for Triton;
+    `dense` comes as a tensor.
+    """
+    return attention(
+        q,
+        k,
+        v,
+        mask=as_rules(problem, mask),
+        bias=bias,
+        slopes=slopes,
+        scale=scale,
+        softcap=softcap,
+    )

@@ -1,8 +1,10 @@
-"""FlashAttention in FP8, in Triton, forward: FlashAttention-3, section 3.3 (arXiv 2407.08608), and what has helped since.
+"""FlashAttention in FP8, in Triton, forward: FlashAttention-3, section 3.3 (arXiv 2407.08608), and
+what has helped since.
 
-Q, K and V are narrowed first (triton_fp8_quantise.py). The loop is triton_fa2.py's, on 8-bit operands: the scales of Q and K are
-in the one factor of the exponential; P is 2^(s factor - maximum + 8), so that a format of few exponents holds it; the scales of
-V enter once, at the end, and so does its mean, which P's rounding therefore does not touch: V = 1 gives 1.
+Q, K and V are narrowed first (triton_fp8_quantise.py). The loop is triton_fa2.py's, on 8-bit
+operands: the scales of Q and K are in the one factor of the exponential; P is 2^(s factor - maximum
++ 8), so that a format of few exponents holds it; the scales of V enter once, at the end, and so
+does its mean, which P's rounding therefore does not touch: V = 1 gives 1.
 """
 
 from collections.abc import Callable
@@ -16,7 +18,15 @@ import triton.language as tl
 from verify.errors import VerifyError
 from verify.kernels.triton.checks import as_rules, checked, refusal
 from verify.kernels.triton.fp8_quantize import ROWS, Quantised, quantise
-from verify.kernels.triton.launch import INTERPRETED, RUNTIME, Launch, Tiles, descriptor, has_tma, quiet
+from verify.kernels.triton.launch import (
+    INTERPRETED,
+    RUNTIME,
+    Launch,
+    Tiles,
+    descriptor,
+    has_tma,
+    quiet,
+)
 from verify.kernels.triton.tiles import (
     GENERAL,
     INTERPRET,
@@ -37,13 +47,19 @@ from verify.spec.problem import Problem
 from verify.spec.quantization import seen_keys
 
 OFFSET = tl.constexpr(8)
-"""P is stored times 2^OFFSET: below e4m3's largest, and 2^-14 of the largest P is still a normal number."""
-BEST = Quantisation("e4m3", ROWS, rotated=True, values="columns", centred=True, fitted=True, balanced=True)
+"""P is stored times 2^OFFSET: below e4m3's largest, and 2^-14 of the largest P is still a normal
+number.
+"""
+BEST = Quantisation(
+    "e4m3", ROWS, rotated=True, values="columns", centred=True, fitted=True, balanced=True
+)
 """What the bundled kernel declares; what each choice is worth: FP8.md."""
 TILES = {64: Tiles(64, 128, 4, 3), 128: Tiles(64, 128, 4, 3), 256: Tiles(128, 128, 8, 2)}
 """By the padded head dim; chosen on an H200."""
 GENERAL_TILES = {64: Tiles(64, 32, 4, 2), 128: Tiles(64, 32, 4, 2), 256: Tiles(64, 32, 8, 2)}
-"""Where more than a rule changes a score; none spills, but the assembler serialises their products (its warning C7515)."""
+"""Where more than a rule changes a score; none spills, but the assembler serialises their products
+(its warning C7515).
+"""
 
 
 @triton.jit(do_not_specialize=[*RUNTIME, "k_groups", "shifted"])
@@ -54,13 +70,32 @@ def _forward(
     KIND: tl.constexpr, INTERPRET: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """q [B,H,Q,C], k [B,Hk,K,C], v [B,Hk,C,K'] in 8 bits, scales as in `Quantised` -> out [B,H,Q,Dv], lse [B,H,Q], contiguous."""
-    bh, block = tl.program_id(0) // blocks, blocks - 1 - tl.program_id(0) % blocks  # causal: the longest first
+    """q [B,H,Q,C], k [B,Hk,K,C], v [B,Hk,C,K'] in 8 bits, scales as in `Quantised` -> out
+    [B,H,Q,Dv], lse [B,H,Q], contiguous.
+    """
+    bh, block = (
+        tl.program_id(0) // blocks,
+        blocks - 1 - tl.program_id(0) % blocks,
+    )  # causal: the longest first
     b, h = bh // heads, bh % heads
     g = h // group
     bg = b * (heads // group) + g
     mask_at, bias_at = (mask_b, mask_h, mask_r, mask_c), (bias_b, bias_h, bias_r, bias_c)
-    extras = (batch, len_q, len_k, integers, terms, flags, before, softcap, slopes, mask, mask_at, bias, bias_at)
+    extras = (
+        batch,
+        len_q,
+        len_k,
+        integers,
+        terms,
+        flags,
+        before,
+        softcap,
+        slopes,
+        mask,
+        mask_at,
+        bias,
+        bias_at,
+    )
     way = walk(plan, plan_b, b, block)
     rows, keys = block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     q_block = load(q, (0, 0, 0, 0), b, h, block * BLOCK_M, len_q, BLOCK_D, BLOCK_M, BLOCK_D, WHOLE)
@@ -76,15 +111,31 @@ def _forward(
         s = dot(q_block, tl.trans(k_block), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), INTERPRET)
         if KIND == GENERAL:
             s, units = s * units[:, None], tl.full([BLOCK_M], 1.0, tl.float32)
-        s, _ = scores(s, rows[:, None], start + keys[None, :], b, h, number, way, extras, rules, KIND, INTERPRET)
+        s, _ = scores(
+            s,
+            rows[:, None],
+            start + keys[None, :],
+            b,
+            h,
+            number,
+            way,
+            extras,
+            rules,
+            KIND,
+            INTERPRET,
+        )
         old, top = top, tl.maximum(top, tl.max(s, 1) * (factor * units))
         base = tl.where(top == float("-inf"), 0.0, top)  # nothing visible yet: no -inf - -inf
         weight = tl.broadcast_to((factor * units)[:, None], s.shape)
-        p = tl.exp2(tl.fma(s, weight, tl.broadcast_to(-(base - OFFSET)[:, None], s.shape)))  # product and difference: one step
+        p = tl.exp2(
+            tl.fma(s, weight, tl.broadcast_to(-(base - OFFSET)[:, None], s.shape))
+        )  # product and difference: one step
         decay = tl.exp2(old - base)
         total = total * decay + tl.sum(p, 1)
         v_block = v.load([b, g, 0, start]).reshape(BLOCK_D, BLOCK_N)
-        acc = dot(rounded(p, k_block.dtype, INTERPRET), tl.trans(v_block), acc * decay[:, None], INTERPRET)
+        acc = dot(
+            rounded(p, k_block.dtype, INTERPRET), tl.trans(v_block), acc * decay[:, None], INTERPRET
+        )
     empty = total == 0
     total = tl.where(empty, 1.0, total)
     columns = tl.arange(0, BLOCK_D)
@@ -92,7 +143,11 @@ def _forward(
     acc = tl.where(empty[:, None], 0.0, acc + tl.load(v_mean + bg * BLOCK_D + columns)[None, :])
     store(out, b, h, heads, block * BLOCK_M, len_q, dim_v, acc, KIND, INTERPRET)
     moved = tl.load(shift + at, mask=(inside & (shifted != 0)) != 0, other=0.0) * scale
-    tl.store(lse + at, tl.where(empty, float("-inf"), (top - OFFSET) * LN2 + tl.log(total) + moved), mask=inside)
+    tl.store(
+        lse + at,
+        tl.where(empty, float("-inf"), (top - OFFSET) * LN2 + tl.log(total) + moved),
+        mask=inside,
+    )
 
 
 class Fp8Launch(Launch):
@@ -118,10 +173,12 @@ def attention(
     scale: float,
     softcap: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q [B,H,Q,D], k [B,Hk,K,D], v [B,Hk,K,Dv] in fp16 or bf16, any strides -> out [B,H,Q,Dv], lse float32 [B,H,Q].
+    """q [B,H,Q,D], k [B,Hk,K,D], v [B,Hk,K,Dv] in fp16 or bf16, any strides -> out [B,H,Q,Dv], lse
+    float32 [B,H,Q].
 
-    how: what is quantised how; rows: None, 0 or 128, and with 128 a scale of V for its head or columns. An infinite or NaN value
-    reaches whoever shares its scale. All else as triton_fa2.attention has it. Raises VerifyError for what it cannot compute.
+    how: what is quantised how; rows: None, 0 or 128, and with 128 a scale of V for its head or
+    columns. An infinite or NaN value reaches whoever shares its scale. All else as
+    triton_fa2.attention has it. Raises VerifyError for what it cannot compute.
     """
     launch, narrow = _ready(q, k, v, how, mask, bias, slopes, scale, softcap)
     out, lse = launch.results()
@@ -146,12 +203,15 @@ def _ready(
     """What was asked for, checked, and what narrows the operands."""
     if how.rows not in (None, 0, ROWS) or (how.rows and how.values == "rows"):
         raise VerifyError(
-            f"triton-fp8: rows={how.rows}, values={how.values!r}: rows None, 0 or {ROWS}; with {ROWS} head or columns"
+            f"triton-fp8: rows={how.rows}, values={how.values!r}: rows None, 0 or {ROWS}; with "
+            f"{ROWS} head or columns"
         )
     problem = checked("triton-fp8", supports, q, k, v, mask=mask, bias=bias, slopes=slopes)
     launch = Fp8Launch.of(problem, q, mask, bias, slopes, scale, softcap)
     q, k, v = q.detach(), k.detach(), v.detach()
-    return launch, lambda: quantise(q, k, v, chosen(how, softcap), launch.dim, _seen(problem, launch))
+    return launch, lambda: quantise(
+        q, k, v, chosen(how, softcap), launch.dim, _seen(problem, launch)
+    )
 
 
 def _seen(problem: Problem, launch: Launch) -> torch.Tensor | None:
@@ -201,15 +261,25 @@ def supports(problem: Problem, device: str) -> str | None:
         return "forward only"
     if sentence := refusal(problem, device, ("fp16", "bf16")):
         return sentence
-    return None if device == "cpu" or has_tma(torch.device(device)) else "needs a Hopper GPU: TMA, tensor cores for FP8"
+    return (
+        None
+        if device == "cpu" or has_tma(torch.device(device))
+        else "needs a Hopper GPU: TMA, tensor cores for FP8"
+    )
 
 
 def arithmetic(how: Quantisation) -> Any:
-    """The arithmetic of this choice: a function of (problem, device). Hopper's FP8 products keep 14 bits of their sums."""
+    """The arithmetic of this choice: a function of (problem, device). Hopper's FP8 products keep 14
+    bits of their sums.
+    """
 
     def declared(problem: Problem, device: str) -> Arithmetic:
         sums = "fp22" if device == "cuda" else "fp32"
-        tile = INTERPRETED if INTERPRET else next(t for n, t in TILES.items() if max(problem.dim_qk, problem.dim_v) <= n)
+        tile = (
+            INTERPRETED
+            if INTERPRET
+            else next(t for n, t in TILES.items() if max(problem.dim_qk, problem.dim_v) <= n)
+        )
         return Arithmetic(
             quantised=chosen(how, problem.softcap),
             exp="fused",
@@ -225,7 +295,9 @@ def arithmetic(how: Quantisation) -> Any:
 
 
 def stages(q, k, v, *, problem, mask, bias, slopes, scale, softcap):
-    """`verify bench` times them apart: operands that stay, a cache of K and V, are narrowed once."""
+    """`verify bench` times them apart: operands that stay, a cache of K and V, are narrowed
+    once.
+    """
     launch, narrow = _ready(q, k, v, BEST, as_rules(problem, mask), bias, slopes, scale, softcap)
     operands, (out, lse) = narrow(), launch.results()
     return {"quantise": narrow, "attention": lambda: attend(launch, operands, out, lse)}
@@ -233,6 +305,10 @@ def stages(q, k, v, *, problem, mask, bias, slopes, scale, softcap):
 
 @kernel(name="triton-fp8", arithmetic=arithmetic(BEST), supports=supports, stages=stages)
 def triton_fp8(q, k, v, *, problem, mask, bias, slopes, scale, softcap, how=BEST):
-    """Masks as rules where the problem leaves the choice and all of them are rules for Triton; `dense` comes as a tensor."""
+    """Masks as rules where the problem leaves the choice and all of them are rules for Triton;
+    `dense` comes as a tensor.
+    """
     mask = as_rules(problem, mask)
-    return attention(q, k, v, how=how, mask=mask, bias=bias, slopes=slopes, scale=scale, softcap=softcap)
+    return attention(
+        q, k, v, how=how, mask=mask, bias=bias, slopes=slopes, scale=scale, softcap=softcap
+    )

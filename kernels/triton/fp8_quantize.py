@@ -1,7 +1,9 @@
-"""Q, K and V to 8 bits, before FP8 attention: means, incoherent processing, scales and rounding, by choice (`Quantisation`).
+"""Q, K and V to 8 bits, before FP8 attention: means, incoherent processing, scales and rounding, by
+choice (`Quantisation`).
 
-Two passes over each tensor: the largest magnitude of every block of rows and column, from which the scales of any granularity
-follow; then the rounded tensor. The rotation is a product with a matrix of 1 and -1, exact until its float32 sum.
+Two passes over each tensor: the largest magnitude of every block of rows and column, from which the
+scales of any granularity follow; then the rounded tensor. The rotation is a product with a matrix
+of 1 and -1, exact until its float32 sum.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ ROWS = 128
 
 @dataclass(frozen=True)
 class Quantised:
-    """q and k [B,H,n,C] and v transposed [B,Hk,C,n'] in 8 bits, columns C padded; what each stands for is it times its scale."""
+    """q and k [B,H,n,C] and v transposed [B,Hk,C,n'] in 8 bits, columns C padded; what each stands
+    for is it times its scale.
+    """
 
     q: torch.Tensor
     k: torch.Tensor
@@ -46,15 +50,21 @@ class Quantised:
 
 RUNTIME = "matrix mean seen found scale toward units shift lost fitted heads blocks length padded group masked".split()
 RUNTIME += [f"scale_{axis}" for axis in "bhrc"]
-"""Arguments on whose values Triton must not specialise, for each kind would compile the kernels anew."""
+"""Arguments on whose values Triton must not specialise, for each kind would compile the kernels
+anew.
+"""
 
 
 @triton.jit
 def _tile(x, matrix, mean, seen, masked, b, h, heads, start, length, ROTATED: tl.constexpr, ROWS: tl.constexpr,
           BLOCK_D: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
-    """x[b, h, start : start + ROWS] as float32 [ROWS, BLOCK_D]: turned, freed of its mean, 0 where outside or seen by none."""
+    """x[b, h, start : start + ROWS] as float32 [ROWS, BLOCK_D]: turned, freed of its mean, 0 where
+    outside or seen by none.
+    """
     rows, columns = (start + tl.arange(0, ROWS))[:, None], tl.arange(0, BLOCK_D)[None, :]
-    known = tl.load(seen + b * length + rows, mask=((rows < length) & (masked != 0)) != 0, other=1) != 0
+    known = (
+        tl.load(seen + b * length + rows, mask=((rows < length) & (masked != 0)) != 0, other=1) != 0
+    )
     values = x.load([b, h, start, 0]).reshape(ROWS, BLOCK_D)
     if ROTATED:
         turn = tl.load(matrix + tl.arange(0, BLOCK_D)[:, None] * BLOCK_D + columns)
@@ -73,7 +83,9 @@ def _largest(
     """found [B,H,blocks,BLOCK_D]: the largest magnitude in each column of each block of rows."""
     at = tl.program_id(0)
     b, h, start = at // blocks // heads, at // blocks % heads, at % blocks * ROWS
-    x_tile = _tile(x, matrix, mean, seen, masked, b, h, heads, start, length, ROTATED, ROWS, BLOCK_D, INTERPRET)
+    x_tile = _tile(
+        x, matrix, mean, seen, masked, b, h, heads, start, length, ROTATED, ROWS, BLOCK_D, INTERPRET
+    )
     tl.store(found + at.to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D), tl.max(tl.abs(x_tile), 0))
 
 
@@ -84,15 +96,21 @@ def _narrow(
     ROTATED: tl.constexpr, TRANSPOSED: tl.constexpr, BALANCED: tl.constexpr, QUERY: tl.constexpr, SHIFTED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """out [B,H,length,BLOCK_D], or TRANSPOSED [B,H,BLOCK_D,padded], is x / scale; lost [B,H,blocks,BLOCK_D] sums x - out scale.
+    """out [B,H,length,BLOCK_D], or TRANSPOSED [B,H,BLOCK_D,padded], is x / scale; lost
+    [B,H,blocks,BLOCK_D] sums x - out scale.
 
-    Of a QUERY: units [B,H,length], what its rows are times, fitted or not; shift [B,H,length] = (out units) . toward.
+    Of a QUERY: units [B,H,length], what its rows are times, fitted or not; shift [B,H,length] =
+    (out units) . toward.
     """
     bh, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     b, h, start = (bh // heads).to(tl.int32), (bh % heads).to(tl.int32), block * ROWS
-    x_tile = _tile(x, matrix, mean, seen, masked, b, h, heads, start, length, ROTATED, ROWS, BLOCK_D, INTERPRET)
+    x_tile = _tile(
+        x, matrix, mean, seen, masked, b, h, heads, start, length, ROTATED, ROWS, BLOCK_D, INTERPRET
+    )
     rows, columns = (start + tl.arange(0, ROWS))[:, None], tl.arange(0, BLOCK_D)[None, :]
-    unit = tl.load(scale + b.to(tl.int64) * scale_b + h * scale_h + block * scale_r + columns * scale_c)
+    unit = tl.load(
+        scale + b.to(tl.int64) * scale_b + h * scale_h + block * scale_r + columns * scale_c
+    )
     divided = tl.div_rn(x_tile, tl.broadcast_to(unit, x_tile.shape))
     square = tl.sum(divided * divided, 1)
     narrow = rounded(divided, out.dtype.element_ty, INTERPRET)
@@ -131,10 +149,18 @@ class _Operand:
 
     def _launch(self, function, *arguments, **constants) -> None:
         batch, heads, length, _ = self.x.shape
-        seen = self.mean.view(torch.uint8) if self.seen is None else self.seen  # never read where nothing is hidden
+        seen = (
+            self.mean.view(torch.uint8) if self.seen is None else self.seen
+        )  # never read where nothing is hidden
         function[(triton.cdiv(length, ROWS) * batch * heads,)](
             descriptor(self.x, ROWS, self.width),
-            *(self.mean if self.turn is None else self.turn, self.mean, seen, int(self.seen is not None), *arguments),
+            *(
+                self.mean if self.turn is None else self.turn,
+                self.mean,
+                seen,
+                int(self.seen is not None),
+                *arguments,
+            ),
             ROTATED=self.turn is not None,
             ROWS=ROWS,
             BLOCK_D=self.width,
@@ -147,25 +173,41 @@ class _Operand:
         """Of groups that span these dimensions of [B,H,blocks,columns]: float32, 1 long there."""
         batch, heads, length, _ = self.x.shape
         blocks = triton.cdiv(length, ROWS)
-        found = torch.empty(batch, heads, blocks, self.width, dtype=torch.float32, device=self.x.device)
+        found = torch.empty(
+            batch, heads, blocks, self.width, dtype=torch.float32, device=self.x.device
+        )
         self._launch(_largest, found, heads, blocks, length)
         scale = found.amax(over, keepdim=True) / torch.finfo(FORMATS[self.how.format]).max
         return scale.masked_fill_(scale == 0, 1.0)
 
     def narrowed(
-        self, scale: torch.Tensor, *, transposed: bool = False, query: bool = False, toward: torch.Tensor | None = None
+        self,
+        scale: torch.Tensor,
+        *,
+        transposed: bool = False,
+        query: bool = False,
+        toward: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
-        """(in 8 bits; V: sums of what blocks lack [B,Hk,blocks,width]; Q: a scale by row, its product with `toward`)"""
+        """(in 8 bits; V: sums of what blocks lack [B,Hk,blocks,width]; Q: a scale by row, its
+        product with `toward`)
+        """
         batch, heads, length, dim = self.x.shape
-        padded, blocks = -(-length // 16) * 16, triton.cdiv(length, ROWS)  # rows of a transposed tensor that TMA can address
-        shape = (batch, heads, self.width, padded) if transposed else (batch, heads, length, self.width)
+        padded, blocks = (
+            -(-length // 16) * 16,
+            triton.cdiv(length, ROWS),
+        )  # rows of a transposed tensor that TMA can address
+        shape = (
+            (batch, heads, self.width, padded) if transposed else (batch, heads, length, self.width)
+        )
         out = torch.empty(shape, dtype=FORMATS[self.how.format], device=self.x.device)
         fresh = functools.partial(torch.empty, dtype=torch.float32, device=self.x.device)
         lost = fresh(batch, heads, blocks, self.width) if transposed and self.how.balanced else None
         units = fresh(batch, heads, length) if query else scale
         shift = None if toward is None else fresh(batch, heads, length)
         apart = (0 if n == 1 else step for n, step in zip(scale.shape, scale.stride(), strict=True))
-        given = [scale if t is None else t for t in (toward, out, lost, units, shift)]  # what is not wanted is never touched
+        given = [
+            scale if t is None else t for t in (toward, out, lost, units, shift)
+        ]  # what is not wanted is never touched
         group = 1 if toward is None else heads // toward.shape[1]
         norm = 1.0 if self.turn is None else rotation(dim).shape[0] ** -0.5
         self._launch(
@@ -176,11 +218,18 @@ class _Operand:
 
 
 def quantise(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, how: Quantisation, width: int, seen: torch.Tensor | None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    how: Quantisation,
+    width: int,
+    seen: torch.Tensor | None,
 ) -> Quantised:
-    """q [B,H,Q,D], k [B,Hk,K,D], v [B,Hk,K,Dv] in fp16 or bf16, any strides, to 8 bits, columns padded to `width`.
+    """q [B,H,Q,D], k [B,Hk,K,D], v [B,Hk,K,Dv] in fp16 or bf16, any strides, to 8 bits, columns
+    padded to `width`.
 
-    seen: bool [B|1,1,K,1], the keys that some query sees; None: all. Their means and largest magnitudes are all that counts.
+    seen: bool [B|1,1,K,1], the keys that some query sees; None: all. Their means and largest
+    magnitudes are all that counts.
     """
     turn = _turn(q.shape[3], width, q.dtype, q.device) if how.rotated else None
     norm = rotation(q.shape[3]).shape[0] ** -0.5 if how.rotated else 1.0
@@ -195,16 +244,23 @@ def quantise(
     q, k, v = (loadable(t) for t in (q, k, v))
     no_mean = torch.zeros(*q.shape[:2], 1, width, device=q.device)
     over = (0, 1, 2, 3) if how.rows is None else (3,) if how.rows else (2, 3)
-    from_q, from_k = _Operand(q, how, turn, no_mean, None, width), _Operand(k, how, turn, k_mean, flags, width)
+    from_q, from_k = (
+        _Operand(q, how, turn, no_mean, None, width),
+        _Operand(k, how, turn, k_mean, flags, width),
+    )
     from_v = _Operand(v, how, None, v_mean, flags, width)
     q_scale, k_scale = from_q.scales(over), from_k.scales(over)
     v_scale = from_v.scales({"rows": over, "head": (2, 3), "columns": (2,)}[how.values])
-    q8, _, q_units, shift = from_q.narrowed(q_scale, query=True, toward=k_mean if how.centred else None)
+    q8, _, q_units, shift = from_q.narrowed(
+        q_scale, query=True, toward=k_mean if how.centred else None
+    )
     k8, (v8, lost, *_) = from_k.narrowed(k_scale)[0], from_v.narrowed(v_scale, transposed=True)
     if lost is not None:
         v_mean = v_mean + lost.sum(2, keepdim=True) / key_count(v.shape[2], seen)
     k_units = (k_scale * norm).expand(*k.shape[:2], -1, 1).squeeze(3).contiguous()
-    v_units, v_mean = (t.expand(*v.shape[:2], 1, width).squeeze(2).contiguous() for t in (v_scale, v_mean))
+    v_units, v_mean = (
+        t.expand(*v.shape[:2], 1, width).squeeze(2).contiguous() for t in (v_scale, v_mean)
+    )
     return Quantised(q8, k8, v8, q_units, k_units, v_units, v_mean, shift)
 
 

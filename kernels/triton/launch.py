@@ -1,4 +1,6 @@
-"""What the host does before a Triton kernel is launched: mask rules and their integers, who sees whom, tile sizes, TMA."""
+"""What the host does before a Triton kernel is launched: mask rules and their integers, who sees
+whom, tile sizes, TMA.
+"""
 
 import contextlib
 import functools
@@ -12,17 +14,33 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from verify.kernels.triton.tiles import BIAS, GENERAL, INTERPRET, LOG2E, MASK, RULES, SLOPES, SOFTCAP, WHOLE
+from verify.kernels.triton.tiles import (
+    BIAS,
+    GENERAL,
+    INTERPRET,
+    LOG2E,
+    MASK,
+    RULES,
+    SLOPES,
+    SOFTCAP,
+    WHOLE,
+)
 from verify.spec.masks import KINDS, Mask
 from verify.spec.problem import Problem
 
-RUNTIME = [f"{tensor}_{axis}" for tensor in ("q", "k", "v", "do", "out", "mask", "bias") for axis in "bhrc"]
+RUNTIME = [
+    f"{tensor}_{axis}" for tensor in ("q", "k", "v", "do", "out", "mask", "bias") for axis in "bhrc"
+]
 RUNTIME += "q k v do out dq dk dv dbias mask bias slopes integers terms plan plan_b lse lse2 dlse delta".split()
 RUNTIME += "batch heads group blocks len_q len_k dim_qk dim_v flags".split()
-"""Arguments on whose values (1, a multiple of 16) Triton must not specialise, for each kind would compile the kernel anew."""
+"""Arguments on whose values (1, a multiple of 16) Triton must not specialise, for each kind would
+compile the kernel anew.
+"""
 _RULES = tuple(kind.rule for name, kind in KINDS.items() if name not in ("full", "dense"))
 FAR = 2**30
-"""An integer of a mask beyond it says no more than it does, and its sum with a position stays within int32."""
+"""An integer of a mask beyond it says no more than it does, and its sum with a position stays
+within int32.
+"""
 
 
 class Tiles(NamedTuple):
@@ -41,8 +59,8 @@ TMA = {
     "dv": {256: Tiles(64, 128, 8, 2)},
     "rows": {64: Tiles(64, 64, 4, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(128, 64, 8, 1)},
 }
-"""16-bit formats through TMA, by the padded head dim; chosen on an H200. dK and dV share a pass (`keys`)
-where the registers hold both sums.
+"""16-bit formats through TMA, by the padded head dim; chosen on an H200. dK and dV share a pass
+(`keys`) where the registers hold both sums.
 """
 TMA_WHOLE = {"forward": {64: Tiles(64, 128, 4, 2), 128: TMA["forward"][128]}}
 """Where nothing is hidden, for the passes that are faster with a kernel of their own for it."""
@@ -66,34 +84,52 @@ INTERPRETED = Tiles(128, 64)
 
 @functools.cache
 def has_tma(device: torch.device) -> bool:
-    """Whether this is a Hopper or a larger GPU: the sizes in TMA need its shared memory too. The interpreter has both."""
+    """Whether this is a Hopper or a larger GPU: the sizes in TMA need its shared memory too. The
+    interpreter has both.
+    """
     if INTERPRET:
         return True
-    shared = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]
+    shared = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)[
+        "max_shared_mem"
+    ]
     return torch.cuda.get_device_capability(device) >= (9, 0) and shared >= 227 * 1024
 
 
 @functools.cache
 def _rules() -> tuple[Any, ...]:
-    """_RULES for Triton. The interpreter calls them as they are: its jit wants `tl` among the globals of every function."""
+    """_RULES for Triton. The interpreter calls them as they are: its jit wants `tl` among the
+    globals of every function.
+    """
     return _RULES if INTERPRET else tuple(triton.jit(rule) for rule in _RULES)
 
 
 @functools.lru_cache(maxsize=256)
 def _integers(mask: Mask, batch: int, device: torch.device) -> torch.Tensor:
     """(which of _RULES, x, y) of each term and batch entry: int32 [terms, batch, 3]."""
-    terms = [[(_RULES.index(term.rule), *(min(n, FAR) for n in pair)) for pair in term.integers] for term in mask.terms(batch)]
+    terms = [
+        [(_RULES.index(term.rule), *(min(n, FAR) for n in pair)) for pair in term.integers]
+        for term in mask.terms(batch)
+    ]
     return torch.tensor(terms, dtype=torch.int32, device=device).view(-1, batch, 3)
 
 
 @functools.lru_cache(maxsize=256)
 def plan(
-    mask: Mask, batch: int, len_q: int, len_k: int, tile: tuple[int, int], device: torch.device, *, by_keys: bool
+    mask: Mask,
+    batch: int,
+    len_q: int,
+    len_k: int,
+    tile: tuple[int, int],
+    device: torch.device,
+    *,
+    by_keys: bool,
 ) -> torch.Tensor:
-    """Which blocks of keys each block of rows walks over (or of rows, each block of keys): int32 [batch or 1, blocks, 4].
+    """Which blocks of keys each block of rows walks over (or of rows, each block of keys): int32
+    [batch or 1, blocks, 4].
 
-    The four: the first block with anything visible, the longest run of wholly visible blocks (first, last + 1), the last + 1 with
-    anything visible. From the mask's own rule at every position, the way of FlexAttention's create_block_mask.
+    The four: the first block with anything visible, the longest run of wholly visible blocks
+    (first, last + 1), the last + 1 with anything visible. From the mask's own rule at every
+    position, the way of FlexAttention's create_block_mask.
     """
     entries = batch if mask.batch_sizes() else 1
     across, down = triton.cdiv(len_k, tile[1]), triton.cdiv(len_q, tile[0])
@@ -101,7 +137,9 @@ def plan(
     some, every = [], []
     step = max(1, 2**24 // (entries * tile[0] * k.numel()))
     for first in range(0, down, step):
-        q = torch.arange(first * tile[0], min(first + step, down) * tile[0], device=device, dtype=torch.int32)[:, None]
+        q = torch.arange(
+            first * tile[0], min(first + step, down) * tile[0], device=device, dtype=torch.int32
+        )[:, None]
         lift = lambda integers: torch.tensor(integers, device=device).clamp(max=FAR).view(-1, 1, 1)  # noqa: E731
         seen = mask.visible(q, k, len_q, len_k, batch=entries, lift=lift) & (k < len_k)
         seen = seen.expand(entries, *seen.shape[-2:]).view(entries, -1, tile[0], across, tile[1])
@@ -119,7 +157,9 @@ def plan(
     full_low = torch.where(length > 0, last - length + 1, low)
     table = torch.stack([low, full_low, full_low + length, high], 2).int().contiguous()
     if table.is_cuda:
-        torch.cuda.current_stream(device).synchronize()  # the next call may come from another stream
+        torch.cuda.current_stream(
+            device
+        ).synchronize()  # the next call may come from another stream
     return table
 
 
@@ -138,15 +178,25 @@ def descriptor(t: torch.Tensor, rows: int, dim: int) -> TensorDescriptor:
 def strides(tensors: Mapping[str, torch.Tensor | None]) -> dict[str, int]:
     """One by one: Triton specialises on what is in a tuple."""
     four = {name: (0, 0, 0, 0) if t is None else t.stride() for name, t in tensors.items()}
-    return {f"{name}_{axis}": stride for name, strides in four.items() for axis, stride in zip("bhrc", strides, strict=True)}
+    return {
+        f"{name}_{axis}": stride
+        for name, strides in four.items()
+        for axis, stride in zip("bhrc", strides, strict=True)
+    }
 
 
 def _describable(t: torch.Tensor) -> bool:
-    """Whether TMA can load it: rows of contiguous elements, every address a multiple of 16 bytes, nothing repeated."""
+    """Whether TMA can load it: rows of contiguous elements, every address a multiple of 16 bytes,
+    nothing repeated.
+    """
     shape, strides, size = t.shape, t.stride(), t.itemsize
     dense = strides[3] == 1 or shape[3] == 1
     apart = [stride * size for n, stride in zip(shape[:3], strides[:3], strict=True) if n > 1]
-    return dense and t.data_ptr() % 16 == 0 and all(stride > 0 and stride % 16 == 0 and stride < 2**40 for stride in apart)
+    return (
+        dense
+        and t.data_ptr() % 16 == 0
+        and all(stride > 0 and stride % 16 == 0 and stride < 2**40 for stride in apart)
+    )
 
 
 def loadable(t: torch.Tensor) -> torch.Tensor:
@@ -160,7 +210,9 @@ def _room(like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
 
 
 class Shape(NamedTuple):
-    """The sizes of a call, `group` query heads to a key head, by the names of the kernels' arguments."""
+    """The sizes of a call, `group` query heads to a key head, by the names of the kernels'
+    arguments.
+    """
 
     batch: int
     heads: int
@@ -212,7 +264,12 @@ class Launch:
     @functools.cached_property
     def flags(self) -> int:
         """SOFTCAP | MASK | BIAS | SLOPES"""
-        given = ((SOFTCAP, self.softcap or None), (MASK, self.seen), (BIAS, self.bias), (SLOPES, self.slopes))
+        given = (
+            (SOFTCAP, self.softcap or None),
+            (MASK, self.seen),
+            (BIAS, self.bias),
+            (SLOPES, self.slopes),
+        )
         return sum(bit.value for bit, value in given if value is not None)
 
     whole_tiles: ClassVar[dict[str, dict[int, Tiles]]] = TMA_WHOLE
@@ -225,7 +282,9 @@ class Launch:
 
     def kernel(self, name: str) -> tuple[int, Tiles]:
         """The kind of kernel of a pass, and its tile."""
-        nothing_hidden = self.plain and self.rules.names == {"full"} and self.shape.len_k % LARGEST == 0
+        nothing_hidden = (
+            self.plain and self.rules.names == {"full"} and self.shape.len_k % LARGEST == 0
+        )
         whole = self.whole_tiles.get(name, {}).get(self.dim) if nothing_hidden else None
         kind = WHOLE if whole else RULES if self.plain else GENERAL
         return kind.value, INTERPRETED if INTERPRET else whole or self.tiles[name][self.dim]
@@ -233,7 +292,11 @@ class Launch:
     @functools.cached_property
     def dim(self) -> int:
         """The padded head dim: one of few, so that few kernels are compiled."""
-        return next(size for size in sorted(self.tiles["forward"]) if max(self.shape.dim_qk, self.shape.dim_v) <= size)
+        return next(
+            size
+            for size in sorted(self.tiles["forward"])
+            if max(self.shape.dim_qk, self.shape.dim_v) <= size
+        )
 
     @functools.cached_property
     def tma(self) -> bool:
@@ -242,7 +305,9 @@ class Launch:
 
     @functools.cached_property
     def plain(self) -> bool:
-        """Whether nothing but rules and a positive scale changes a score, and TMA loads and stores the tensors."""
+        """Whether nothing but rules and a positive scale changes a score, and TMA loads and stores
+        the tensors.
+        """
         return self.tma and self.flags == 0 and self.scale > 0
 
     def operand(self, t: torch.Tensor) -> torch.Tensor:
@@ -264,12 +329,19 @@ class Launch:
             return [("keys", {"DK": True, "DV": True})]
         return [("dk", {"DK": True, "DV": False}), ("dv", {"DK": False, "DV": True})]
 
-    def common(self, kind: int, tile: Tiles, *, by_keys: bool, flags: int = 0) -> tuple[int, dict[str, Any]]:
-        """(how many programs: one per block of rows, or of keys; the arguments that all kernels of this tile take)"""
+    def common(
+        self, kind: int, tile: Tiles, *, by_keys: bool, flags: int = 0
+    ) -> tuple[int, dict[str, Any]]:
+        """(how many programs: one per block of rows, or of keys; the arguments that all kernels of
+        this tile take)
+        """
         batch, heads, group, len_q, len_k, *_ = self.shape
         device = self.q.device
         table = plan(self.rules, batch, len_q, len_k, tile[:2], device, by_keys=by_keys)
-        mask, bias = (None if t is None else t.expand(batch, heads, len_q, len_k) for t in (self.seen, self.bias))
+        mask, bias = (
+            None if t is None else t.expand(batch, heads, len_q, len_k)
+            for t in (self.seen, self.bias)
+        )
         linear = self.flags & ~MASK.value != 0 or self.scale == 0
         integers = _integers(self.rules, batch, device)
         entries, blocks, _ = table.shape
@@ -310,12 +382,22 @@ class Launch:
         flags: int = 0,
         **constants: bool,
     ) -> None:
-        """Launch the pass `name`, a program per block of rows or of keys. loads: `operand`s; stores: `room`."""
+        """Launch the pass `name`, a program per block of rows or of keys. loads: `operand`s;
+        stores: `room`.
+        """
         kind, tile = self.kernel(name)
-        programs, arguments = self.common(kind, tile, by_keys=name in ("keys", "dk", "dv"), flags=flags)
-        rows = {tensor: tile.keys if tensor in ("k", "v", "dk", "dv") else tile.rows for tensor in loads | stores}
+        programs, arguments = self.common(
+            kind, tile, by_keys=name in ("keys", "dk", "dv"), flags=flags
+        )
+        rows = {
+            tensor: tile.keys if tensor in ("k", "v", "dk", "dv") else tile.rows
+            for tensor in loads | stores
+        }
         function[(programs,)](
-            **{n: descriptor(t, rows[n], self.dim) if self.plain else t for n, t in (loads | stores).items()},
+            **{
+                n: descriptor(t, rows[n], self.dim) if self.plain else t
+                for n, t in (loads | stores).items()
+            },
             **strides(loads),
             **others,
             **arguments,

@@ -21,7 +21,9 @@ def small_cases(draw, kind: str) -> Case:
     """A small problem with this kind of mask, every option, gradients."""
     batch, len_q, len_k = draw(st.integers(1, 2)), draw(st.integers(0, 5)), draw(st.integers(0, 6))
     heads = draw(st.sampled_from([h for h in HEADS if h[0] <= 4]))
-    mask = draw(masks(frozenset({kind}), batch, len_q, len_k)) & draw(masks(frozenset(KINDS), batch, len_q, len_k))
+    mask = draw(masks(frozenset({kind}), batch, len_q, len_k)) & draw(
+        masks(frozenset(KINDS), batch, len_q, len_k)
+    )
     problem = Problem(
         batch=batch,
         heads_q=heads[0],

@@ -1,4 +1,5 @@
-"""How the roundings reach the gradients: the proved bound of dq, dk, dv, dbias. Derived in verify/bounds/BOUNDS.md.
+"""How the roundings reach the gradients: the proved bound of dq, dk, dv, dbias. Derived in
+verify/bounds/BOUNDS.md.
 
     P recomputed from lse; dP = dO V^T; delta = rowsum(dO * out) or rowsum(P * dP); dS = P * (dP - delta);
     dQ = scale dS K;  dK = scale dS^T Q;  dV = P^T dO
@@ -17,39 +18,67 @@ from verify.spec.arithmetic import Arithmetic
 from verify.spec.problem import Problem
 
 
-def gradients(problem: Problem, b: Block, units: Units, arithmetic: Arithmetic, rows: Rows, dq: Tensor) -> dict[str, Terms]:
-    """Terms of dq, dbias for these rows and what the rows add to dk, dv; the stores of dk, dv come after the sum. `dq`: exact."""
+def gradients(
+    problem: Problem, b: Block, units: Units, arithmetic: Arithmetic, rows: Rows, dq: Tensor
+) -> dict[str, Terms]:
+    """Terms of dq, dbias for these rows and what the rows add to dk, dv; the stores of dk, dv come
+    after the sum. `dq`: exact.
+    """
     e_p, e_ds, ds = _ds_error(problem, b, units, arithmetic, rows)
     result: dict[str, Terms] = {"dv": _dv(problem, b, units, arithmetic, e_p)}
     if problem.bias not in ("none", "alibi"):
-        summed = ("output", "batch_sum") if problem.bias != "bhqk" else ()  # parts are stored before they are added up
+        summed = (
+            ("output", "batch_sum") if problem.bias != "bhqk" else ()
+        )  # parts are stored before they are added up
         parts = units.u["dscores"] + max((units.u[name] for name in summed), default=0.0)
         floor = units.floor["dscores"] + max(units.floor["output"], units.floor["batch_sum"])
         result["dbias"] = {"dS": e_ds, "dS stored": parts * (ds + e_ds) + floor}
     if problem.softcap:
         slope = 1 - (b.capped / problem.softcap) ** 2
-        e_slope = 2 * (rows.score / problem.softcap + TANH * units.work + units.u["stored_scores"]).clamp(max=1)
+        e_slope = 2 * (
+            rows.score / problem.softcap + TANH * units.work + units.u["stored_scores"]
+        ).clamp(max=1)
         ds, e_ds = ds * slope, e_ds * slope + (ds + e_ds) * e_slope
     scale, k, q = abs(problem.softmax_scale), b.k.abs(), b.q.abs()
-    stores = (5 if problem.softcap else 2) if units.stores_scores else 1  # dS; softcap *, slope *, / softcap; scale *
-    u_ds, floor_ds = stores * units.u["dscores"], stores * units.floor["dscores"] / min(1.0, scale or 1.0, problem.softcap or 1.0)
-    name, over = f"dS in {units.format['dscores']}", units.row_overflow("dscores", ds, e_ds, max(1.0, scale))
+    stores = (
+        (5 if problem.softcap else 2) if units.stores_scores else 1
+    )  # dS; softcap *, slope *, / softcap; scale *
+    u_ds, floor_ds = (
+        stores * units.u["dscores"],
+        stores * units.floor["dscores"] / min(1.0, scale or 1.0, problem.softcap or 1.0),
+    )
+    name, over = (
+        f"dS in {units.format['dscores']}",
+        units.row_overflow("dscores", ds, e_ds, max(1.0, scale)),
+    )
 
     moved, mass = scale * from_keys(e_ds, k), scale * from_keys(ds, k)
     stored = u_ds * (mass + moved) + scale * floor_ds * k.sum(-2)[:, :, None, None, :] + over
     largest, everything = units.gamma("accumulate", problem.len_k), mass + moved + stored
     result["dq"] = {"dS": moved, name: stored, "sum over keys": largest * everything}
     if rows.operands is not None:
-        result["dq"]["K quantised"] = scale * from_keys((ds + e_ds) * (1 + u_ds) + floor_ds, rows.operands.k)
+        result["dq"]["K quantised"] = scale * from_keys(
+            (ds + e_ds) * (1 + u_ds) + floor_ds, rows.operands.k
+        )
     if arithmetic.spill:
         spills = -(-problem.len_k // arithmetic.spill[1])
-        result["dq"]["partial sums stored"] = spills * (units.u["output"] * everything + units.floor["output"])
+        result["dq"]["partial sums stored"] = spills * (
+            units.u["output"] * everything + units.floor["output"]
+        )
     units.store(result["dq"], "output", grouped(dq, problem))
 
     moved, mass = scale * to_keys(e_ds, q), scale * to_keys(ds, q)
-    stored = u_ds * (mass + moved) + scale * floor_ds * q.sum((2, 3))[:, :, None, :] + over.sum((2, 3))[:, :, None]
+    stored = (
+        u_ds * (mass + moved)
+        + scale * floor_ds * q.sum((2, 3))[:, :, None, :]
+        + over.sum((2, 3))[:, :, None]
+    )
     gamma, floor = _row_sum(problem, units, arithmetic)
-    result["dk"] = {"dS": moved, name: stored, "sum over rows": gamma * (mass + moved + stored) + floor}
+    result["dk"] = {
+        "dS": moved,
+        name: stored,
+        "sum over rows": gamma * (mass + moved + stored) + floor,
+    }
     if rows.operands is not None:
         lost = grouped(rows.operands.q[:, :, b.rows], problem)
         result["dk"]["Q quantised"] = scale * to_keys((ds + e_ds) * (1 + u_ds) + floor_ds, lost)
@@ -61,27 +90,50 @@ def _dv(problem: Problem, b: Block, units: Units, arithmetic: Arithmetic, e_p: T
     moved, mass = to_keys(e_p, do), to_keys(b.p, do)
     stored = 0.0 * mass
     if not arithmetic.normalized_probs:
-        stored = units.u["probs"] * (mass + moved) + units.floor["probs"] * do.sum((2, 3))[:, :, None, :]
+        stored = (
+            units.u["probs"] * (mass + moved) + units.floor["probs"] * do.sum((2, 3))[:, :, None, :]
+        )
     gamma, floor = _row_sum(problem, units, arithmetic)
     name = f"P in {units.format['probs']}"
-    return {"scores and exponentials": moved, name: stored, "sum over rows": gamma * (mass + moved + stored) + floor}
+    return {
+        "scores and exponentials": moved,
+        name: stored,
+        "sum over rows": gamma * (mass + moved + stored) + floor,
+    }
 
 
 def _row_sum(problem: Problem, units: Units, arithmetic: Arithmetic) -> tuple[float, float]:
-    """(gamma, floor) of the sums over query rows and heads of a group, with the partial sums that are stored."""
+    """(gamma, floor) of the sums over query rows and heads of a group, with the partial sums that
+    are stored.
+    """
     group = units.gamma("group_sum", problem.group) if problem.group > 1 else 0.0
-    partial = problem.group * (1 + (-(-problem.len_q // arithmetic.spill[0]) if arithmetic.spill else 0))
+    partial = problem.group * (
+        1 + (-(-problem.len_q // arithmetic.spill[0]) if arithmetic.spill else 0)
+    )
     gamma = units.gamma("accumulate", problem.len_q * problem.group) + group
     gamma += partial * units.u["output"] if arithmetic.spill else 0.0
-    return gamma, partial * max(units.floor["group_sum"], units.floor["output"]) * (1 + abs(problem.softmax_scale))
+    return gamma, partial * max(units.floor["group_sum"], units.floor["output"]) * (
+        1 + abs(problem.softmax_scale)
+    )
 
 
-def _ds_error(problem: Problem, b: Block, units: Units, arithmetic: Arithmetic, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-    """(error of P, error of dS, |dS|), each [B,Hk,G,n,K], before dS is rounded and before the slope of a softcap."""
+def _ds_error(
+    problem: Problem, b: Block, units: Units, arithmetic: Arithmetic, rows: Rows
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(error of P, error of dS, |dS|), each [B,Hk,G,n,K], before dS is rounded and before the slope
+    of a softcap.
+    """
     e_p = _p_error(b, units, arithmetic, rows)
-    do, gamma, u, work = b.do.abs(), units.gamma("scores", problem.dim_v), units.u["stored_scores"], STEPS * units.work
+    do, gamma, u, work = (
+        b.do.abs(),
+        units.gamma("scores", problem.dim_v),
+        units.u["stored_scores"],
+        STEPS * units.work,
+    )
     dp, delta = by_key(b.do, b.v), (b.do * b.out).sum(-1, keepdim=True)
-    few = work + (0.0 if units.stores_scores else u)  # roundings of dP in FP32: of the sum of sizes, which is no smaller
+    few = work + (
+        0.0 if units.stores_scores else u
+    )  # roundings of dP in FP32: of the sum of sizes, which is no smaller
     step = by_key(do * (gamma * (1 + u) + few), b.v.abs())  # becomes the error of dP - delta
     if rows.operands is not None:
         step.add_(by_key(do, rows.operands.v), alpha=(1 + gamma) * (1 + u))
@@ -89,21 +141,37 @@ def _ds_error(problem: Problem, b: Block, units: Units, arithmetic: Arithmetic, 
         step.add_(dp.abs(), alpha=u).add_(units.floor["stored_scores"])
     if arithmetic.delta == "out":
         o_error, o_size = total(rows.out), b.out.abs()
-        e_delta = (do * (o_error + (problem.dim_v + STEPS) * units.work * (o_size + o_error))).sum(-1, keepdim=True)
+        e_delta = (do * (o_error + (problem.dim_v + STEPS) * units.work * (o_size + o_error))).sum(
+            -1, keepdim=True
+        )
     else:
         terms = e_p * dp.abs() + (b.p + e_p) * step
         if arithmetic.delta == "product":
-            terms = terms + units.u["ds_product"] * (b.p * dp.abs() + terms) + units.floor["ds_product"] * b.visible
-        e_delta = (terms + (problem.len_k + STEPS) * units.work * (b.p * dp.abs() + terms)).sum(-1, keepdim=True)
+            terms = (
+                terms
+                + units.u["ds_product"] * (b.p * dp.abs() + terms)
+                + units.floor["ds_product"] * b.visible
+            )
+        e_delta = (terms + (problem.len_k + STEPS) * units.work * (b.p * dp.abs() + terms)).sum(
+            -1, keepdim=True
+        )
     product = dp.abs() if arithmetic.delta == "product" else None
     step.mul_(1 + work).add_((1 + work) * e_delta + work * delta.abs())
     ds = dp.sub_(delta).abs_()
     factor = e_p
     if units.u["ds_probs"] > units.work:
-        factor = e_p * (1 + units.u["ds_probs"]) + units.u["ds_probs"] * b.p + units.floor["ds_probs"] * b.visible
+        factor = (
+            e_p * (1 + units.u["ds_probs"])
+            + units.u["ds_probs"] * b.p
+            + units.floor["ds_probs"] * b.visible
+        )
     e_ds = (ds + step).mul_(factor).addcmul_(b.p, step).add_(STEPS * units.exp_floor)
     if product is not None:
-        e_ds = e_ds + units.u["ds_product"] * (b.p + e_p) * (product + step) + units.floor["ds_product"] * b.visible
+        e_ds = (
+            e_ds
+            + units.u["ds_product"] * (b.p + e_p) * (product + step)
+            + units.floor["ds_product"] * b.visible
+        )
     return e_p, e_ds, ds.mul_(b.p)
 
 
@@ -111,8 +179,11 @@ def _p_error(b: Block, units: Units, arithmetic: Arithmetic, rows: Rows) -> Tens
     """|P^ - P| of P recomputed from the LSE, or kept by a softmax function."""
     lse_error, probs = total(rows.lse), units.u["probs"]
     e_p = rows.exponent.add_(lse_error + STEPS * units.work * (finite(b.lse).abs() + lse_error))
-    # 0 * NaN: a row that overflows, in S or in exp(s - lse), reaches the keys that are hidden from it, too
-    overflow = rows.overflow + (unbounded(e_p.amax(-1, keepdim=True) > CLAMP) if e_p.shape[-1] else 0.0)
+    # 0 * NaN: a row that overflows, in S or in exp(s - lse), reaches the keys that are hidden from
+    # it, too
+    overflow = rows.overflow + (
+        unbounded(e_p.amax(-1, keepdim=True) > CLAMP) if e_p.shape[-1] else 0.0
+    )
     e_p.clamp_(max=CLAMP).expm1_().mul_(b.p)
     if arithmetic.normalized_probs:  # a softmax function keeps its rounded output for the backward
         e_p.mul_(1 + probs).add_(b.p, alpha=probs).add_(b.visible, alpha=units.floor["probs"])

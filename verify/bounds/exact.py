@@ -1,4 +1,5 @@
-"""The exact answer as a value, the exact softmax a block of rows at a time, and the products between rows and keys under GQA.
+"""The exact answer as a value, the exact softmax a block of rows at a time, and the products
+between rows and keys under GQA.
 
 Query heads are grouped [B, Hk, G, ...] over their key heads [B, Hk, ...]: head h = hk * G + g.
 """
@@ -14,7 +15,9 @@ from verify.spec.problem import Problem
 
 @dataclass(frozen=True)
 class Exact:
-    """out [B,H,Q,Dv], lse [B,H,Q] and, where asked for, dq, dk, dv, dbias (shapes of q, k, v, bias): float64, and who says so."""
+    """out [B,H,Q,Dv], lse [B,H,Q] and, where asked for, dq, dk, dv, dbias (shapes of q, k, v,
+    bias): float64, and who says so.
+    """
 
     out: torch.Tensor
     lse: torch.Tensor
@@ -29,8 +32,9 @@ class Exact:
 class Block:
     """Some query rows and all their keys; n rows, tensors in float64, G query heads per key head.
 
-    q [B,Hk,G,n,D], k [B,Hk,K,D], v [B,Hk,K,Dv], visible [.,1,1,n,K], scores before softcap `raw`, after softcap `capped` and
-    after bias `s`, p, bias (broadcastable) or None: [B,Hk,G,n,K]; row_max, lse [B,Hk,G,n,1]; out, do [B,Hk,G,n,Dv].
+    q [B,Hk,G,n,D], k [B,Hk,K,D], v [B,Hk,K,Dv], visible [.,1,1,n,K], scores before softcap `raw`,
+    after softcap `capped` and after bias `s`, p, bias (broadcastable) or None: [B,Hk,G,n,K];
+    row_max, lse [B,Hk,G,n,1]; out, do [B,Hk,G,n,Dv].
     """
 
     rows: slice

@@ -1,12 +1,15 @@
-"""How far a kernel should be from the exact answer, and when its error is too large, or leans to one side, to be an honest one's.
+"""How far a kernel should be from the exact answer, and when its error is too large, or leans to
+one side, to be an honest one's.
 
-An emulation of the declared arithmetic is one honest kernel on these very inputs. Were the kernel another, then its squared error
-and the emulation's could be swapped in every row without anybody noticing: their difference d_r is symmetric about 0, and
+An emulation of the declared arithmetic is one honest kernel on these very inputs. Were the kernel
+another, then its squared error and the emulation's could be swapped in every row without anybody
+noticing: their difference d_r is symmetric about 0, and
 
     P( sum_r d_r > t sqrt(sum_r d_r^2) ) <= exp(-t^2 / 2)            (Hoeffding's inequality on the signs; Efron 1969)
 
-whatever the distribution, if rows err independently. Where they don't, columns do (an error of delta or of a key's V is shared
-by a whole column of rows), so the smaller of the two statistics counts. Derivation, limits, what it catches: verify/bounds/BOUNDS.md.
+whatever the distribution, if rows err independently. Where they don't, columns do (an error of
+delta or of a key's V is shared by a whole column of rows), so the smaller of the two statistics
+counts. Derivation, limits, what it catches: verify/bounds/BOUNDS.md.
 """
 
 from __future__ import annotations
@@ -22,13 +25,21 @@ from torch import Tensor
 from verify.bounds.constants import FALSE_ALARM, ORDER, RESOLUTION
 from verify.bounds.exact import Exact
 
-DIRECTIONS = {"alpha": "off by a factor", "bias": "off by a constant", "tilt": "as with another softmax scale"}
-"""What a signed error is compared with: the exact tensor, ones, and the derivative by the logarithm of the scale (out only)."""
+DIRECTIONS = {
+    "alpha": "off by a factor",
+    "bias": "off by a constant",
+    "tilt": "as with another softmax scale",
+}
+"""What a signed error is compared with: the exact tensor, ones, and the derivative by the logarithm
+of the scale (out only).
+"""
 
 
 @dataclass(frozen=True)
 class Surprise:
-    """A test that an honest kernel fails less often than FALSE_ALARM: of the size of the error, or of its lean to one side."""
+    """A test that an honest kernel fails less often than FALSE_ALARM: of the size of the error, or
+    of its lean to one side.
+    """
 
     what: str
     score: float
@@ -37,7 +48,9 @@ class Surprise:
 
 @dataclass(frozen=True)
 class Expectation:
-    """Honest errors on one case. `emulate(kind)` gives the emulations, when needed; `tilt` d out / d log(scale)."""
+    """Honest errors on one case. `emulate(kind)` gives the emulations, when needed; `tilt` d out /
+    d log(scale).
+    """
 
     exact: Exact
     emulate: Callable[[str], Exact]
@@ -45,7 +58,9 @@ class Expectation:
     tests: int
     """How many tests share FALSE_ALARM."""
     exp_error: float
-    """Largest relative error of an exponential: where it is not the same in P and in the row sum, out is off by that factor."""
+    """Largest relative error of an exponential: where it is not the same in P and in the row sum,
+    out is off by that factor.
+    """
 
     @cached_property
     def nearest(self) -> Exact:
@@ -54,11 +69,15 @@ class Expectation:
 
     @cached_property
     def fp32(self) -> list[Exact]:
-        """The same kernel with nothing narrower than FP32: off at random wherever that rounds, and with products truncated."""
+        """The same kernel with nothing narrower than FP32: off at random wherever that rounds, and
+        with products truncated.
+        """
         return [self.emulate("jittered fp32"), self.emulate("truncated fp32")]
 
     def errors(self, name: str, got: Tensor) -> tuple[Tensor, Tensor]:
-        """(the kernel's, the emulation's) signed errors of one tensor, [B,H,n,C]; 0 where any of them is not finite."""
+        """(the kernel's, the emulation's) signed errors of one tensor, [B,H,n,C]; 0 where any of
+        them is not finite.
+        """
         exact, honest = getattr(self.exact, name), getattr(self.nearest, name)
         mine, its = got.to(torch.float64) - exact, honest - exact
         judged = mine.isfinite() & its.isfinite()
@@ -66,11 +85,15 @@ class Expectation:
 
     def rmse(self, name: str, got: Tensor) -> tuple[float, float]:
         """(the kernel's, the emulation's)"""
-        mine, honest = (x.square().mean().sqrt().item() if x.numel() else 0.0 for x in self.errors(name, got))
+        mine, honest = (
+            x.square().mean().sqrt().item() if x.numel() else 0.0 for x in self.errors(name, got)
+        )
         return mine, honest
 
     def surprise(self, name: str, got: Tensor) -> Surprise | None:
-        """Why no honest kernel gives this, or None. First with the emulation's resolution as the only slack, then FP32's."""
+        """Why no honest kernel gives this, or None. First with the emulation's resolution as the
+        only slack, then FP32's.
+        """
         mine, honest = self.errors(name, got)
         found = self._worst(name, mine, honest, torch.zeros_like(honest))
         if found.score > found.level:
@@ -90,7 +113,8 @@ class Expectation:
         level = math.sqrt(2 * math.log(self.tests / FALSE_ALARM))
         margin = ((1 + RESOLUTION) ** 2 - 1) * honest * honest + order * order
         whole, heads = scores(mine * mine - honest * honest, margin)
-        if name == "dk":  # an error of delta is shared by all keys: what is left without their mean must be too large as well
+        if name == "dk":
+            # an error of delta is shared by all keys: what is left without their mean must be too large
             mine_c, honest_c = (x - x.mean(2, keepdim=True) for x in (mine, honest))
             whole_c, heads_c = scores(mine_c * mine_c - honest_c * honest_c, margin)
             whole, heads = min(whole, whole_c), torch.minimum(heads, heads_c)
@@ -101,23 +125,30 @@ class Expectation:
             found.append(Surprise(where, heads.max().item(), level))
         for direction, along in self._directions(name).items():
             sides = ((mine - honest) * along, (honest - mine) * along)
-            score = max(scores(side, order * along.abs(), by_head=name == "dk")[0] for side in sides)
+            score = max(
+                scores(side, order * along.abs(), by_head=name == "dk")[0] for side in sides
+            )
             found.append(Surprise(direction, score, level))
         return max(found, key=lambda s: s.score / s.level)
 
     def _directions(self, name: str) -> dict[str, Tensor]:
         exact = _columns(getattr(self.exact, name))
         exact = exact.masked_fill(~exact.isfinite(), 0.0)
-        return {"alpha": exact, "bias": torch.ones_like(exact)} | ({"tilt": self.tilt()} if name == "out" else {})
+        return {"alpha": exact, "bias": torch.ones_like(exact)} | (
+            {"tilt": self.tilt()} if name == "out" else {}
+        )
 
 
 def scores(d: Tensor, margin: Tensor, *, by_head: bool = False) -> tuple[float, Tensor]:
-    """(sum of d - margin) / sqrt(sum of squares of d), rows or columns as units, the smaller: of all [B,H,n,C], and [B,H].
+    """(sum of d - margin) / sqrt(sum of squares of d), rows or columns as units, the smaller: of
+    all [B,H,n,C], and [B,H].
 
     by_head: whole heads are units, too, where nothing less is independent.
     """
     excess = (d - margin).sum((2, 3))
-    units = [d.sum(-1).square().sum(-1)] + ([d.sum(-2).square().sum(-1)] if d.shape[-1] > 1 else [])  # each [B,H]
+    units = [d.sum(-1).square().sum(-1)] + (
+        [d.sum(-2).square().sum(-1)] if d.shape[-1] > 1 else []
+    )  # each [B,H]
     units += [d.sum((2, 3)).square()] if by_head else []
     heads = torch.stack([_ratio(excess, u) for u in units]).amin(0)
     whole = min(_ratio(excess.sum(), u.sum()).item() for u in units)
@@ -125,7 +156,9 @@ def scores(d: Tensor, margin: Tensor, *, by_head: bool = False) -> tuple[float, 
 
 
 def _ratio(excess: Tensor, squares: Tensor) -> Tensor:
-    return torch.where(squares > 0, excess / squares.sqrt().clamp(min=torch.finfo(torch.float64).tiny), 0.0)
+    return torch.where(
+        squares > 0, excess / squares.sqrt().clamp(min=torch.finfo(torch.float64).tiny), 0.0
+    )
 
 
 def _columns(x: Tensor) -> Tensor:

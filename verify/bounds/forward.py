@@ -1,14 +1,17 @@
-"""How the roundings of a declared arithmetic reach out and lse: the proved bound, element by element (derived in BOUNDS.md).
+"""How the roundings of a declared arithmetic reach out and lse: the proved bound, element by
+element (derived in BOUNDS.md).
 
-With s the scores, p the softmax, o the exact output, e_j the error of the argument of key j's exponential:
+With s the scores, p the softmax, o the exact output, e_j the error of the argument of key j's
+exponential:
 
     weights     p^_j = p_j (1 + delta_j) / sum_j p_j (1 + delta_j),  |delta_j| <= d_j = expm1(e_j),  D = sum_j p_j d_j
     out         |o^ - o| <= (sum_j p_j d_j (|v_j| + |o|) / (1 - D) + P stored + V quantised + the sum) / (1 - eta) + the store,
                 eta the relative error of the row sum
     lse         |l^ - l| <= -log1p(-D) - log1p(-eta) + the logarithm
 
-Errors are propagated in the order in which they arise, so products of two errors are in the bound. Where it cannot be formed
-(a declared format overflows, D >= 1) it is infinite: such a case says nothing there, and is counted as uninformative.
+Errors are propagated in the order in which they arise, so products of two errors are in the bound.
+Where it cannot be formed (a declared format overflows, D >= 1) it is infinite: such a case says
+nothing there, and is counted as uninformative.
 """
 
 from __future__ import annotations
@@ -41,8 +44,9 @@ from verify.spec.quantization import FIT, centres, key_mean, rotation
 
 @dataclass(frozen=True)
 class Operands:
-    """What quantisation may have moved q [B,H,Q,D], k [B,Hk,K,D], v [B,Hk,K,Dv] by, element by element; and for Q K^T the sizes
-    and errors to multiply: the same, or the norms of rows [..., 1] where the kernel rotates them (Cauchy-Schwarz).
+    """What quantisation may have moved q [B,H,Q,D], k [B,Hk,K,D], v [B,Hk,K,Dv] by, element by
+    element; and for Q K^T the sizes and errors to multiply: the same, or the norms of rows [..., 1]
+    where the kernel rotates them (Cauchy-Schwarz).
     """
 
     q: Tensor
@@ -63,7 +67,9 @@ class Operands:
         seen, k_mean, v_mean = centres(problem, x, how)
         pairs = []
         for t, mean in ((x.q, x.q.new_zeros(())), (x.k, k_mean)):
-            size, moved = (s.norm(dim=-1, keepdim=True) if how.rotated else s.abs() for s in (t, t - mean))
+            size, moved = (
+                s.norm(dim=-1, keepdim=True) if how.rotated else s.abs() for s in (t, t - mean)
+            )
             columns = rotation(t.shape[-1]).shape[0] if how.rotated else 1
             lost = narrowed(moved, how.format, how.rows, columns=columns)
             lost = lost + FIT * (moved + lost) if how.fitted and t is x.q else lost
@@ -71,22 +77,47 @@ class Operands:
         q, k = (pair[1].expand(t.shape) for pair, t in zip(pairs, (x.q, x.k), strict=True))
         moved = (x.v - v_mean).abs()
         by_column, rows = how.values == "columns", 0 if how.values == "head" else how.rows
-        lost = narrowed(moved.mT, how.format, 1).mT if by_column else narrowed(moved, how.format, rows)
+        lost = (
+            narrowed(moved.mT, how.format, 1).mT if by_column else narrowed(moved, how.format, rows)
+        )
         lost = lost + STEPS * UNIT["fp32"] * (x.v.abs() + moved)
         if how.balanced:  # a mean of what rounding took; its sum is in FP32
-            lost = lost + key_mean(lost, seen).double() * (1 + (x.v.shape[2] + STEPS) * UNIT["fp32"])
+            lost = lost + key_mean(lost, seen).double() * (
+                1 + (x.v.shape[2] + STEPS) * UNIT["fp32"]
+            )
         return cls(q, k, lost, pairs[0], pairs[1], v_mean)
 
 
 class Rows:
-    """The forward bound for a block of rows: out and lse as terms, and what the backward needs of the weights' error."""
+    """The forward bound for a block of rows: out and lse as terms, and what the backward needs of
+    the weights' error.
+    """
 
-    def __init__(self, problem: Problem, b: Block, units: Units, arithmetic: Arithmetic, operands: Operands | None) -> None:
-        self.problem, self.block, self.units, self.arithmetic, self.operands = problem, b, units, arithmetic, operands
+    def __init__(
+        self,
+        problem: Problem,
+        b: Block,
+        units: Units,
+        arithmetic: Arithmetic,
+        operands: Operands | None,
+    ) -> None:
+        self.problem, self.block, self.units, self.arithmetic, self.operands = (
+            problem,
+            b,
+            units,
+            arithmetic,
+            operands,
+        )
         self.score, size, self.overflow = _score_error(problem, b, units, arithmetic, operands)
-        rescaled = STEPS * units.work * b.row_max.abs() + (1 + units.tiles) * (units.exp + units.work)
-        self.exponent = self.score.add(size, alpha=STEPS * units.work) if size is not None else self.score
-        self.exponent = self.exponent + rescaled if problem.softcap else self.exponent.add_(rescaled)
+        rescaled = STEPS * units.work * b.row_max.abs() + (1 + units.tiles) * (
+            units.exp + units.work
+        )
+        self.exponent = (
+            self.score.add(size, alpha=STEPS * units.work) if size is not None else self.score
+        )
+        self.exponent = (
+            self.exponent + rescaled if problem.softcap else self.exponent.add_(rescaled)
+        )
         if arithmetic.exp == "fused" and problem.len_k:  # the argument may be positive
             argument = STEPS * units.work * (b.s.abs().amax(-1, keepdim=True) + b.row_max.abs())
             self.overflow = self.overflow + unbounded(argument > CLAMP)
@@ -95,10 +126,18 @@ class Rows:
         held = torch.exp(b.row_max - finite(b.lse))  # 1 / row sum of exp(s - max)
         held = torch.ones_like(held) if arithmetic.normalized_probs else held
         flushed = max(units.floor["probs"] / arithmetic.probs_scale, units.exp_floor)
-        self.flushed = flushed * (held * reciprocal(1 - spread)).clamp(max=1.0)  # of each P, over the row sum, at least 1
-        self.overflow = self.overflow + units.overflow("probs", torch.full_like(b.lse, arithmetic.probs_scale))
+        self.flushed = flushed * (held * reciprocal(1 - spread)).clamp(
+            max=1.0
+        )  # of each P, over the row sum, at least 1
+        self.overflow = self.overflow + units.overflow(
+            "probs", torch.full_like(b.lse, arithmetic.probs_scale)
+        )
         sees = b.visible.sum(-1, keepdim=True)
-        rounded = units.u["probs"] + self.flushed * sees if arithmetic.rowsum == "rounded" else torch.zeros_like(b.lse)
+        rounded = (
+            units.u["probs"] + self.flushed * sees
+            if arithmetic.rowsum == "rounded"
+            else torch.zeros_like(b.lse)
+        )
         summed = units.work * (problem.len_k + units.tiles + STEPS)
         self.eta = (rounded + summed).clamp(max=1 - UNIT["fp64"])
         self.out = self._out(p_d, spread)
@@ -111,17 +150,24 @@ class Rows:
         if self.operands is not None:
             o = (b.out - self.operands.v_mean.unsqueeze(2)).abs()
         everything = v.sum(-2, keepdim=True).unsqueeze(2)
-        hull = (v.amax(-2, keepdim=True) if self.problem.len_k else v.new_zeros(1, 1, 1, 1)).unsqueeze(2)  # [B,Hk,1,1,Dv]
+        hull = (
+            v.amax(-2, keepdim=True) if self.problem.len_k else v.new_zeros(1, 1, 1, 1)
+        ).unsqueeze(2)  # [B,Hk,1,1,Dv]
         grow, held_grow = reciprocal(1 - spread), reciprocal(1 - self.eta)
         moved = from_keys(p_d, v)
         mass = torch.minimum((from_keys(b.p, v) + moved) * grow, hull)
-        terms = {"scores and exponentials": torch.minimum((moved + o * spread) * grow, hull + o) + self.overflow}
+        terms = {
+            "scores and exponentials": torch.minimum((moved + o * spread) * grow, hull + o)
+            + self.overflow
+        }
         if self.operands is not None:
             lost = from_keys(b.p + p_d, self.operands.v) * grow
             terms["V quantised"], mass, o_size = lost, mass + lost, o + lost
         else:
             o_size = o
-        flushed = self.flushed * (from_keys(b.visible.to(v.dtype).expand(b.p.shape), v) if self._short() else everything)
+        flushed = self.flushed * (
+            from_keys(b.visible.to(v.dtype).expand(b.p.shape), v) if self._short() else everything
+        )
         terms[f"P in {units.format['probs']}"] = u_p * mass + flushed
         gamma = units.gamma("accumulate", self.problem.len_k + units.tiles)
         terms["sum over keys"] = gamma * (mass * (1 + u_p) + flushed)
@@ -130,18 +176,24 @@ class Rows:
         terms["row sum"] = self.eta * (o_size + total(terms))
         terms = {name: part * held_grow for name, part in terms.items()}
         if self.operands is not None:
-            terms["mean of V"] = STEPS * units.work * (o + total(terms) + self.operands.v_mean.unsqueeze(2).abs())
+            terms["mean of V"] = (
+                STEPS * units.work * (o + total(terms) + self.operands.v_mean.unsqueeze(2).abs())
+            )
         units.store(terms, "output", b.out)
         return terms
 
     def _merge(self) -> Tensor:
-        """What the weights exp(lse_i - lse) of splits may be off by: they are not normalised again, so out may leave V's hull."""
+        """What the weights exp(lse_i - lse) of splits may be off by: they are not normalised again,
+        so out may leave V's hull.
+        """
         lse = finite(self.block.lse).abs()
         argument = STEPS * self.units.work * (lse + self.block.row_max.abs() + 1) + self.units.exp
         return torch.expm1(argument.clamp(max=CLAMP)) + unbounded(argument > CLAMP)
 
     def _short(self) -> bool:
-        """Whether P's format has a short exponent: then it matters which keys are visible, since only those can be flushed."""
+        """Whether P's format has a short exponent: then it matters which keys are visible, since
+        only those can be flushed.
+        """
         return self.units.floor["probs"] > self.units.exp_floor
 
     def _lse(self, spread: Tensor) -> Terms:
@@ -157,14 +209,25 @@ class Rows:
 def _score_error(
     problem: Problem, b: Block, units: Units, arithmetic: Arithmetic, operands: Operands | None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """|s^ - s| [B,Hk,G,n,K]: quantised operands, the product Q K^T, each store of S in the declared format, softcap, bias. Then a
-    bound of |s| itself, None where the first already holds STEPS roundings of it; and where a row may overflow the format of S,
-    whichever way the scale is applied: UNBOUNDED [B,Hk,G,n,1].
+    """|s^ - s| [B,Hk,G,n,K]: quantised operands, the product Q K^T, each store of S in the declared
+    format, softcap, bias. Then a bound of |s| itself, None where the first already holds STEPS
+    roundings of it; and where a row may overflow the format of S, whichever way the scale is
+    applied: UNBOUNDED [B,Hk,G,n,1].
     """
-    scale, u, floor = abs(problem.softmax_scale), units.u["stored_scores"], units.floor["stored_scores"]
+    scale, u, floor = (
+        abs(problem.softmax_scale),
+        units.u["stored_scores"],
+        units.floor["stored_scores"],
+    )
     gamma, q, k = units.gamma("scores", problem.dim_qk), b.q.abs(), b.k.abs()
     overflow = units.score_overflow(b, q, k, scale)
-    if not (units.stores_scores or problem.softcap or b.bias is not None or arithmetic.scaled_query or operands is not None):
+    if not (
+        units.stores_scores
+        or problem.softcap
+        or b.bias is not None
+        or arithmetic.scaled_query
+        or operands is not None
+    ):
         return (
             by_key(q * (scale * (gamma + (2 * u + STEPS * units.work) * (1 + gamma))), k),
             None,
@@ -174,7 +237,9 @@ def _score_error(
     error = size * gamma
     if arithmetic.scaled_query:
         floor_q = units.floor["output"] / (scale or UNBOUNDED)
-        error = error + (UNIT[problem.dtype] * size + floor_q * k.sum(-1)[:, :, None, None, :]) * (1 + gamma)
+        error = error + (UNIT[problem.dtype] * size + floor_q * k.sum(-1)[:, :, None, None, :]) * (
+            1 + gamma
+        )
     if operands is not None:
         (q_size, q_error), (k_size, k_error) = operands.q_pair, operands.k_pair
         q_size, q_error = (grouped(t[:, :, b.rows], problem) for t in (q_size, q_error))
@@ -182,7 +247,12 @@ def _score_error(
     error.mul_(scale * (1 + 2 * u)).add_(b.raw.abs(), alpha=2 * u).add_(2 * floor)
     if problem.softcap:
         error = error + u * (b.raw.abs() + error) + floor * problem.softcap  # s / softcap
-        error = error + TANH * units.work * problem.softcap + 2 * u * (b.capped.abs() + error) + 2 * floor * problem.softcap
+        error = (
+            error
+            + TANH * units.work * problem.softcap
+            + 2 * u * (b.capped.abs() + error)
+            + 2 * floor * problem.softcap
+        )
     if b.bias is not None:
         error = error + (units.work + u) * b.bias.abs() + u * (b.s.abs() + error) + 2 * floor
     return error, b.s.abs(), overflow

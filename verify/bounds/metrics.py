@@ -1,4 +1,6 @@
-"""Errors that are never NaN: a non-finite value where the exact one is finite is infinitely wrong, not incomparable."""
+"""Errors that are never NaN: a non-finite value where the exact one is finite is infinitely wrong,
+not incomparable.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,9 @@ from torch import Tensor
 class Measurement:
     """How far a tensor is from a reference. Plain numbers, so that it can be recorded.
 
-    rmse, largest absolute error, worst row's rmse; bias: mean signed error; alpha: slope <x, ref> / <ref, ref> (1 = no global
-    factor; 1 also where ref is all zero and x equals it); size: root mean square of the reference; count of elements.
+    rmse, largest absolute error, worst row's rmse; bias: mean signed error; alpha: slope <x, ref> /
+    <ref, ref> (1 = no global factor; 1 also where ref is all zero and x equals it); size: root mean
+    square of the reference; count of elements.
     """
 
     rmse: float
@@ -32,7 +35,9 @@ def same(a: Tensor, b: Tensor) -> Tensor:
 
 
 def distance(x: Tensor, ref: Tensor) -> Tensor:
-    """|x - ref| in float64: 0 where they are equal (infinities and NaN included), infinite where only one is finite."""
+    """|x - ref| in float64: 0 where they are equal (infinities and NaN included), infinite where
+    only one is finite.
+    """
     a, b = x.to(torch.float64), ref.to(torch.float64)
     comparable = a.isfinite() & b.isfinite()
     return torch.where(same(a, b), 0.0, torch.where(comparable, (a - b).abs(), torch.inf))
@@ -47,12 +52,16 @@ def measure(x: Tensor, ref: Tensor) -> Measurement:
     a, b = torch.where(both, a, 0.0), torch.where(both, b, 0.0)
     power = (b * b).sum().item()
     rows = (error * error).mean(-1).sqrt() if error.dim() > 1 else error
-    alpha = _never_nan((a * b).sum().item() / power) if power else (1.0 if not a.any() else math.inf)
+    alpha = (
+        _never_nan((a * b).sum().item() / power) if power else (1.0 if not a.any() else math.inf)
+    )
     return Measurement(
         rmse=(error * error).mean().sqrt().item(),
         max_abs=error.max().item(),
         worst_row=rows.max().item(),
-        bias=math.inf if not both.all() and error.isinf().any() else _never_nan((a - b).mean().item()),
+        bias=math.inf
+        if not both.all() and error.isinf().any()
+        else _never_nan((a - b).mean().item()),
         alpha=alpha,
         size=math.sqrt(power / b.numel()),
         count=error.numel(),
@@ -66,7 +75,11 @@ def _never_nan(figure: float) -> float:
 
 def worst(error: Tensor, limit: Tensor) -> tuple[int, ...] | None:
     """Index of the element that exceeds its limit by the largest factor; None where none does."""
-    ratio = torch.where(error > limit, error / limit.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
+    ratio = torch.where(
+        error > limit, error / limit.clamp(min=torch.finfo(torch.float64).tiny), 0.0
+    )
     if not ratio.numel() or not (error > limit).any():
         return None
-    return tuple(int(n) for n in torch.unravel_index(ratio.nan_to_num(nan=torch.inf).argmax(), ratio.shape))
+    return tuple(
+        int(n) for n in torch.unravel_index(ratio.nan_to_num(nan=torch.inf).argmax(), ratio.shape)
+    )

@@ -24,13 +24,18 @@ def allowance(
     arithmetic: Arithmetic,
     uncertainty: dict[str, Tensor] | None = None,
 ) -> dict[str, Allowance]:
-    """The proved bound for out, lse and, where problem.grads, dq, dk, dv, dbias of a kernel of this arithmetic.
+    """The proved bound for out, lse and, where problem.grads, dq, dk, dv, dbias of a kernel of this
+    arithmetic.
 
-    `blocks` is the exact softmax of the same inputs. The error of `exact` itself is included: `uncertainty` where it is known
-    (an interval oracle's); else the float64 oracle's own, which is at most the ratio of FP64's unit roundoff to the working
-    format's of the same bound, since every part grows at least linearly with the unit roundoffs.
+    `blocks` is the exact softmax of the same inputs. The error of `exact` itself is included:
+    `uncertainty` where it is known (an interval oracle's); else the float64 oracle's own, which is
+    at most the ratio of FP64's unit roundoff to the working format's of the same bound, since every
+    part grows at least linearly with the unit roundoffs.
     """
-    units, operands = Units(problem, arithmetic, exact.out.device.type), Operands.of(problem, inputs, arithmetic)
+    units, operands = (
+        Units(problem, arithmetic, exact.out.device.type),
+        Operands.of(problem, inputs, arithmetic),
+    )
     by_row: dict[str, list[Terms]] = {"out": [], "lse": []}
     if problem.grads:
         by_row |= {"dq": []} | ({"dbias": []} if exact.dbias is not None else {})
@@ -55,11 +60,16 @@ def allowance(
     if "dbias" in result and exact.dbias is not None:
         result["dbias"] = _broadcast_sum(result["dbias"], exact.dbias, units)
     share = UNIT["fp64"] / units.work
-    return {n: _closed(terms, getattr(exact, n), uncertainty[n] if uncertainty else share) for n, terms in result.items()}
+    return {
+        n: _closed(terms, getattr(exact, n), uncertainty[n] if uncertainty else share)
+        for n, terms in result.items()
+    }
 
 
 def _broadcast_sum(terms: Terms, dbias: Tensor, units: Units) -> Terms:
-    """dBias is summed over the dimensions that the bias is broadcast in, in the group-sum format, and stored."""
+    """dBias is summed over the dimensions that the bias is broadcast in, in the group-sum format,
+    and stored.
+    """
     over = [n for n in (0, 1) if dbias.shape[n] == 1]
     summed = mapped(terms, lambda t: t.sum(over, keepdim=True) if over else t)
     if summed:
@@ -68,12 +78,21 @@ def _broadcast_sum(terms: Terms, dbias: Tensor, units: Units) -> Terms:
 
 
 def _closed(terms: Terms, exact: Tensor, oracle: Tensor | float) -> Allowance:
-    """`oracle`: what the exact answer is off by, or which part of the kernel's bound that is at most."""
-    terms = mapped(terms, lambda t: t.expand_as(exact)) if terms else {"empty sum": torch.zeros_like(exact)}
+    """`oracle`: what the exact answer is off by, or which part of the kernel's bound that is at
+    most.
+    """
+    terms = (
+        mapped(terms, lambda t: t.expand_as(exact))
+        if terms
+        else {"empty sum": torch.zeros_like(exact)}
+    )
     terms["oracle"] = oracle.to(exact) if isinstance(oracle, Tensor) else total(terms) * oracle
     limit = total(terms)
     if limit.isnan().any():
-        raise AssertionError("a bound is NaN: that is a defect of verify/bounds/constants.py, report it with the case")
+        raise AssertionError(
+            "a bound is NaN: that is a defect of verify/bounds/constants.py, report it with the "
+            "case"
+        )
     return Allowance(limit.masked_fill(limit >= UNBOUNDED, torch.inf), terms)
 
 
@@ -83,4 +102,7 @@ def _accumulate(sums: Terms, terms: Terms) -> None:
 
 
 def _joined(pieces: list[Terms]) -> Terms:
-    return {name: torch.cat([piece[name] for piece in pieces], dim=2) for name in (pieces[0] if pieces else ())}
+    return {
+        name: torch.cat([piece[name] for piece in pieces], dim=2)
+        for name in (pieces[0] if pieces else ())
+    }

@@ -1,4 +1,6 @@
-"""Findings that explain: what is wrong on a failing case and what is right, where it is wrong, and at which stage."""
+"""Findings that explain: what is wrong on a failing case and what is right, where it is wrong, and
+at which stage.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +27,16 @@ SMALL = 8
 
 
 def explain(kernel: Kernel, case: Case, law: str, device: str) -> list[str]:
-    """Facts about a case that breaks this law, one a line: what is wrong and what is right, where, and the likely stage."""
+    """Facts about a case that breaks this law, one a line: what is wrong and what is right, where,
+    and the likely stage.
+    """
     try:
         trial, calls = tried(kernel, case, device)
     except Finding as finding:
-        return [f"the call itself fails: {finding.sentence}", *_likely(_failing(kernel, case, device))]
+        return [
+            f"the call itself fails: {finding.sentence}",
+            *_likely(_failing(kernel, case, device)),
+        ]
     right = ", ".join(name for name in trial.names if name not in trial.wrong) or "none"
     lines = [f"wrong: {', '.join(trial.wrong) or 'none'}; right: {right}"]
     lines += _where(trial, trial.wrong[0]) if trial.wrong else ()
@@ -58,7 +65,9 @@ def shown(kernel: Kernel, case: Case, device: str) -> Iterator[str]:
 def _told(trial: Trial) -> list[str]:
     """The likely stages, and the case on which they were told apart where it is another."""
     name = trial.wrong[0]
-    if around := strides(trial.case, trial.known.inputs, partial(trial.mended, name)) or memory(trial, name):
+    if around := strides(trial.case, trial.known.inputs, partial(trial.mended, name)) or memory(
+        trial, name
+    ):
         return _likely(around)
     larger = ample(trial)
     chosen = larger or trial
@@ -69,7 +78,9 @@ def _told(trial: Trial) -> list[str]:
 def _elsewhere(law: str) -> list[str]:
     """What follows from nothing being wrong now."""
     if law in ("oracle", "gradients", "repeat"):
-        return _likely([f"state kept between calls, or a race (the same case is right in {CALLS} calls now)"])
+        return _likely(
+            [f"state kept between calls, or a race (the same case is right in {CALLS} calls now)"]
+        )
     return [f"this very case is right: what breaks {law} is another call that it makes"]
 
 
@@ -91,23 +102,65 @@ def _likely(found: list[str]) -> list[str]:
 
 
 def _by_elimination(trial: Trial) -> list[str]:
-    """The stage that is left where some tensors are wrong and others, which share the rest of the computation, are right."""
+    """The stage that is left where some tensors are wrong and others, which share the rest of the
+    computation, are right.
+    """
     wrong, right = set(trial.wrong), set(trial.names) - set(trial.wrong)
     left = (row for row in LEFT if row[0] <= wrong and row[1] <= right)
     return [f"{stage} ({', '.join(sorted(bad))} wrong, {why})" for bad, _, stage, why in left][:1]
 
 
 LEFT: tuple[tuple[set[str], set[str], str, str], ...] = (
-    ({"lse"}, {"out"}, "the LSE: its base, the maximum, or what is stored", "out, of the same weights, right"),
+    (
+        {"lse"},
+        {"out"},
+        "the LSE: its base, the maximum, or what is stored",
+        "out, of the same weights, right",
+    ),
     ({"out"}, {"lse"}, "P V, or the division by the row sum", "lse, of the same scores, right"),
     ({"out"}, set(), "the scores, the softmax or P V", "and all that follows from it"),
-    ({"dq", "dk", "dv"}, set(), "P recomputed in the backward, or the cotangent that it reads", "nothing of the backward right"),
-    ({"dq", "dk"}, {"dv"}, "delta = rowsum(dO * O), or the scale of dS", "dv, of the same P, right"),
-    ({"dk", "dv"}, {"dq"}, "the sum over the rows and the heads of a group", "dq, of the same dS, right"),
-    ({"dq"}, {"dk"}, "dq = scale dS K: the tail of the keys, or how dq is accumulated", "dk, of the same dS, right"),
-    ({"dk"}, {"dq"}, "dk = scale dS^T Q: the tail of the rows, or how dk is accumulated", "dq, of the same dS, right"),
-    ({"dv"}, {"dq"}, "dv = P^T dO: the tail of the rows, or how dv is accumulated", "dS, of the same P, right in dq"),
-    ({"dbias"}, {"dq"}, "dbias: the sum over what the bias is broadcast in", "dq, of the same dS, right"),
+    (
+        {"dq", "dk", "dv"},
+        set(),
+        "P recomputed in the backward, or the cotangent that it reads",
+        "nothing of the backward right",
+    ),
+    (
+        {"dq", "dk"},
+        {"dv"},
+        "delta = rowsum(dO * O), or the scale of dS",
+        "dv, of the same P, right",
+    ),
+    (
+        {"dk", "dv"},
+        {"dq"},
+        "the sum over the rows and the heads of a group",
+        "dq, of the same dS, right",
+    ),
+    (
+        {"dq"},
+        {"dk"},
+        "dq = scale dS K: the tail of the keys, or how dq is accumulated",
+        "dk, of the same dS, right",
+    ),
+    (
+        {"dk"},
+        {"dq"},
+        "dk = scale dS^T Q: the tail of the rows, or how dk is accumulated",
+        "dq, of the same dS, right",
+    ),
+    (
+        {"dv"},
+        {"dq"},
+        "dv = P^T dO: the tail of the rows, or how dv is accumulated",
+        "dS, of the same P, right in dq",
+    ),
+    (
+        {"dbias"},
+        {"dq"},
+        "dbias: the sum over what the bias is broadcast in",
+        "dq, of the same dS, right",
+    ),
 )
 """(these wrong, these right, what is left, why): the first that applies."""
 
@@ -120,15 +173,24 @@ def _where(trial: Trial, name: str) -> Iterator[str]:
         assert trial.expected is not None
         (mine, honest), found = trial.expected.rmse(name, got), trial.expected.surprise(name, got)
         what = DIRECTIONS.get(found.what, f"too much {found.what}") if found else "off on the whole"
-        yield f"{name}: no element is farther off than allowed, but {what}: RMSE {mine:.2e}, expected {honest:.2e}"
+        yield (
+            f"{name}: no element is farther off than allowed, but {what}: RMSE {mine:.2e}, "
+            f"expected {honest:.2e}"
+        )
         return
     at = tuple(bad.nonzero()[0].tolist())
     value, exact = got[at].item(), trial.want(name)[at].item()
-    yield f"{name}: {int(bad.sum())} of {bad.numel()} elements wrong, the first at {list(at)}: {value:.6g}, exact {exact:.6g}"
+    yield (
+        f"{name}: {int(bad.sum())} of {bad.numel()} elements wrong, the first at {list(at)}: "
+        f"{value:.6g}, exact {exact:.6g}"
+    )
     word, length = ("key", p.len_k) if name in ("dk", "dv") else ("row", p.len_q)
     for tile in (tile for tile in trial.tiles if tile < length):
         number, within = divmod(at[2], tile)
-        yield f"{word} {at[2]} is number {within} of tile {number} ({length} {word}s in tiles of {tile})"
+        yield (
+            f"{word} {at[2]} is number {within} of tile {number} ({length} {word}s in tiles of "
+            f"{tile})"
+        )
         last = length - length % tile
         if last < length and not bad[:, :, :last].any():
             yield f"all wrong {word}s lie in the last, partial tile of {tile}: {last}-{length - 1}"
@@ -140,8 +202,15 @@ def _edge(trial: Trial, word: str, at: tuple[int, ...]) -> str:
     """What the mask leaves of this row or key."""
     p = trial.known.problem
     cpu, entry = torch.device("cpu"), at[0] if p.mask.batch_sizes() else 0
-    seen = visibility(p, cpu, slice(at[2], at[2] + 1))[entry, 0, 0] if word == "row" else visibility(p, cpu)[entry, 0, :, at[2]]
-    found, other, of = seen.nonzero().flatten().tolist(), *(("key", p.len_k) if word == "row" else ("row", p.len_q))
+    seen = (
+        visibility(p, cpu, slice(at[2], at[2] + 1))[entry, 0, 0]
+        if word == "row"
+        else visibility(p, cpu)[entry, 0, :, at[2]]
+    )
+    found, other, of = (
+        seen.nonzero().flatten().tolist(),
+        *(("key", p.len_k) if word == "row" else ("row", p.len_q)),
+    )
     verb = "sees" if word == "row" else "is seen by"
     if not found:
         return f"{word} {at[2]} {verb} no {other}"

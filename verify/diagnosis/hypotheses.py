@@ -1,4 +1,6 @@
-"""At which stage a kernel goes wrong: each hypothesis is recomputed, and named only where that gives what the kernel gave."""
+"""At which stage a kernel goes wrong: each hypothesis is recomputed, and named only where that
+gives what the kernel gave.
+"""
 
 from __future__ import annotations
 
@@ -34,16 +36,31 @@ Other = tuple[str, Problem, Inputs]
 
 
 def stages(trial: Trial) -> list[str]:
-    """Every hypothesis that gives what the kernel gave for the first wrong tensor, and factors of all that are wrong."""
+    """Every hypothesis that gives what the kernel gave for the first wrong tensor, and factors of
+    all that are wrong.
+    """
     name = trial.wrong[0]
     p, x = trial.known.problem.but(grads=False), trial.known.inputs
     if name != "dbias" and (only := _empty_rows(trial, name)):
         return only
     found = list(_lse(trial)) if name == "lse" else []
     if name in ("out", "lse"):
-        others = (*_other_masks(p, x), *_tails(trial, p, x), *_other_scores(p, x), *_other_slices(p, x))
-        found += [what.format(name) for what, problem, inputs in others if trial.fits(name, problem, inputs)]
-        found = found or list(_weights(trial, p, x)) or ([] if name == "lse" else list(_fitted_scale(trial, p, x)))
+        others = (
+            *_other_masks(p, x),
+            *_tails(trial, p, x),
+            *_other_scores(p, x),
+            *_other_slices(p, x),
+        )
+        found += [
+            what.format(name)
+            for what, problem, inputs in others
+            if trial.fits(name, problem, inputs)
+        ]
+        found = (
+            found
+            or list(_weights(trial, p, x))
+            or ([] if name == "lse" else list(_fitted_scale(trial, p, x)))
+        )
     else:
         found += [*_delta(trial), *_row_sums(trial), *_key_sums(trial)]
     return list(dict.fromkeys(found)) or list(_factors(trial)) or _roundings(trial)
@@ -60,42 +77,82 @@ def _other_masks(p: Problem, x: Inputs) -> Iterator[Other]:
     parts = p.mask.parts
     exchanged = Mask(tuple((EXCHANGED.get(name, name), args) for name, args in parts))
     yield f"the mask's alignment ({{}} is that of {exchanged})", p.but(mask=exchanged), x
-    same = Mask(tuple((name, args[:1] * p.batch if name == "padding" else args) for name, args in parts))
+    same = Mask(
+        tuple((name, args[:1] * p.batch if name == "padding" else args) for name, args in parts)
+    )
     yield "the mask's batch entry ({} is that of entry 0's for all)", p.but(mask=same), x
     for n, (name, args) in enumerate(parts):
         rest = Mask(parts[:n] + parts[n + 1 :] or FULL.parts)
         yield f"the mask ({{}} is that without {name})", p.but(mask=rest), x
-        moved = ((*args[:i], args[i] + by, *args[i + 1 :]) for i in range(len(args)) for by in (-1, 1))
+        moved = (
+            (*args[:i], args[i] + by, *args[i + 1 :]) for i in range(len(args)) for by in (-1, 1)
+        )
         for other in (Mask(((name, a),)) for a in moved if KINDS[name].legal(a)):
-            yield f"the mask's edge ({{}} is that of {other}, not of {Mask(((name, args),))})", p.but(mask=rest & other), x
+            yield (
+                f"the mask's edge ({{}} is that of {other}, not of {Mask(((name, args),))})",
+                p.but(mask=rest & other),
+                x,
+            )
 
 
 def _tails(trial: Trial, p: Problem, x: Inputs) -> Iterator[Other]:
     for n in trial.ends(p.len_k):
         mask = p.mask & Mask((("padding", (n,) * p.batch),))
-        yield f"the tail of the keys ({{}} is that of the first {n} of {p.len_k})", p.but(mask=mask), x
+        yield (
+            f"the tail of the keys ({{}} is that of the first {n} of {p.len_k})",
+            p.but(mask=mask),
+            x,
+        )
     for n in {p.len_k + 1, *(-(-p.len_k // tile) * tile for tile in trial.tiles)} - {p.len_k}:
         if p.mask == FULL and p.bias == "none":
             longer = {name: F.pad(getattr(x, name), (0, 0, 0, n - p.len_k)) for name in ("k", "v")}
-            yield f"the tail of the keys ({{}} is that of {n}, zeros beyond the {p.len_k})", p.but(len_k=n), replace(x, **longer)
+            yield (
+                f"the tail of the keys ({{}} is that of {n}, zeros beyond the {p.len_k})",
+                p.but(len_k=n),
+                replace(x, **longer),
+            )
 
 
 def _other_scores(p: Problem, x: Inputs) -> Iterator[Other]:
     scale = p.softmax_scale
-    scales = {"1": 1.0, "scale ** 2": scale**2, "scale * ln 2": scale * LN2, "scale / ln 2": scale / LN2, "-scale": -scale}
+    scales = {
+        "1": 1.0,
+        "scale ** 2": scale**2,
+        "scale * ln 2": scale * LN2,
+        "scale / ln 2": scale / LN2,
+        "-scale": -scale,
+    }
     scales |= {"1 / sqrt(dim_qk)": p.dim_qk**-0.5, "1 / sqrt(dim_v)": p.dim_v**-0.5}
     for what, other in scales.items():
-        yield f"the scale ({{}} is that of {what} = {other:.6g}, not {scale:.6g})", p.but(scale=other), x
+        yield (
+            f"the scale ({{}} is that of {what} = {other:.6g}, not {scale:.6g})",
+            p.but(scale=other),
+            x,
+        )
     if p.softcap:
         yield "softcap ({} is that without it)", p.but(softcap=0.0), x
     if p.bias != "none":
-        yield "the bias ({} is that without it)", p.but(bias="none"), replace(x, bias=None, slopes=None)
+        yield (
+            "the bias ({} is that without it)",
+            p.but(bias="none"),
+            replace(x, bias=None, slopes=None),
+        )
     if x.bias is not None:
-        yield "the bias ({} is that of scale * bias)", p, replace(x, bias=x.bias.to(torch.float64) * scale)
+        yield (
+            "the bias ({} is that of scale * bias)",
+            p,
+            replace(x, bias=x.bias.to(torch.float64) * scale),
+        )
     if x.slopes is not None:
-        rows, keys = (torch.arange(n, device=x.q.device, dtype=torch.float64) for n in (p.len_q, p.len_k))
+        rows, keys = (
+            torch.arange(n, device=x.q.device, dtype=torch.float64) for n in (p.len_q, p.len_k)
+        )
         bias = (-x.slopes[:, None, None] * (rows[:, None] - keys).abs()).expand(p.batch, -1, -1, -1)
-        yield "ALiBi ({} is that of its diagonal in the upper left)", p.but(bias="bhqk"), replace(x, bias=bias, slopes=None)
+        yield (
+            "ALiBi ({} is that of its diagonal in the upper left)",
+            p.but(bias="bhqk"),
+            replace(x, bias=bias, slopes=None),
+        )
 
 
 def _other_slices(p: Problem, x: Inputs) -> Iterator[Other]:
@@ -108,24 +165,41 @@ def _other_slices(p: Problem, x: Inputs) -> Iterator[Other]:
         yield f"the head ({{}} is that of {of} of head 0 for all)", p, replace(x, **first)
     if p.heads_kv > 1 and p.group > 1:
         cycled = {n: getattr(x, n).repeat(1, p.group, 1, 1) for n in ("k", "v")}
-        yield "the key head ({} is that of h % heads_kv, not h // group)", p.but(heads_kv=p.heads_q), replace(x, **cycled)
+        yield (
+            "the key head ({} is that of h % heads_kv, not h // group)",
+            p.but(heads_kv=p.heads_q),
+            replace(x, **cycled),
+        )
 
 
 def _weights(trial: Trial, p: Problem, x: Inputs) -> Iterator[str]:
-    """Which keys have weight: asked with a V that has the unit vector of another key in each column."""
+    """Which keys have weight: asked with a V that has the unit vector of another key in each
+    column.
+    """
     for start in range(0, min(p.len_k, PROBES * p.dim_v), p.dim_v):
-        unit, n = torch.zeros(p.shapes["v"], dtype=x.v.dtype, device=x.v.device), min(p.dim_v, p.len_k - start)
+        unit, n = (
+            torch.zeros(p.shapes["v"], dtype=x.v.dtype, device=x.v.device),
+            min(p.dim_v, p.len_k - start),
+        )
         unit[:, :, start : start + n, :n] = torch.eye(n)
         inputs = replace(x, v=laid_out(unit))
         got = trial.again("out", inputs)
         if got is None or not got.isfinite().all():
             return
-        off = replace(trial, known=Truth(p, inputs, float64.exact(p, inputs))).off("out", got)[..., :n]
+        off = replace(trial, known=Truth(p, inputs, float64.exact(p, inputs))).off("out", got)[
+            ..., :n
+        ]
         seen, weight = visibility(p, x.q.device)[..., start : start + n], got[..., :n] != 0
-        kinds = {"gives weight to hidden key": off & ~seen & weight, "gives no weight to visible key": off & seen & ~weight}
+        kinds = {
+            "gives weight to hidden key": off & ~seen & weight,
+            "gives no weight to visible key": off & seen & ~weight,
+        }
         for what, where in ((what, where) for what, where in kinds.items() if where.any()):
             row, key = where.nonzero()[0, 2:].tolist()
-            yield f"the mask (row {row} {what} {start + key}; rows of that kind: {int(where.any(-1).sum())})"
+            yield (
+                f"the mask (row {row} {what} {start + key}; rows of that kind: "
+                f"{int(where.any(-1).sum())})"
+            )
         if (off & (seen != weight)).any():
             return
 
@@ -138,7 +212,9 @@ def _fitted_scale(trial: Trial, p: Problem, x: Inputs) -> Iterator[str]:
         if not step.isfinite():
             return
         scale *= math.exp(step.clamp(-1, 1).item())
-    if p.batch * p.heads_q * p.len_q > 1 and trial.fits("out", p.but(scale=scale), x):  # one row can always be fitted
+    if p.batch * p.heads_q * p.len_q > 1 and trial.fits(
+        "out", p.but(scale=scale), x
+    ):  # one row can always be fitted
         yield f"the scale (out is that of {scale / p.softmax_scale:.6g} times the scale)"
 
 
@@ -160,7 +236,9 @@ def _lse(trial: Trial) -> Iterator[str]:
 
 
 def _delta(trial: Trial) -> Iterator[str]:
-    """Another delta moves dq by a multiple of the row's mean key, sum_j p_ij k_j, and by nothing else."""
+    """Another delta moves dq by a multiple of the row's mean key, sum_j p_ij k_j, and by nothing
+    else.
+    """
     p, x = trial.known.problem, trial.known.inputs
     if "dq" not in trial.wrong or p.softcap:
         return
@@ -171,36 +249,65 @@ def _delta(trial: Trial) -> Iterator[str]:
     if trial.right("dq", got - p.softmax_scale * delta * mean_key):
         yield "delta = rowsum(dO * O) (dq is that without it)"
     elif p.dim_qk > 1 and trial.right("dq", got - along.nan_to_num(0.0) * mean_key):
-        yield "delta = rowsum(dO * O) (every row of dq is off by a multiple of its mean key, and by nothing else)"
+        yield (
+            "delta = rowsum(dO * O) (every row of dq is off by a multiple of its mean key, and by "
+            "nothing else)"
+        )
 
 
 def _row_sums(trial: Trial) -> Iterator[str]:
-    """dk and dv are sums over rows and the heads of a group: those of which dO is 0 are left out."""
+    """dk and dv are sums over rows and the heads of a group: those of which dO is 0 are left
+    out.
+    """
     p, x = trial.known.problem, trial.known.inputs
-    rows, heads = torch.arange(p.len_q, device=x.do.device)[:, None], torch.arange(p.heads_q, device=x.do.device)[:, None, None]
-    kept = {f"the tail of the rows ({{}} is that of the first {n} of {p.len_q})": rows < n for n in trial.ends(p.len_q)}
+    rows, heads = (
+        torch.arange(p.len_q, device=x.do.device)[:, None],
+        torch.arange(p.heads_q, device=x.do.device)[:, None, None],
+    )
+    kept = {
+        f"the tail of the rows ({{}} is that of the first {n} of {p.len_q})": rows < n
+        for n in trial.ends(p.len_q)
+    }
     if p.group > 1:
         of = "the sum over the query heads of a group ({} is that of the"
-        kept |= {f"{of} first of each)": heads % p.group == 0, f"{of} last of each)": heads % p.group == p.group - 1}
+        kept |= {
+            f"{of} first of each)": heads % p.group == 0,
+            f"{of} last of each)": heads % p.group == p.group - 1,
+        }
     summed = [name for name in ("dk", "dv") if name in trial.wrong]
-    found = [what.format(n) for n in summed for what, some in kept.items() if trial.fits(n, p, replace(x, do=x.do * some))]
+    found = [
+        what.format(n)
+        for n in summed
+        for what, some in kept.items()
+        if trial.fits(n, p, replace(x, do=x.do * some))
+    ]
     yield from found
     if summed and p.group > 1 and not found:
         alone = replace(trial.case, problem=p.but(heads_kv=p.heads_q))
         try:
             supported = trial.kernel.unsupported(alone.problem, trial.known.device) is None
-            if supported and not {"dk", "dv"} & set(tried(trial.kernel, alone, trial.known.device)[0].wrong):
-                yield f"the sum over the query heads of a group ({', '.join(summed)} right where a key head has one query head)"
+            if supported and not {"dk", "dv"} & set(
+                tried(trial.kernel, alone, trial.known.device)[0].wrong
+            ):
+                yield (
+                    f"the sum over the query heads of a group ({', '.join(summed)} right where a "
+                    "key head has one query head)"
+                )
         except Finding:
             return
 
 
 def _key_sums(trial: Trial) -> Iterator[str]:
-    """dq is a sum over keys of dS, which is, before the slope of softcap, the gradient of a bias that nothing is broadcast in."""
+    """dq is a sum over keys of dS, which is, before the slope of softcap, the gradient of a bias
+    that nothing is broadcast in.
+    """
     p, x, got = trial.known.problem, trial.known.inputs, trial.got("dq")
     if "dq" not in trial.wrong:
         return
-    ds, k = float64.exact(p.but(bias="bhqk"), x).dbias, x.k.to(torch.float64).repeat_interleave(p.group, 1)
+    ds, k = (
+        float64.exact(p.but(bias="bhqk"), x).dbias,
+        x.k.to(torch.float64).repeat_interleave(p.group, 1),
+    )
     assert ds is not None
     if p.softcap:
         if trial.right("dq", got + trial.want("dq") - p.softmax_scale * ds @ k):
@@ -214,32 +321,55 @@ def _key_sums(trial: Trial) -> Iterator[str]:
 def _factors(trial: Trial) -> Iterator[str]:
     """One factor for a whole tensor, or one for each of its rows."""
     p, found = trial.known.problem, dict[str, str]()
-    named = {"scale": p.softmax_scale, "ln 2": LN2, "the group's size": float(p.group), "the batch's size": float(p.batch)}
+    named = {
+        "scale": p.softmax_scale,
+        "ln 2": LN2,
+        "the group's size": float(p.group),
+        "the batch's size": float(p.batch),
+    }
     factors = named | {f"1 / {what}": 1 / factor for what, factor in named.items() if factor}
     for name in trial.wrong:
         got, want = trial.got(name), trial.want(name)
         alpha = measure(got, want).alpha
-        if int((want != 0).sum()) < 2 or not math.isfinite(alpha):  # one element is a multiple of anything
+        if int((want != 0).sum()) < 2 or not math.isfinite(
+            alpha
+        ):  # one element is a multiple of anything
             continue
         if alpha and trial.right(name, got / alpha):
-            words = [what for what, factor in factors.items() if factor not in (0, 1) and trial.right(name, got / factor)]
+            words = [
+                what
+                for what, factor in factors.items()
+                if factor not in (0, 1) and trial.right(name, got / factor)
+            ]
             found[name] = f"{alpha:.6g}" + (f" ({', '.join(words)})" if words else "")
         elif name == "out" and got.shape[-1] > 1 and trial.off(name, got).any():
             by_row = (got * want).sum(-1, keepdim=True) / want.square().sum(-1, keepdim=True)
             if trial.right(name, torch.where(want == 0, got, got / by_row)):
                 low, high = by_row.nan_to_num(1.0).aminmax()
-                yield f"the division by the row sum (each row of out is the exact one times {low:.4g} to {high:.4g})"
+                yield (
+                    "the division by the row sum (each row of out is the exact one times "
+                    f"{low:.4g} to {high:.4g})"
+                )
     if trial.wrong[0] in found:
-        stage = "the scale of dS" if set(found) == {"dq", "dk"} else "a factor, e.g. a normalisation"
-        yield f"{stage} ({', '.join(f'{name} is {times} times the exact one' for name, times in found.items())})"
+        stage = (
+            "the scale of dS" if set(found) == {"dq", "dk"} else "a factor, e.g. a normalisation"
+        )
+        wrong = [f"{name} is {times} times the exact one" for name, times in found.items()]
+        yield f"{stage} ({', '.join(wrong)})"
 
 
 def _roundings(trial: Trial) -> list[str]:
-    """A narrower format in one place explains the errors where they are as large as those of an emulation."""
+    """A narrower format in one place explains the errors where they are as large as those of an
+    emulation.
+    """
     name, problem = trial.wrong[0], trial.known.problem
     declared, found = trial.kernel.numerics(problem, trial.known.device), dict[str, float]()
-    changes: list[dict[str, Any]] = [{field: fmt} for field in ROUNDED for fmt in (*NARROWER, "input")]
-    changes += [{"probs": fmt, "normalized_probs": True} for fmt in (*NARROWER, "input")] + [{"scaled_query": True}]
+    changes: list[dict[str, Any]] = [
+        {field: fmt} for field in ROUNDED for fmt in (*NARROWER, "input")
+    ]
+    changes += [{"probs": fmt, "normalized_probs": True} for fmt in (*NARROWER, "input")] + [
+        {"scaled_query": True}
+    ]
     for change in changes:
         other = replace(trial, kernel=replace(trial.kernel, arithmetic=replace(declared, **change)))
         if other.expected is not None and other.right(name, other.got(name)):
@@ -247,4 +377,7 @@ def _roundings(trial: Trial) -> list[str]:
             if max(mine, honest) ** 2 <= ALIKE * min(mine, honest) ** 2:
                 found[str(change)] = mine / honest
     nearest = sorted(found, key=lambda what: abs(math.log(found[what])))[:1]
-    return [f"a rounding (the RMSE of {name} is {found[what]:.3g} times that expected with {what})" for what in nearest]
+    return [
+        f"a rounding (the RMSE of {name} is {found[what]:.3g} times that expected with {what})"
+        for what in nearest
+    ]

@@ -1,4 +1,6 @@
-"""A failing case as a Python script: its tensors, a few lines of float64 attention, the kernel's call, what differs."""
+"""A failing case as a Python script: its tensors, a few lines of float64 attention, the kernel's
+call, what differs.
+"""
 
 from __future__ import annotations
 
@@ -29,12 +31,15 @@ LITERAL = 64
 
 
 def script(kernel: Kernel, case: Case, device: str, *, deadly: bool = False) -> str:
-    """A Python script that shows this case with torch and the kernel alone; it exits 1 where an element is farther off than the
-    kernel's declared arithmetic may be, else 0. `deadly`: the kernel does not survive the case, and is not called.
+    """A Python script that shows this case with torch and the kernel alone; it exits 1 where an
+    element is farther off than the kernel's declared arithmetic may be, else 0. `deadly`: the
+    kernel does not survive the case, and is not called.
     """
     p, known = case.problem, truth(case, device)
     x = known.inputs
-    there = [name for name in ARRANGED if getattr(x, name) is not None and (p.grads or name != "do")]
+    there = [
+        name for name in ARRANGED if getattr(x, name) is not None and (p.grads or name != "do")
+    ]
     tensors = [f"{name} = {_laid_out(getattr(x, name))}" for name in there]
     tensors += [f"slopes = {_values(x.slopes)}.to(device)"] if x.slopes is not None else []
     imports, called = (_sdpa if kernel.name.startswith("sdpa-") else _registered)(kernel, p, x)
@@ -50,7 +55,9 @@ def script(kernel: Kernel, case: Case, device: str, *, deadly: bool = False) -> 
         inputs=", ".join(name for name in there if name != "do"),
         names=tuple("d" + name for name in there if name != "do"),
         grads=p.grads,
-        empty='want["out"] = want["out"].masked_fill(~visible.any(-1, keepdim=True), nan)\n' if kernel.empty_row == "nan" else "",
+        empty='want["out"] = want["out"].masked_fill(~visible.any(-1, keepdim=True), nan)\n'
+        if kernel.empty_row == "nan"
+        else "",
         allowed="".join(f"    {line},\n" for line in _allowed(kernel, known, deadly=deadly)),
     )
 
@@ -60,7 +67,9 @@ def _values(x: Tensor) -> str:
     flat = x.detach().cpu().flatten()
     data = repr(flat.tolist())
     if flat.numel() > LITERAL:
-        packed = base64.encodebytes(zlib.compress(flat.view(torch.uint8).numpy().tobytes(), 9)).decode()
+        packed = base64.encodebytes(
+            zlib.compress(flat.view(torch.uint8).numpy().tobytes(), 9)
+        ).decode()
         data = f'"""\n{packed}"""'
     return f"values({x.dtype}, {tuple(x.shape)}, {data})"
 
@@ -87,7 +96,9 @@ def _expressions(p: Problem, x: Inputs, handed: dict[str, Any]) -> dict[str, str
     added = "torch.zeros((), dtype=q.dtype, device=device)" if x.bias is None else "bias"
     bias = "bias" if handed.get("bias") is x.bias else f"{added}.masked_fill(~visible, -inf)"
     tensors = {"mask": "visible", "bias": bias, "slopes": "slopes"}
-    values = {n: tensors[n] if isinstance(value, Tensor) else repr(value) for n, value in handed.items()}
+    values = {
+        n: tensors[n] if isinstance(value, Tensor) else repr(value) for n, value in handed.items()
+    }
     return values | ({"problem": f"Problem.parse({str(p)!r})"} if "problem" in handed else {})
 
 
@@ -96,7 +107,10 @@ def _registered(kernel: Kernel, p: Problem, x: Inputs) -> tuple[str, str]:
     path = Path(kernel.origin.rpartition(":")[0])
     ours = path.suffix != ".py" or path.parent == Path(torch_sdpa.__file__).parent
     target = kernel.name if ours else f"{path}::{kernel.name}"
-    keyword = "".join(f", {name}={text}" for name, text in sorted(_expressions(p, x, keywords(kernel, p, x)).items()))
+    keyword = "".join(
+        f", {name}={text}"
+        for name, text in sorted(_expressions(p, x, keywords(kernel, p, x)).items())
+    )
     names = "Problem, find" if "problem" in kernel.takes else "find"
     triton = f'os.environ["TRITON_INTERPRET"] = "{int(x.q.device.type == "cpu")}"'
     imports = f"import os\n\n{triton}\nfrom verify.registry import {names}"
@@ -104,7 +118,9 @@ def _registered(kernel: Kernel, p: Problem, x: Inputs) -> tuple[str, str]:
 
 
 def _sdpa(kernel: Kernel, p: Problem, x: Inputs) -> tuple[str, str]:
-    """(imports, the call) of torch's attention, with the arguments that kernels/torch_sdpa.py hands it."""
+    """(imports, the call) of torch's attention, with the arguments that kernels/torch_sdpa.py hands
+    it.
+    """
     handed = keywords(kernel, p, x)
     with mock.patch.object(F, "scaled_dot_product_attention") as attention:
         kernel.fn(x.q, x.k, x.v, **handed)
@@ -112,16 +128,24 @@ def _sdpa(kernel: Kernel, p: Problem, x: Inputs) -> tuple[str, str]:
     added = arguments["attn_mask"]
     as_text = {name: repr(value) for name, value in arguments.items()}
     if added is not None:
-        of = next((text[name] for name in ("mask", "bias") if handed[name] is added), "bias.masked_fill(~visible, -inf)")
+        of = next(
+            (text[name] for name in ("mask", "bias") if handed[name] is added),
+            "bias.masked_fill(~visible, -inf)",
+        )
         as_text["attn_mask"] = of
     backend = torch_sdpa.BACKENDS[kernel.name.removeprefix("sdpa-")][0].name
     keyword = "".join(f", {name}={value}" for name, value in as_text.items())
     body = f"    with sdpa_kernel([SDPBackend.{backend}]):\n        return F.scaled_dot_product_attention(q, k, v{keyword})"
-    return "import torch.nn.functional as F\nfrom torch.nn.attention import SDPBackend, sdpa_kernel", body
+    return (
+        "import torch.nn.functional as F\nfrom torch.nn.attention import SDPBackend, sdpa_kernel",
+        body,
+    )
 
 
 def _allowed(kernel: Kernel, known: Truth, *, deadly: bool) -> Iterator[str]:
-    """For each tensor: the element that is worst for its allowance, the allowance, and the RMSE of an honest kernel."""
+    """For each tensor: the element that is worst for its allowance, the allowance, and the RMSE of
+    an honest kernel.
+    """
     arithmetic = kernel.numerics(known.problem, known.device)
     limits, expected = known.allowances(arithmetic), known.expectation(arithmetic)
     try:
@@ -129,9 +153,22 @@ def _allowed(kernel: Kernel, known: Truth, *, deadly: bool) -> Iterator[str]:
     except Finding:  # the script shows it
         output = None
     for name in (n for n in TENSORS if n in limits and limits[n].limit.numel()):
-        limit, got, want = limits[name].limit, getattr(output, name, None), getattr(known.exact, name)
-        ratio = torch.zeros_like(limit) if got is None else distance(got, want) / limit.clamp(min=torch.finfo(limit.dtype).tiny)
-        at = tuple(int(n) for n in torch.unravel_index(ratio.nan_to_num(nan=0.0, posinf=torch.inf).argmax(), ratio.shape))
+        limit, got, want = (
+            limits[name].limit,
+            getattr(output, name, None),
+            getattr(known.exact, name),
+        )
+        ratio = (
+            torch.zeros_like(limit)
+            if got is None
+            else distance(got, want) / limit.clamp(min=torch.finfo(limit.dtype).tiny)
+        )
+        at = tuple(
+            int(n)
+            for n in torch.unravel_index(
+                ratio.nan_to_num(nan=0.0, posinf=torch.inf).argmax(), ratio.shape
+            )
+        )
         honest = float("nan") if got is None or expected is None else expected.rmse(name, got)[1]
         yield f"{name!r}: ({at}, {limit[at].item()!r}, {honest:.3g})"
 

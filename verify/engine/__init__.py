@@ -1,1 +1,3 @@
-"""The one loop: picks kernels and properties, draws and judges cases, emits events. Imports no front end."""
+"""The one loop: picks kernels and properties, draws and judges cases, emits events. Imports no
+front end.
+"""

@@ -1,4 +1,6 @@
-"""The corpus: cases that once broke a law, kept as lines of text, tried before any is drawn. Data: nothing in it is run."""
+"""The corpus: cases that once broke a law, kept as lines of text, tried before any is drawn. Data:
+nothing in it is run.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,15 @@ from verify.spec.case import Case
 
 
 class Corpus:
-    """A file of lines `kernel <tab> property <tab> case`. A line that does not parse, of another version say, is passed over."""
+    """A file of lines `kernel <tab> property <tab> case`. A line that does not parse, of another
+    version say, is passed over.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lines = dict.fromkeys(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else {}
+        self._lines = (
+            dict.fromkeys(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else {}
+        )
 
     def cases(self, kernel: str, law: str) -> list[Case]:
         """What broke this law for this kernel, oldest first."""
@@ -39,4 +45,6 @@ class Corpus:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
         except OSError as error:
-            raise VerifyError(f"corpus {self.path}: {error.strerror}; name a file that can be written") from error
+            raise VerifyError(
+                f"corpus {self.path}: {error.strerror}; name a file that can be written"
+            ) from error

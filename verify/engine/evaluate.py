@@ -1,4 +1,6 @@
-"""One case under one property: what is judged, what is known to be wrong, what is not run at all."""
+"""One case under one property: what is judged, what is known to be wrong, what is not run at
+all.
+"""
 
 from __future__ import annotations
 
@@ -29,22 +31,35 @@ def judge(kernel: Kernel, law: Property, case: Case, device: str) -> Record:
         verdict = law.check(kernel, case, device)
     except Finding as finding:
         if known:
-            return recorded(kernel, law, case, "known", finding.sentence, known=known, measured=finding.measured)
+            return recorded(
+                kernel, law, case, "known", finding.sentence, known=known, measured=finding.measured
+            )
         raise
     if verdict.unsupported:
         return recorded(kernel, law, case, "unsupported", verdict.unsupported)
     blind = len(verdict.blind_to) == 3  # zeros, mean(V) and a wrong scale would all have passed
     name = "uninformative" if blind else "held"
     return recorded(
-        kernel, law, case, name, known=known, blind_to=verdict.blind_to, bitwise=verdict.bitwise, measured=verdict.measured
+        kernel,
+        law,
+        case,
+        name,
+        known=known,
+        blind_to=verdict.blind_to,
+        bitwise=verdict.bitwise,
+        measured=verdict.measured,
     )
 
 
 def replay_command(target: str, law: Property, case: Case) -> str:
-    """The one line that shows a finding again. `target` is a kernel's name, or path/to/file.py::name."""
+    """The one line that shows a finding again. `target` is a kernel's name, or
+    path/to/file.py::name.
+    """
     return f"verify replay {shlex.quote(target)} {shlex.quote(str(case))} --property {law.name}"
 
 
-def recorded(kernel: Kernel, law: Property, case: Case, verdict: str, reason: str = "", **rest: Any) -> Record:
+def recorded(
+    kernel: Kernel, law: Property, case: Case, verdict: str, reason: str = "", **rest: Any
+) -> Record:
     """A record of one case."""
     return Record(kernel.name, law.name, str(case), verdict, reason, **rest)

@@ -1,4 +1,6 @@
-"""`verify replay`: one case under one property, in a worker process, in this one, or under NVIDIA's compute-sanitizer."""
+"""`verify replay`: one case under one property, in a worker process, in this one, or under NVIDIA's
+compute-sanitizer.
+"""
 
 from __future__ import annotations
 
@@ -27,25 +29,46 @@ TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 """Of compute-sanitizer (docs.nvidia.com/compute-sanitizer)."""
 
 
-def run_replay(target: str, kernels: list[Kernel], case: Case, law: str, device: str, console: Console, *, here: bool) -> int:
-    """Judge one case; print its tensors where they are small. Returns 0 where the law holds, 1 where it is broken. here: in this
-    process, for a debugger.
+def run_replay(
+    target: str,
+    kernels: list[Kernel],
+    case: Case,
+    law: str,
+    device: str,
+    console: Console,
+    *,
+    here: bool,
+) -> int:
+    """Judge one case; print its tensors where they are small. Returns 0 where the law holds, 1
+    where it is broken. here: in this process, for a debugger.
 
-    Raises VerifyError for an unknown property, several kernels, or a case that the kernel does not support.
+    Raises VerifyError for an unknown property, several kernels, or a case that the kernel does not
+    support.
     """
     prop, (kernel, *others) = named_law(law), kernels
     if others:
-        raise VerifyError(f"{target}: registers {len(kernels)} kernels; name one: {', '.join(named(target, kernels))}")
+        raise VerifyError(
+            f"{target}: registers {len(kernels)} kernels; name one: "
+            f"{', '.join(named(target, kernels))}"
+        )
     if prop.grads and not case.problem.grads:
         case = replace(case, problem=case.problem.but(grads=True))
     if prop.full_mask and case.problem.mask != FULL:
-        raise VerifyError(f"property {law!r} holds without a mask only; the case has {case.problem.mask}")
+        raise VerifyError(
+            f"property {law!r} holds without a mask only; the case has {case.problem.mask}"
+        )
     if reason := kernel.unsupported(case.problem, device):
         raise VerifyError(f"{kernel.name} does not support {case.problem}: {reason}")
     if here:
         from verify.sandbox.worker import TASKS  # noqa: PLC0415
 
-        return _replay(lambda task, *arguments: TASKS[task](kernel, device, *arguments), kernel, case, law, console)
+        return _replay(
+            lambda task, *arguments: TASKS[task](kernel, device, *arguments),
+            kernel,
+            case,
+            law,
+            console,
+        )
     with isolated(target, kernel, device) as worker:
         return _replay(worker.ask, kernel, case, law, console)
 
@@ -62,12 +85,18 @@ def _replay(ask: Callable[..., Any], kernel: Kernel, case: Case, law: str, conso
             plain(line)
         return 1
     blind = f"; it could not have told: {', '.join(verdict.blind_to)}" if verdict.blind_to else ""
-    plain(f"{law} is not judged: {verdict.unsupported}" if verdict.unsupported else f"{kernel.name}: {law} holds{blind}")
+    plain(
+        f"{law} is not judged: {verdict.unsupported}"
+        if verdict.unsupported
+        else f"{kernel.name}: {law} holds{blind}"
+    )
     return 0
 
 
 def why(ask: Callable[..., Any], case: Case, law: str) -> list[str]:
-    """What explains a finding, as lines to print; it must not hide the finding, whatever it runs into itself."""
+    """What explains a finding, as lines to print; it must not hide the finding, whatever it runs
+    into itself.
+    """
     try:
         lines = ask("explain", str(case), law)
     except Finding as finding:
@@ -78,15 +107,32 @@ def why(ask: Callable[..., Any], case: Case, law: str) -> list[str]:
 
 
 def run_sanitized(tool: str, target: str, case: Case, law: str) -> int:
-    """The same under a tool of compute-sanitizer, which prints what it sees. Returns 1 where it sees anything, or as run_replay.
+    """The same under a tool of compute-sanitizer, which prints what it sees. Returns 1 where it
+    sees anything, or as run_replay.
 
-    Every tensor is an allocation of its own then: within torch's pools the tool could not tell one from the next.
-    Raises VerifyError for an unknown tool, or where compute-sanitizer is not installed.
+    Every tensor is an allocation of its own then: within torch's pools the tool could not tell one
+    from the next. Raises VerifyError for an unknown tool, or where compute-sanitizer is not
+    installed.
     """
     if tool not in TOOLS:
         raise VerifyError(f"sanitizer {tool!r} is unknown: one of {', '.join(TOOLS)}")
-    again = [sys.executable, "-m", "verify", "replay", target, str(case), "--property", law, "--device", "cuda", "--in-process"]
-    command, apart = [_sanitizer(), "--tool", tool, "--error-exitcode", "1", *again], {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    again = [
+        sys.executable,
+        "-m",
+        "verify",
+        "replay",
+        target,
+        str(case),
+        "--property",
+        law,
+        "--device",
+        "cuda",
+        "--in-process",
+    ]
+    command, apart = (
+        [_sanitizer(), "--tool", tool, "--error-exitcode", "1", *again],
+        {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+    )
     return int(subprocess.run(command, check=False, env=os.environ | apart).returncode != 0)  # noqa: S603
 
 
@@ -98,7 +144,9 @@ def _sanitizer() -> str:
         for file in files("nvidia-cuda-sanitizer-api") or []:
             if file.name == "compute-sanitizer":
                 return str(file.locate())
-    raise VerifyError("compute-sanitizer is not on PATH, nor installed by: pip install nvidia-cuda-sanitizer-api")
+    raise VerifyError(
+        "compute-sanitizer is not on PATH, nor installed by: pip install nvidia-cuda-sanitizer-api"
+    )
 
 
 def named_law(name: str) -> Property:

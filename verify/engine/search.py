@@ -1,4 +1,6 @@
-"""The engine: Hypothesis draws cases for one kernel and one property until enough were judged or the time is up."""
+"""The engine: Hypothesis draws cases for one kernel and one property until enough were judged or
+the time is up.
+"""
 
 from __future__ import annotations
 
@@ -34,13 +36,16 @@ SEED_STEP = 7919
 
 
 class Independent(HypothesisProvider):
-    """A Hypothesis backend (its documented interface for alternative ones) that draws as Hypothesis does. With any backend but
-    the default each case is drawn afresh; the default mutates earlier cases, copying one choice over another, until most of them
-    have the simplest value of most options. Shrinking is Hypothesis's own.
+    """A Hypothesis backend (its documented interface for alternative ones) that draws as Hypothesis
+    does. With any backend but the default each case is drawn afresh; the default mutates earlier
+    cases, copying one choice over another, until most of them have the simplest value of most
+    options. Shrinking is Hypothesis's own.
     """
 
     def _maybe_draw_constant(self, *arguments: Any, **keywords: Any) -> None:
-        """None: the constants that Hypothesis reads in loaded modules would make a seed's cases depend on what is loaded."""
+        """None: the constants that Hypothesis reads in loaded modules would make a seed's cases
+        depend on what is loaded.
+        """
 
 
 BACKEND = "attention-verify"
@@ -49,7 +54,9 @@ AVAILABLE_PROVIDERS[BACKEND] = Independent
 
 @dataclass(frozen=True)
 class Budget:
-    """When to stop: after this many judged cases or seconds, whichever comes first; and how long to shrink."""
+    """When to stop: after this many judged cases or seconds, whichever comes first; and how long to
+    shrink.
+    """
 
     judged: int | None = None
     seconds: float | None = None
@@ -58,7 +65,9 @@ class Budget:
 
 @dataclass
 class Hunt:
-    """What a hunt found: judged cases, why others were not, and the smallest case that breaks the law."""
+    """What a hunt found: judged cases, why others were not, and the smallest case that breaks the
+    law.
+    """
 
     judged: int = 0
     unsupported: dict[str, int] = field(default_factory=dict)
@@ -68,7 +77,9 @@ class Hunt:
 
 
 class _Enough(BaseException):
-    """Leaves Hypothesis when enough was judged, or the time is up; not an Exception, so that Hypothesis lets it through."""
+    """Leaves Hypothesis when enough was judged, or the time is up; not an Exception, so that
+    Hypothesis lets it through.
+    """
 
 
 def hunt(
@@ -83,15 +94,25 @@ def hunt(
     judging: Judging | None = None,
     done: Mapping[Drawn, int] | None = None,
 ) -> Hunt:
-    """Try to break a law, first with the cases of the corpus that broke it once. Stops at the first failing case, shrunk, which
-    the corpus then keeps, as it does the first that shows a known defect; every judged case is recorded as it is judged.
+    """Try to break a law, first with the cases of the corpus that broke it once. Stops at the first
+    failing case, shrunk, which the corpus then keeps, as it does the first that shows a known
+    defect; every judged case is recorded as it is judged.
 
-    judging: who judges a case, Isolated.judge say; default: `judge`, in this process. done: the cases that were judged before
-    this hunt was interrupted (records.done); they count and are not judged again.
+    judging: who judges a case, Isolated.judge say; default: `judge`, in this process. done: the
+    cases that were judged before this hunt was interrupted (records.done); they count and are not
+    judged again.
     """
-    hunter, chunk, start = _Hunter(kernel, law, device, budget, record, judging or judge, done or {}), 0, time.monotonic()
+    hunter, chunk, start = (
+        _Hunter(kernel, law, device, budget, record, judging or judge, done or {}),
+        0,
+        time.monotonic(),
+    )
     hunter.replay(corpus.cases(kernel.name, law.name) if corpus else [])
-    while hunter.found.finding is None and not hunter.over() and (hunter.found.judged or chunk < CHUNKS_IN_VAIN):
+    while (
+        hunter.found.finding is None
+        and not hunter.over()
+        and (hunter.found.judged or chunk < CHUNKS_IN_VAIN)
+    ):
         hunter.seed = seed + SEED_STEP * chunk
         try:
             _chunk(hunter, database=corpus.path.parent / "hypothesis" if corpus else None)
@@ -104,14 +125,28 @@ def hunt(
         case, finding = hunter.found.finding
         record(hunter.record_of(case, "finding", finding.sentence, measured=finding.measured))
     if corpus:
-        for case in (*hunter.found.shown.values(), *([hunter.found.finding[0]] if hunter.found.finding else [])):
+        for case in (
+            *hunter.found.shown.values(),
+            *([hunter.found.finding[0]] if hunter.found.finding else []),
+        ):
             corpus.add(kernel.name, law.name, case)
-    record(Record(kernel.name, law.name, "", "ended", seed=seed, seconds=round(time.monotonic() - start, 2)))
+    record(
+        Record(
+            kernel.name,
+            law.name,
+            "",
+            "ended",
+            seed=seed,
+            seconds=round(time.monotonic() - start, 2),
+        )
+    )
     return hunter.found
 
 
 class _Hunter:
-    """Judges the cases that Hypothesis draws, keeps the smallest that fails, and knows when to stop."""
+    """Judges the cases that Hypothesis draws, keeps the smallest that fails, and knows when to
+    stop.
+    """
 
     def __init__(
         self,
@@ -123,14 +158,22 @@ class _Hunter:
         judging: Judging,
         done: Mapping[Drawn, int],
     ) -> None:
-        self.kernel, self.law, self.device, self.budget, self.record = kernel, law, device, budget, record
+        self.kernel, self.law, self.device, self.budget, self.record = (
+            kernel,
+            law,
+            device,
+            budget,
+            record,
+        )
         self.seed: int | None
         self.judging, self.done, self.seed = judging, Counter(done), None
         self.found, self.start, self.shrinking_since = Hunt(), time.monotonic(), 0.0
 
     def over(self) -> bool:
         """Whether enough was judged or the time is up."""
-        spent = self.budget.seconds is not None and time.monotonic() - self.start > self.budget.seconds
+        spent = (
+            self.budget.seconds is not None and time.monotonic() - self.start > self.budget.seconds
+        )
         return spent or (self.budget.judged is not None and self.found.judged >= self.budget.judged)
 
     def attempt(self, case: Case) -> None:
@@ -162,7 +205,9 @@ class _Hunter:
 
     def record_of(self, case: Case, verdict: str, reason: str = "", **rest: Any) -> Record:
         """A record of this hunt."""
-        return replace(recorded(self.kernel, self.law, case, verdict, reason, **rest), seed=self.seed)
+        return replace(
+            recorded(self.kernel, self.law, case, verdict, reason, **rest), seed=self.seed
+        )
 
     def replay(self, kept: list[Case]) -> None:
         """Judge these first; they are small already."""
@@ -176,20 +221,32 @@ class _Hunter:
         if not self.shrinking_since:
             self.shrinking_since = time.monotonic()
             if not self.done[self.seed, str(case), "failed"]:
-                self.record(self.record_of(case, "failed", finding.sentence, measured=finding.measured))
+                self.record(
+                    self.record_of(case, "failed", finding.sentence, measured=finding.measured)
+                )
         if self.found.finding is None or _size(case) <= _size(self.found.finding[0]):
             self.found.finding = (case, finding)
 
     def doubt(self) -> None:
-        """The same case broke the law and held: the kernel is not deterministic, or remembers earlier calls."""
+        """The same case broke the law and held: the kernel is not deterministic, or remembers
+        earlier calls.
+        """
         if self.found.finding is not None:
             case, finding = self.found.finding
-            self.found.finding = (case, Finding(f"not every time: {finding.sentence}", measured=finding.measured))
+            self.found.finding = (
+                case,
+                Finding(f"not every time: {finding.sentence}", measured=finding.measured),
+            )
 
 
 def _chunk(hunter: _Hunter, *, database: Path | None) -> None:
-    """Draw and judge CHUNK cases. Hypothesis keeps what fails in its own database, in a folder of this kernel and property."""
-    law, folder = hunter.law, database and database / re.sub(r"\W", "_", hunter.kernel.name) / hunter.law.name
+    """Draw and judge CHUNK cases. Hypothesis keeps what fails in its own database, in a folder of
+    this kernel and property.
+    """
+    law, folder = (
+        hunter.law,
+        database and database / re.sub(r"\W", "_", hunter.kernel.name) / hunter.law.name,
+    )
     config = settings(
         max_examples=CHUNK,
         database=DirectoryBasedExampleDatabase(folder) if folder else None,

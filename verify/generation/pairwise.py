@@ -1,6 +1,8 @@
-"""Pairs of options: most bugs need two at a time, so cases are drawn from a covering array of all pairs that a kernel takes.
+"""Pairs of options: most bugs need two at a time, so cases are drawn from a covering array of all
+pairs that a kernel takes.
 
-Pairwise testing: Kuhn, Wallace, Gallo 2004, IEEE Trans. Software Eng. 30(6). The array is allpairspy's.
+Pairwise testing: Kuhn, Wallace, Gallo 2004, IEEE Trans. Software Eng. 30(6). The array is
+allpairspy's.
 """
 
 from __future__ import annotations
@@ -19,11 +21,15 @@ from verify.spec.problem import Problem
 
 Row = dict[str, str]
 ARRAYS = 6
-"""Covering arrays, each with its levels in another order: what a pair leaves open is filled with the first, which takes turns."""
+"""Covering arrays, each with its levels in another order: what a pair leaves open is filled with
+the first, which takes turns.
+"""
 ODD_SCALES = (0.0, -0.3, 1e-3)
 """No scale that anybody asks for, and yet legal."""
 SLIDING = "sliding"
-"""A window that ends at the diagonal, as most models' do, and which many kernels have a path for."""
+"""A window that ends at the diagonal, as most models' do, and which many kernels have a path
+for.
+"""
 EXAMPLES = {
     "full": "full",
     "causal_upper_left": "causal_upper_left",
@@ -71,13 +77,19 @@ def _kind(mask: Mask) -> str:
     return "two" if others else SLIDING if name == "window" and arguments[1] == 0 else name
 
 
-def _parameters(taken: Options, *, full_mask: bool, hides: bool, no_bias: bool, grads: bool) -> dict[str, list[str]]:
+def _parameters(
+    taken: Options, *, full_mask: bool, hides: bool, no_bias: bool, grads: bool
+) -> dict[str, list[str]]:
     t = taken.taken
     kinds = {name for mask in t["mask"] for name in mask.names}
     has = {"two": len(kinds) > 2, SLIDING: "window" in kinds}
     masks = ["full"] if full_mask else [k for k in EXAMPLES if has.get(k, k in kinds)]
     arranged = [
-        name for name in ARRANGED if len(taken.layouts[name]) > 1 and (name != "do" or grads) and (name != "bias" or not no_bias)
+        name
+        for name in ARRANGED
+        if len(taken.layouts[name]) > 1
+        and (name != "do" or grads)
+        and (name != "bias" or not no_bias)
     ]
     return {
         "dtype": list(t["dtype"]),
@@ -96,9 +108,17 @@ def _parameters(taken: Options, *, full_mask: bool, hides: bool, no_bias: bool, 
 
 @lru_cache(maxsize=256)
 def rows(
-    kernel: Kernel, device: str, *, full_mask: bool = False, hides: bool = False, no_bias: bool = False, grads: bool = False
+    kernel: Kernel,
+    device: str,
+    *,
+    full_mask: bool = False,
+    hides: bool = False,
+    no_bias: bool = False,
+    grads: bool = False,
 ) -> tuple[Row, ...]:
-    """Covering arrays: every pair of levels that the kernel takes together is in one of the rows."""
+    """Covering arrays: every pair of levels that the kernel takes together is in one of the
+    rows.
+    """
     taken = options(kernel, device)
     parameters = _parameters(taken, full_mask=full_mask, hides=hides, no_bias=no_bias, grads=grads)
     names = list(parameters)
@@ -109,11 +129,17 @@ def rows(
             return False
         if row.get("layout") == "bias" and row.get("bias", "none") in ("none", "alibi"):
             return False
-        return len(values) < 2 or kernel.unsupported(_problem(row, taken, grads=grads), device) is None
+        return (
+            len(values) < 2 or kernel.unsupported(_problem(row, taken, grads=grads), device) is None
+        )
 
-    found: list[Row] = [{name: values[0] for name, values in parameters.items()}]  # what a case shrinks to
+    found: list[Row] = [
+        {name: values[0] for name, values in parameters.items()}
+    ]  # what a case shrinks to
     for order in range(ARRAYS):
-        mixed = [_turned(values, order + number) for number, values in enumerate(parameters.values())]
+        mixed = [
+            _turned(values, order + number) for number, values in enumerate(parameters.values())
+        ]
         found += [dict(zip(names, row, strict=True)) for row in AllPairs(mixed, filter_func=legal)]
     return (*found, *(row for row in found if _usual(row)))
 
@@ -130,7 +156,11 @@ def _turned(values: list[str], by: int) -> list[str]:
 
 def _problem(row: Row, taken: Options, *, grads: bool) -> Problem:
     """The problem of a row, or of the first values of one, all else plain."""
-    heads = next((h for h in taken.taken["heads"] if h[0] > h[1]), (2, 2)) if row.get("heads") == "grouped" else (2, 2)
+    heads = (
+        next((h for h in taken.taken["heads"] if h[0] > h[1]), (2, 2))
+        if row.get("heads") == "grouped"
+        else (2, 2)
+    )
     mask = Mask.parse(EXAMPLES[row.get("mask", "full")])
     return PLAIN.but(
         dtype=row["dtype"],
@@ -139,7 +169,9 @@ def _problem(row: Row, taken: Options, *, grads: bool) -> Problem:
         mask=mask,
         mask_as=row.get("mask_as", "rule") if row.get("mask", "full") != "full" else "rule",
         bias=row.get("bias", "none"),
-        softcap=next((c for c in taken.taken["softcap"] if c), 0.0) if row.get("softcap") == "softcap" else 0.0,
+        softcap=next((c for c in taken.taken["softcap"] if c), 0.0)
+        if row.get("softcap") == "softcap"
+        else 0.0,
         scale={"given": 0.5, "odd": 1e-3}.get(row.get("scale", ""), None),
         dim_v=next((d for d in taken.taken["dim_v"] if d != PLAIN.dim_v), PLAIN.dim_v)
         if row.get("dim_v") == "another"

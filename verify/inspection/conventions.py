@@ -1,6 +1,8 @@
-"""What a kernel was found to do where kernels differ: probes with an exact answer, read off its output. Printed, never judged.
+"""What a kernel was found to do where kernels differ: probes with an exact answer, read off its
+output. Printed, never judged.
 
-With Q = 0 a row is the mean of the visible V and lse = ln(count), so V = one-hot rows reads off which keys were seen.
+With Q = 0 a row is the mean of the visible V and lse = ln(count), so V = one-hot rows reads off
+which keys were seen.
 """
 
 from __future__ import annotations
@@ -25,7 +27,11 @@ from verify.spec.problem import Problem
 
 def table(kernel: Kernel, found: list[tuple[str, str]]) -> Table:
     """The conventions found, as a table."""
-    table = Table(title=f"{kernel.name} ({kernel.origin}): conventions found", title_justify="left", show_header=False)
+    table = Table(
+        title=f"{kernel.name} ({kernel.origin}): conventions found",
+        title_justify="left",
+        show_header=False,
+    )
     for row in found:
         table.add_row(*row)
     return table
@@ -42,7 +48,9 @@ Probe = Callable[[Kernel, Problem, str], str]
 
 
 def conventions(kernel: Kernel, plain: Problem, device: str) -> Iterator[tuple[str, str]]:
-    """(convention, what was found) for each; `plain` is a small problem that the kernel takes, with head dims >= 8."""
+    """(convention, what was found) for each; `plain` is a small problem that the kernel takes, with
+    head dims >= 8.
+    """
     for name, probe in PROBES.items():
         try:
             found = probe(kernel, plain, device)
@@ -52,7 +60,9 @@ def conventions(kernel: Kernel, plain: Problem, device: str) -> Iterator[tuple[s
 
 
 def _run(kernel: Kernel, problem: Problem, device: str, **tensors: Tensor) -> Output | None:
-    """The kernel's output on zeros, with some inputs replaced; None where it does not take the problem."""
+    """The kernel's output on zeros, with some inputs replaced; None where it does not take the
+    problem.
+    """
     if kernel.unsupported(problem, device):
         return None
     zeros = Case(problem, Recipe("constant", (0.0,))).inputs(device)
@@ -71,7 +81,9 @@ def _seen(kernel: Kernel, plain: Problem, device: str, mask: str) -> str:
     output = _run(kernel, problem, device, v=_one_hot(problem))
     if output is None:
         return kernel.unsupported(problem, device) or ""
-    rows = ["".join("#" if x else "." for x in (output.out[0, 0, q, :5] > 0).tolist()) for q in range(2)]
+    rows = [
+        "".join("#" if x else "." for x in (output.out[0, 0, q, :5] > 0).tolist()) for q in range(2)
+    ]
     wanted = problem.mask.picture(2, 5).replace(" ", "").split("\n")
     return "as asked" if rows == wanted else f"sees {' '.join(rows)}, asked {' '.join(wanted)}"
 
@@ -82,7 +94,9 @@ def _lse(kernel: Kernel, plain: Problem, device: str) -> str:
         return "not returned"
     value = output.lse.flatten()[0].item()
     named = {"natural logarithm": math.log(8), "base 2": 3.0}
-    return min(named, key=lambda name: abs(value - named[name])) + f" (ln 8 is given as {value:.4g})"
+    return (
+        min(named, key=lambda name: abs(value - named[name])) + f" (ln 8 is given as {value:.4g})"
+    )
 
 
 def _empty_row(kernel: Kernel, plain: Problem, device: str) -> str:
@@ -101,7 +115,10 @@ def _group(kernel: Kernel, plain: Problem, device: str) -> str:
     if output is None:
         return kernel.unsupported(problem, device) or ""
     found = [int(x) for x in output.out[0, :, 0, 0].round().tolist()]
-    named: dict[tuple[int, ...], str] = {(0, 0, 1, 1): "h // group (repeat_interleave)", (0, 1, 0, 1): "h % heads_kv (repeat)"}
+    named: dict[tuple[int, ...], str] = {
+        (0, 0, 1, 1): "h // group (repeat_interleave)",
+        (0, 1, 0, 1): "h % heads_kv (repeat)",
+    }
     return named.get(tuple(found), "") or f"query heads 0-3 use key heads {found}"
 
 
@@ -112,7 +129,14 @@ def _scale(kernel: Kernel, plain: Problem, device: str) -> str:
     k = torch.cat([torch.zeros_like(first), first * math.sqrt(problem.dim_qk)])
     v = torch.tensor([[0.0], [1.0]]).expand(2, problem.dim_v)
     shapes = problem.shapes
-    output = _run(kernel, problem, device, q=first.expand(shapes["q"]), k=k.expand(shapes["k"]), v=v.expand(shapes["v"]))
+    output = _run(
+        kernel,
+        problem,
+        device,
+        q=first.expand(shapes["q"]),
+        k=k.expand(shapes["k"]),
+        v=v.expand(shapes["v"]),
+    )
     if output is None:
         return kernel.unsupported(problem, device) or ""
     p = output.out[0, 0, 0, 0].item()

@@ -1,7 +1,9 @@
-"""`verify determinism`: does a kernel repeat its bits, and does what it gives for one batch entry or head depend on the others.
+"""`verify determinism`: does a kernel repeat its bits, and does what it gives for one batch entry
+or head depend on the others.
 
-Verdicts apart from accuracy, yes or no with the first element that differs. A kernel may answer no and be right, if it does not
-declare otherwise; serving wants batch invariance, since there the neighbours are other people's requests.
+Verdicts apart from accuracy, yes or no with the first element that differs. A kernel may answer no
+and be right, if it does not declare otherwise; serving wants batch invariance, since there the
+neighbours are other people's requests.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ from verify.spec.masks import Mask
 from verify.spec.problem import Problem
 
 SHAPES = {"cpu": (2, 4, 2, 33, 65), "cuda": (8, 16, 4, 1024, 1024)}
-"""batch, heads, key heads, queries, keys: on a GPU 1024 blocks of 128 queries, several for each multiprocessor."""
+"""batch, heads, key heads, queries, keys: on a GPU 1024 blocks of 128 queries, several for each
+multiprocessor.
+"""
 Row = tuple[str, str, str]
 
 
@@ -34,7 +38,11 @@ def verdicts(kernel: Kernel, device: str, calls: int) -> list[Row]:
     """
     if why := options(kernel, device).refusal():
         raise VerifyError(f"{kernel.name} supports nothing here: {why}")
-    found = [row for problem in _problems(kernel, device) for row in _answers(kernel, problem, device, calls)]
+    found = [
+        row
+        for problem in _problems(kernel, device)
+        for row in _answers(kernel, problem, device, calls)
+    ]
     if not found:
         raise VerifyError(f"{kernel.name} takes none of the problems that determinism is judged on")
     return found
@@ -44,8 +52,12 @@ def _problems(kernel: Kernel, device: str) -> Iterator[Problem]:
     batch, heads, key_heads, len_q, len_k = SHAPES[device]
     dtypes = options(kernel, device).taken["dtype"]
     dtype = next((d for d in ("bf16", "fp16") if d in dtypes), dtypes[0])
-    plain = plain_problem(kernel, device).but(dtype=dtype, batch=batch, heads_q=heads, heads_kv=heads, len_q=len_q, len_k=len_k)
-    for grads, mask, kept in product((False, True), ("full", "causal_lower_right"), (heads, key_heads)):
+    plain = plain_problem(kernel, device).but(
+        dtype=dtype, batch=batch, heads_q=heads, heads_kv=heads, len_q=len_q, len_k=len_k
+    )
+    for grads, mask, kept in product(
+        (False, True), ("full", "causal_lower_right"), (heads, key_heads)
+    ):
         problem = plain.but(grads=grads, mask=Mask.parse(mask), heads_kv=kept)
         if (mask == "full") == (kept == heads) and kernel.unsupported(problem, device) is None:
             yield problem
@@ -54,14 +66,27 @@ def _problems(kernel: Kernel, device: str) -> Iterator[Problem]:
 def _answers(kernel: Kernel, problem: Problem, device: str, calls: int) -> Iterator[Row]:
     x = Case(problem).inputs(device)
     first, text = call(kernel, problem, x), str(problem)
-    different = next((d for n in range(2, calls + 1) if (d := _again(kernel, problem, x, first, n))), "")
+    different = next(
+        (d for n in range(2, calls + 1) if (d := _again(kernel, problem, x, first, n))), ""
+    )
     yield text, f"the same bits in {calls} calls", _said(different)
     last, every = slice(problem.batch - 1, None), slice(None)
     alone = _alone(kernel, problem, x, last, every)
-    yield text, "the last batch entry alone: the same bits", _said(difference(_cut(first, last, {}), alone))
-    heads, key_heads = slice(problem.heads_q - problem.group, None), slice(problem.heads_kv - 1, None)
+    yield (
+        text,
+        "the last batch entry alone: the same bits",
+        _said(difference(_cut(first, last, {}), alone)),
+    )
+    heads, key_heads = (
+        slice(problem.heads_q - problem.group, None),
+        slice(problem.heads_kv - 1, None),
+    )
     alone = _alone(kernel, problem, x, every, key_heads)
-    mine = _cut(first, every, dict.fromkeys(("out", "lse", "dq"), heads) | dict.fromkeys(("dk", "dv"), key_heads))
+    mine = _cut(
+        first,
+        every,
+        dict.fromkeys(("out", "lse", "dq"), heads) | dict.fromkeys(("dk", "dv"), key_heads),
+    )
     yield text, "the last head group alone: the same bits", _said(difference(mine, alone))
 
 
@@ -76,7 +101,11 @@ def _alone(kernel: Kernel, problem: Problem, x: Inputs, entries: slice, key_head
 
 
 def _cut(output: Output, entries: slice, heads: dict[str, slice]) -> Output:
-    kept = {n: getattr(output, n)[entries, heads.get(n, slice(None))] for n in TENSORS if getattr(output, n) is not None}
+    kept = {
+        n: getattr(output, n)[entries, heads.get(n, slice(None))]
+        for n in TENSORS
+        if getattr(output, n) is not None
+    }
     return replace(output, **kept)
 
 
@@ -86,8 +115,15 @@ def _said(different: str) -> str:
 
 def table(kernel: Kernel, rows: list[Row], device: str) -> Table:
     """The verdicts, and what the kernel declares."""
-    declared = "deterministic" if kernel.numerics(Problem.parse(rows[0][0]), device).deterministic else "nothing"
-    found = Table(title=f"{kernel.name}: determinism and invariance; declares {declared}", title_justify="left")
+    declared = (
+        "deterministic"
+        if kernel.numerics(Problem.parse(rows[0][0]), device).deterministic
+        else "nothing"
+    )
+    found = Table(
+        title=f"{kernel.name}: determinism and invariance; declares {declared}",
+        title_justify="left",
+    )
     for heading in ("problem", "question", "answer"):
         found.add_column(heading, overflow="fold")
     for row in rows:
@@ -97,5 +133,12 @@ def table(kernel: Kernel, rows: list[Row], device: str) -> Table:
 
 def broken(kernel: Kernel, rows: list[Row], device: str) -> bool:
     """Whether a kernel that declares that it is deterministic did not repeat its bits."""
-    repeats = [(Problem.parse(problem), answer) for problem, question, answer in rows if question.startswith("the same bits")]
-    return any(kernel.numerics(problem, device).deterministic and answer != "yes" for problem, answer in repeats)
+    repeats = [
+        (Problem.parse(problem), answer)
+        for problem, question, answer in rows
+        if question.startswith("the same bits")
+    ]
+    return any(
+        kernel.numerics(problem, device).deterministic and answer != "yes"
+        for problem, answer in repeats
+    )

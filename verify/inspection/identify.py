@@ -1,9 +1,11 @@
-"""`verify identify`: which Arithmetic explains a kernel's errors, found from outside, with a line to paste.
+"""`verify identify`: which Arithmetic explains a kernel's errors, found from outside, with a line
+to paste.
 
-Rounding is no noise: on few keys, where no tile order matters, an emulation with the right roundings agrees with the kernel to
-the last bit in all but a few per cent of elements; each wrong candidate leaves a residual in every row. The candidate with the
-smallest residual is compared with the best that differs in one field: if the rows' differences were as likely to have the other
-sign, P(score > t) <= exp(-t^2 / 2), the bound of verify/bounds/expected.py; that is the confidence.
+Rounding is no noise: on few keys, where no tile order matters, an emulation with the right
+roundings agrees with the kernel to the last bit in all but a few per cent of elements; each wrong
+candidate leaves a residual in every row. The candidate with the smallest residual is compared with
+the best that differs in one field: if the rows' differences were as likely to have the other sign,
+P(score > t) <= exp(-t^2 / 2), the bound of verify/bounds/expected.py; that is the confidence.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ from verify.spec.problem import Problem
 
 @dataclass(frozen=True)
 class Question:
-    """A case on which candidates differ, the tensors compared, the fields asked for and their candidates, defaults first."""
+    """A case on which candidates differ, the tensors compared, the fields asked for and their
+    candidates, defaults first.
+    """
 
     case: str
     tensors: tuple[str, ...]
@@ -58,14 +62,38 @@ SPILLS = (None, (32, 512), (64, 512), (128, 512), (256, 512))
 TILES = (0, 16, 32, 48, 64, 80, 96, 112, 128, 160, 176, 192, 256)
 QUESTIONS = (
     Question("b1.h8.q128.k16.d128.{narrow}.full/normal#1", ("out",), FORWARD),
-    Question("b1.h8.q128.k64.d128.{fine}.full/normal#2", ("out",), {"summation": ("hardware", "nearest", "truncated")}),
-    Question("b1.h8.q128.k64.d128.{fine}.full/normal#3", ("out",), {"exp_ulp": (2.0, 20.0, 900.0, 8192.0)}),
+    Question(
+        "b1.h8.q128.k64.d128.{fine}.full/normal#2",
+        ("out",),
+        {"summation": ("hardware", "nearest", "truncated")},
+    ),
+    Question(
+        "b1.h8.q128.k64.d128.{fine}.full/normal#3",
+        ("out",),
+        {"exp_ulp": (2.0, 20.0, 900.0, 8192.0)},
+    ),
     Question("b1.h4.q512.k64.d128.{narrow}.full.grads/normal#6", ("dk", "dv"), {"spill": SPILLS}),
     Question("b1.h8.q256.k64.d128.{narrow}.full.grads/normal#4", ("dq", "dk", "dv"), BACKWARD),
-    Question("b1.h8:2.q64.k64.d128.{narrow}.full.grads/normal#5", ("dk", "dv"), {"group_sum": ("fp32", "input")}),
-    Question("b1.h8.q128.k32.d128.fp32.full/normal(3)#7", ("out",), {"scores": ("fp32", "tf32"), "accumulate": ("fp32", "tf32")}),
-    Question("b1.h8.q128.k32.d64.fp32.full/normal(12)#8", ("out", "lse"), {"exp": ("natural", "binary", "fused")}),
-    Question("b1.h8.q128.k512.d128.{narrow}.full/normal#9", ("out",), {"tile": TILES, "splits": (1, 2, 4, 8, 16)}),
+    Question(
+        "b1.h8:2.q64.k64.d128.{narrow}.full.grads/normal#5",
+        ("dk", "dv"),
+        {"group_sum": ("fp32", "input")},
+    ),
+    Question(
+        "b1.h8.q128.k32.d128.fp32.full/normal(3)#7",
+        ("out",),
+        {"scores": ("fp32", "tf32"), "accumulate": ("fp32", "tf32")},
+    ),
+    Question(
+        "b1.h8.q128.k32.d64.fp32.full/normal(12)#8",
+        ("out", "lse"),
+        {"exp": ("natural", "binary", "fused")},
+    ),
+    Question(
+        "b1.h8.q128.k512.d128.{narrow}.full/normal#9",
+        ("out",),
+        {"tile": TILES, "splits": (1, 2, 4, 8, 16)},
+    ),
 )
 OBSERVED = ("tile", "splits")
 """What a kernel chooses by shape: shown for the shape that was tried, not declared."""
@@ -73,7 +101,9 @@ OBSERVED = ("tile", "splits")
 
 @dataclass(frozen=True)
 class Answer:
-    """What a field was found to be; the nearest other value; the probability that the order of the two is chance."""
+    """What a field was found to be; the nearest other value; the probability that the order of the
+    two is chance.
+    """
 
     field: str
     found: Any
@@ -90,7 +120,9 @@ class Answer:
 
 @dataclass(frozen=True)
 class Identity:
-    """What was found out about a kernel, what could not be asked and why, and the arithmetic that follows."""
+    """What was found out about a kernel, what could not be asked and why, and the arithmetic that
+    follows.
+    """
 
     kernel: Kernel
     answers: list[Answer]
@@ -100,12 +132,29 @@ class Identity:
     def table(self, declared: Arithmetic) -> Table:
         """Field by field, beside what the kernel declares."""
         headings = ("field", "found", "next best", "chance", "equal bits", "declared")
-        table = Table(*headings, title=f"{self.kernel.name}: arithmetic found from outside", title_justify="left")
+        table = Table(
+            *headings,
+            title=f"{self.kernel.name}: arithmetic found from outside",
+            title_justify="left",
+        )
         for a in self.answers:
             given = getattr(declared, a.field)
-            verdict = "" if not a.certain or a.field in OBSERVED else ", confirmed" if given == a.found else ", DIFFERS"
+            verdict = (
+                ""
+                if not a.certain or a.field in OBSERVED
+                else ", confirmed"
+                if given == a.found
+                else ", DIFFERS"
+            )
             found = str(a.found) if a.certain else f"{a.found}? (not told apart)"
-            table.add_row(a.field, found, str(a.other), f"{a.chance:.0e}", f"{100 * a.agree:.1f} %", f"{given}{verdict}")
+            table.add_row(
+                a.field,
+                found,
+                str(a.other),
+                f"{a.chance:.0e}",
+                f"{100 * a.agree:.1f} %",
+                f"{given}{verdict}",
+            )
         for field, reason in self.unasked.items():
             table.add_row(field, "not asked", "", "", "", reason)
         return table
@@ -114,38 +163,56 @@ class Identity:
 def identify(kernel: Kernel, device: str) -> Identity:
     """Ask every question that the kernel's support allows, each with what earlier ones found."""
     taken = options(kernel, device).taken["dtype"]
-    narrow = next((d for d in ("bf16", "fp16") if d in taken), "fp32")  # roundings stand out from what FP32 does
+    narrow = next(
+        (d for d in ("bf16", "fp16") if d in taken), "fp32"
+    )  # roundings stand out from what FP32 does
     fine = next((d for d in ("fp16", "bf16") if d in taken), "fp32")  # what FP32 does shows
     found, answers = Arithmetic(), list[Answer]()
     unasked: dict[str, str] = {}
     for question in QUESTIONS:
         case = Case.parse(question.case.format(narrow=narrow, fine=fine))
         reason = kernel.unsupported(case.problem, device)
-        if "tile" in question.candidates and (found.normalized_probs or found.format("probs", narrow) == "fp32"):
+        if "tile" in question.candidates and (
+            found.normalized_probs or found.format("probs", narrow) == "fp32"
+        ):
             reason = "P is not rounded tile by tile"
         known = truth(case, device) if reason is None else None
         if known is not None:
             try:
                 output = call(kernel, case.problem, known.inputs)
-                reason = None if output.dq is not None or not case.problem.grads else "its output carries no autograd graph"
+                reason = (
+                    None
+                    if output.dq is not None or not case.problem.grads
+                    else "its output carries no autograd graph"
+                )
             except Finding as finding:
                 reason = finding.sentence
         if known is None or reason is not None:
             unasked |= dict.fromkeys(question.candidates, reason or "")
             continue
-        new = [_exponential(question, known, output, found)] if "exp_ulp" in question.candidates else []
+        new = (
+            [_exponential(question, known, output, found)]
+            if "exp_ulp" in question.candidates
+            else []
+        )
         new = new or list(_answers(question, known, output, found))
         answers += new
-        found = replace(found, **{a.field: a.found for a in new if a.certain and a.field not in OBSERVED})
+        found = replace(
+            found, **{a.field: a.found for a in new if a.certain and a.field not in OBSERVED}
+        )
     return Identity(kernel, answers, unasked, found)
 
 
-def _answers(question: Question, known: Truth, output: Output, base: Arithmetic) -> Iterator[Answer]:
+def _answers(
+    question: Question, known: Truth, output: Output, base: Arithmetic
+) -> Iterator[Answer]:
     """The best candidate's value of each field, against the best candidate that differs there."""
     names = list(question.candidates)
     candidates = _distinct(known.problem, known.device, base, question.candidates)
     emulated = (emulate(known.problem, known.inputs, c) for c in candidates)
-    residuals, agreements = zip(*(_residual(known, output, output, e, question.tensors) for e in emulated), strict=True)
+    residuals, agreements = zip(
+        *(_residual(known, output, output, e, question.tensors) for e in emulated), strict=True
+    )
     best = min(range(len(candidates)), key=lambda n: residuals[n].sum().item())
     for name in names:
         mine = getattr(candidates[best], name)
@@ -157,7 +224,9 @@ def _answers(question: Question, known: Truth, output: Output, base: Arithmetic)
 
 
 def _exponential(question: Question, known: Truth, output: Output, base: Arithmetic) -> Answer:
-    """An exponential's error has no pattern to match: the smallest whose random emulations are as far apart as the kernel is."""
+    """An exponential's error has no pattern to match: the smallest whose random emulations are as
+    far apart as the kernel is.
+    """
     sizes = question.candidates["exp_ulp"]
     honest = emulate(known.problem, known.inputs, base)
     mine, agree = _residual(known, output, output, honest, question.tensors)
@@ -176,15 +245,22 @@ def _exponential(question: Question, known: Truth, output: Output, base: Arithme
     )
 
 
-def _distinct(problem: Problem, device: str, base: Arithmetic, asked: dict[str, tuple[Any, ...]]) -> list[Arithmetic]:
-    """All combinations, without those that say the same in this problem's dtype; defaults first, so that they win ties."""
+def _distinct(
+    problem: Problem, device: str, base: Arithmetic, asked: dict[str, tuple[Any, ...]]
+) -> list[Arithmetic]:
+    """All combinations, without those that say the same in this problem's dtype; defaults first, so
+    that they win ties.
+    """
     result: dict[tuple[Any, ...], Arithmetic] = {}
     for values in itertools.product(*asked.values()):
         candidate = replace(base, **dict(zip(asked, values, strict=True)))
         exact_p = candidate.format("probs", problem.dtype) == "fp32"
         meaning = {f.name: getattr(candidate, f.name) for f in fields(candidate)}
         meaning["summation"] = candidate.truncates("accumulate", problem.dtype, device)
-        meaning |= {n: candidate.format(n, problem.dtype) for n in ("probs", "dscores", "ds_probs", "stored_scores", "group_sum")}
+        meaning |= {
+            n: candidate.format(n, problem.dtype)
+            for n in ("probs", "dscores", "ds_probs", "stored_scores", "group_sum")
+        }
         if candidate.normalized_probs or exact_p:
             meaning["rowsum"] = ""
         if candidate.normalized_probs and meaning["probs"] == meaning["ds_probs"]:
@@ -195,9 +271,11 @@ def _distinct(problem: Problem, device: str, base: Arithmetic, asked: dict[str, 
     return list(result.values())
 
 
-def _residual(known: Truth, output: Output, one: Output | Exact, other: Exact, tensors: tuple[str, ...]) -> tuple[Tensor, float]:
-    """(squared distance of one from the other in each row of [B,H,n], of all tensors, each in units of the kernel's error; part
-    of the elements that are equal)
+def _residual(
+    known: Truth, output: Output, one: Output | Exact, other: Exact, tensors: tuple[str, ...]
+) -> tuple[Tensor, float]:
+    """(squared distance of one from the other in each row of [B,H,n], of all tensors, each in units
+    of the kernel's error; part of the elements that are equal)
     """
     rows, equal, count = [], 0, 0
     for name in tensors:

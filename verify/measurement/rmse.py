@@ -1,7 +1,10 @@
-"""`verify report`: measure every kernel's RMSE on the same draws, split into input rounding, quantisation and own arithmetic.
+"""`verify report`: measure every kernel's RMSE on the same draws, split into input rounding,
+quantisation and own arithmetic.
 
-total              kernel's result against exact attention of the unrounded inputs (what FlashAttention-3's Table 3 prints)
-input              exact attention of the values that the kernel multiplies (rounded, quantised) against that of the unrounded
+total              kernel's result against exact attention of the unrounded inputs
+                   (what FlashAttention-3's Table 3 prints)
+input              exact attention of the values that the kernel multiplies (rounded, quantised)
+                   against that of the unrounded
 kernel arithmetic  kernel's result against exact attention of the values that it multiplies
 expected           the emulation of the kernel's declared arithmetic against the same
 """
@@ -36,13 +39,19 @@ from verify.spec.problem import Problem
 
 DTYPES = ("fp16", "bf16")
 ALSO = ("fp8_choices", "fa3_wheel")
-"""Kernels of the report beside the bundled ones: each choice of quantisation by itself, other people's."""
+"""Kernels of the report beside the bundled ones: each choice of quantisation by itself, other
+people's.
+"""
 CHOICE = "fp8-"
 """How the names of kernels/fp8_choices.py begin: they are of interest in two tables."""
 EMULATED = 1
-"""Draws of which the expected error is worked out: an emulation costs ten times as much as all else."""
+"""Draws of which the expected error is worked out: an emulation costs ten times as much as all
+else.
+"""
 SPLIT = 4
-"""Draws in which the error of a kernel that quantises is split: each quantisation has an exact answer of its own."""
+"""Draws in which the error of a kernel that quantises is split: each quantisation has an exact
+answer of its own.
+"""
 AHEAD = 12
 """Draws that are made while the GPU measures others."""
 Figures = dict[str, float]
@@ -50,8 +59,8 @@ Figures = dict[str, float]
 
 @dataclass(frozen=True)
 class Section:
-    """One table: problems (in each of these dtypes) and recipes, crossed; with each choice of FP8 quantisation in the dtypes of
-    `choices`."""
+    """One table: problems (in each of these dtypes) and recipes, crossed; with each choice of FP8
+    quantisation in the dtypes of `choices`."""
 
     name: str
     title: str
@@ -63,23 +72,52 @@ class Section:
 
 
 def _sections(heads: int, length: int, draws: int, few: int) -> tuple[Section, ...]:
-    """The report of so many heads and such a length: FlashAttention-3's Table 3, and what it does not show."""
+    """The report of so many heads and such a length: FlashAttention-3's Table 3, and what it does
+    not show.
+    """
     half = length // 4
     shape = f"b1.h{heads}.q{{0}}.k{{0}}.d{{1}}.fp16.{{2}}".format
     lengths, whole = [length >> n for n in range(4, 0, -1)], shape(length, 128, "full")
     inputs = ("normal", "uniform", "one_sign", "sink", "hot_channel", "shift(90)", "rising")
     return (
-        Section("table3", "FlashAttention-3's Table 3: RMSE of out", (whole,), draws=draws, choices=("fp16",)),
-        Section("lengths", "RMSE of out by length", tuple(shape(n, 128, "full") for n in lengths), draws=few),
+        Section(
+            "table3",
+            "FlashAttention-3's Table 3: RMSE of out",
+            (whole,),
+            draws=draws,
+            choices=("fp16",),
+        ),
+        Section(
+            "lengths",
+            "RMSE of out by length",
+            tuple(shape(n, 128, "full") for n in lengths),
+            draws=few,
+        ),
         Section(
             "shapes",
             "RMSE of out by head dim and mask",
-            (shape(half, 64, "full"), shape(half, 256, "full"), shape(half, 128, "causal_lower_right")),
+            (
+                shape(half, 64, "full"),
+                shape(half, 256, "full"),
+                shape(half, 128, "causal_lower_right"),
+            ),
             draws=few,
         ),
-        Section("inputs", "RMSE of out by inputs", (shape(half, 128, "full"),), inputs, few, ("fp16",), choices=("fp16",)),
         Section(
-            "gradients", "RMSE of dq, dk, dv", (shape(half, 128, "full.grads"),), ("normal", "outliers(0.001,10)"), draws=few
+            "inputs",
+            "RMSE of out by inputs",
+            (shape(half, 128, "full"),),
+            inputs,
+            few,
+            ("fp16",),
+            choices=("fp16",),
+        ),
+        Section(
+            "gradients",
+            "RMSE of dq, dk, dv",
+            (shape(half, 128, "full.grads"),),
+            ("normal", "outliers(0.001,10)"),
+            draws=few,
         ),
     )
 
@@ -101,11 +139,17 @@ def run_report(
 ) -> None:
     """Measure, print the tables and write table.md, .tex, .csv, .json and plots below `out`.
 
-    Raises VerifyError for a bad id, an unknown kernel or section or a folder that cannot be written, before anything is measured.
+    Raises VerifyError for a bad id, an unknown kernel or section or a folder that cannot be
+    written, before anything is measured.
     """
     found = _chosen(SECTIONS[device], problem, recipe, sections)
     wanted = [
-        replace(s, draws=draws or s.draws, dtypes=tuple(dtypes) or s.dtypes, choices=DTYPES if targets else s.choices)
+        replace(
+            s,
+            draws=draws or s.draws,
+            dtypes=tuple(dtypes) or s.dtypes,
+            choices=DTYPES if targets else s.choices,
+        )
         for s in found
     ]
     registry.load_bundled(*ALSO)
@@ -116,7 +160,9 @@ def run_report(
         "reduced": problem is None and device == "cpu",
         "environment": environment.describe(device),
         "unsupported": [
-            {"kernel": name, "dtype": "", "reason": reason} for name, reason in registry.UNAVAILABLE.items() if not targets
+            {"kernel": name, "dtype": "", "reason": reason}
+            for name, reason in registry.UNAVAILABLE.items()
+            if not targets
         ],
         "sections": [{"name": s.name, "title": s.title, "rows": []} for s in wanted],
     }
@@ -132,12 +178,21 @@ def run_report(
     rmse_pages.show(report, out, console)
 
 
-def _chosen(sections: tuple[Section, ...], problem: str | None, recipe: str, names: list[str]) -> list[Section]:
+def _chosen(
+    sections: tuple[Section, ...], problem: str | None, recipe: str, names: list[str]
+) -> list[Section]:
     """The one problem that was asked for, or the sections of these names, or all."""
     if problem is not None:
         shape, family = Problem.parse(problem), Recipe.parse(recipe)
         return [
-            Section("problem", f"RMSE of {shape}", (str(shape),), (str(family),), dtypes=(shape.dtype,), choices=(shape.dtype,))
+            Section(
+                "problem",
+                f"RMSE of {shape}",
+                (str(shape),),
+                (str(family),),
+                dtypes=(shape.dtype,),
+                choices=(shape.dtype,),
+            )
         ]
     known = {s.name: s for s in sections}
     if wrong := [name for name in names if name not in known]:
@@ -146,12 +201,23 @@ def _chosen(sections: tuple[Section, ...], problem: str | None, recipe: str, nam
 
 
 def _fill(
-    report: dict[str, Any], rows: list[dict[str, Any]], section: Section, kernels: list[Kernel], device: str
+    report: dict[str, Any],
+    rows: list[dict[str, Any]],
+    section: Section,
+    kernels: list[Kernel],
+    device: str,
 ) -> Iterator[str]:
-    """Append the figures of a section to its rows, a draw at a time; what was just measured is given back."""
+    """Append the figures of a section to its rows, a draw at a time; what was just measured is
+    given back.
+    """
     found: dict[tuple[str, ...], dict[str, Any]] = {}
-    of = {dtype: [k for k in kernels if dtype in section.choices or not k.name.startswith(CHOICE)] for dtype in section.dtypes}
-    shapes = [(Problem.parse(p), Recipe.parse(r)) for p in section.problems for r in section.recipes]
+    of = {
+        dtype: [k for k in kernels if dtype in section.choices or not k.name.startswith(CHOICE)]
+        for dtype in section.dtypes
+    }
+    shapes = [
+        (Problem.parse(p), Recipe.parse(r)) for p in section.problems for r in section.recipes
+    ]
     for shape, recipe in shapes:
         problems = [shape.but(dtype=dtype) for dtype in section.dtypes]
         for seed, drawn in enumerate(_drawn(shape, recipe, section.draws)):
@@ -164,7 +230,10 @@ def _fill(
                 key = (kernel, str(problem), str(recipe), tensor)
                 if key not in found:
                     names = ("kernel", "problem", "recipe", "tensor")
-                    found[key] = dict(zip(names, key, strict=True)) | {"dtype": problem.dtype, "draws": []}
+                    found[key] = dict(zip(names, key, strict=True)) | {
+                        "dtype": problem.dtype,
+                        "draws": [],
+                    }
                     rows.append(found[key])
                 found[key]["draws"].append(figures)
             yield f"{shape}/{recipe}, draw {seed + 1} of {section.draws}"
@@ -172,7 +241,9 @@ def _fill(
 
 
 def _drawn(shape: Problem, recipe: Recipe, draws: int) -> Iterator[Inputs]:
-    """The unrounded inputs of each draw; a few are made ahead, by threads (NumPy's generators let go of the interpreter)."""
+    """The unrounded inputs of each draw; a few are made ahead, by threads (NumPy's generators let
+    go of the interpreter).
+    """
     with ThreadPoolExecutor(AHEAD) as pool:
         waiting = [pool.submit(Case(shape, recipe, seed).draw) for seed in range(min(AHEAD, draws))]
         for seed in range(draws):
@@ -194,13 +265,21 @@ def _measured(
             if reason := kernel.unsupported(problem, device):
                 yield kernel.name, problem, "", reason
                 continue
-            arithmetic = replace(kernel.numerics(problem, device), summation="nearest")  # ten times as fast, the same RMSE
+            arithmetic = replace(
+                kernel.numerics(problem, device), summation="nearest"
+            )  # ten times as fast, the same RMSE
             how, emulated = arithmetic.quantised, seed < EMULATED
             split = how is None or seed < SPLIT
             if split and how not in exact:
                 multiplied = dequantised(problem, inputs, how) if how else inputs
                 answer = float64.exact(problem, multiplied)
-                exact[how] = answer, {n: measure(t, getattr(unrounded, n)).rmse for n, t in _tensors(problem, answer).items()}
+                exact[how] = (
+                    answer,
+                    {
+                        n: measure(t, getattr(unrounded, n)).rmse
+                        for n, t in _tensors(problem, answer).items()
+                    },
+                )
             if emulated and arithmetic not in honest:
                 honest[arithmetic] = emulator.emulate(problem, inputs, arithmetic)
             try:
@@ -210,12 +289,21 @@ def _measured(
                 continue
             for name, got in _tensors(problem, result).items():
                 if not split:
-                    yield kernel.name, problem, name, {"total": measure(got, getattr(unrounded, name)).rmse}
+                    yield (
+                        kernel.name,
+                        problem,
+                        name,
+                        {"total": measure(got, getattr(unrounded, name)).rmse},
+                    )
                     continue
                 reference, rounding = exact[how]
-                figures = _figures(got, getattr(unrounded, name), getattr(reference, name)) | {"input": rounding[name]}
+                figures = _figures(got, getattr(unrounded, name), getattr(reference, name)) | {
+                    "input": rounding[name]
+                }
                 if emulated:
-                    figures["expected"] = measure(getattr(honest[arithmetic], name), getattr(reference, name)).rmse
+                    figures["expected"] = measure(
+                        getattr(honest[arithmetic], name), getattr(reference, name)
+                    ).rmse
                 yield kernel.name, problem, name, figures
 
 
@@ -238,10 +326,14 @@ def _figures(got: Tensor, unrounded: Tensor, reference: Tensor) -> Figures:
 
 
 def writable(path: Path) -> Path:
-    """The path of a file that exists and can be written. Raises VerifyError, naming its folder, where it can't."""
+    """The path of a file that exists and can be written. Raises VerifyError, naming its folder,
+    where it can't.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     except OSError as error:
-        raise VerifyError(f"out={path.parent}: {error.strerror}; name a folder that can be written") from error
+        raise VerifyError(
+            f"out={path.parent}: {error.strerror}; name a folder that can be written"
+        ) from error
     return path

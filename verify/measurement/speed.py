@@ -1,7 +1,9 @@
-"""`verify bench`: how fast every kernel is at the FlashAttention-3 paper's shapes, and how far from the truth while it is.
+"""`verify bench`: how fast every kernel is at the FlashAttention-3 paper's shapes, and how far from
+the truth while it is.
 
-16 384 tokens in all, hidden size 2048, head dims 64, 128, 256, lengths 512 to 16 384, causal or not (Shah et al. 2024,
-arXiv 2407.08608, section 4.1). Operations: 4 B H N^2 D forward, halved where causal; 2.5 times that backward.
+16 384 tokens in all, hidden size 2048, head dims 64, 128, 256, lengths 512 to 16 384, causal or not
+(Shah et al. 2024, arXiv 2407.08608, section 4.1). Operations: 4 B H N^2 D forward, halved where
+causal; 2.5 times that backward.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ ALSO = ("fa3_wheel",)
 """Other people's kernels, where they are installed."""
 REPEATS = 15
 AHEAD = 20_000_000
-"""Cycles that the GPU waits before the first measured call: the launches queue up, and the host's time is not measured."""
+"""Cycles that the GPU waits before the first measured call: the launches queue up, and the host's
+time is not measured.
+"""
 
 
 def run_bench(
@@ -49,9 +53,11 @@ def run_bench(
     out: Path,
     console: Console,
 ) -> None:
-    """Measure, print the table, write speed.json (after every figure), speed.md, speed.csv and speed.png below `out`.
+    """Measure, print the table, write speed.json (after every figure), speed.md, speed.csv and
+    speed.png below `out`.
 
-    Raises VerifyError without a GPU, for an unknown kernel or a folder that cannot be written, before anything is measured.
+    Raises VerifyError without a GPU, for an unknown kernel or a folder that cannot be written,
+    before anything is measured.
     """
     if device != "cuda":
         raise VerifyError(f"device={device}: speed is measured with CUDA events, on a GPU")
@@ -59,10 +65,20 @@ def run_bench(
     kernels = [k for t in targets for k in registry.find(t)] or list(registry.REGISTRY.values())
     path = writable(out / "speed.json")
     problems = [
-        _problem(dim, length, mask, dtype) for dim in dims or DIMS for length in lengths or LENGTHS for mask in masks or MASKS
+        _problem(dim, length, mask, dtype)
+        for dim in dims or DIMS
+        for length in lengths or LENGTHS
+        for mask in masks or MASKS
     ]
-    report: dict[str, Any] = {"schema": 1, "environment": environment.describe(device), "repeats": REPEATS, "rows": []}
-    report["unavailable"] = [{"kernel": k, "reason": why} for k, why in registry.UNAVAILABLE.items() if not targets]
+    report: dict[str, Any] = {
+        "schema": 1,
+        "environment": environment.describe(device),
+        "repeats": REPEATS,
+        "rows": [],
+    }
+    report["unavailable"] = [
+        {"kernel": k, "reason": why} for k, why in registry.UNAVAILABLE.items() if not targets
+    ]
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("measuring", total=len(problems) * len(kernels))
         for problem in problems:
@@ -73,12 +89,16 @@ def run_bench(
     speed_table.write(report, out)
     console.print(speed_table.table(report))
     console.print("\n".join(speed_table.footnotes(report)), markup=False)
-    console.print(f"written: {out}/speed.json, .md, .csv{speed_table.plot(report, out)}", markup=False)
+    console.print(
+        f"written: {out}/speed.json, .md, .csv{speed_table.plot(report, out)}", markup=False
+    )
 
 
 def _problem(dim: int, length: int, mask: str, dtype: str) -> Problem:
     heads = max(1, HIDDEN // dim)
-    return Problem.parse(f"b{max(1, TOKENS // length)}.h{heads}.q{length}.k{length}.d{dim}.{dtype}.{mask}.grads")
+    return Problem.parse(
+        f"b{max(1, TOKENS // length)}.h{heads}.q{length}.k{length}.d{dim}.{dtype}.{mask}.grads"
+    )
 
 
 def operations(problem: Problem) -> float:
@@ -87,9 +107,13 @@ def operations(problem: Problem) -> float:
     return whole if problem.mask.names == {"full"} else whole / 2
 
 
-def _measured(problem: Problem, kernels: list[Kernel], device: str, *, forward_only: bool) -> Iterator[dict[str, Any]]:
+def _measured(
+    problem: Problem, kernels: list[Kernel], device: str, *, forward_only: bool
+) -> Iterator[dict[str, Any]]:
     """A row for each kernel: figures of both directions, or a reason."""
-    drawn = Case(problem).inputs(device).map(lambda t: t.transpose(1, 2).contiguous().transpose(1, 2))  # [B, N, H, D] in memory
+    drawn = (
+        Case(problem).inputs(device).map(lambda t: t.transpose(1, 2).contiguous().transpose(1, 2))
+    )  # [B, N, H, D] in memory
     one = problem.but(batch=1, grads=not forward_only)
     exact = float64.exact(one, drawn.map(lambda t: t[:1]))
     for kernel in kernels:
@@ -103,11 +127,19 @@ def _measured(problem: Problem, kernels: list[Kernel], device: str, *, forward_o
                 run, results = _prepared(kernel, problem, drawn, direction)
                 milliseconds = _time(run)
                 errors = [measure(t[:1], getattr(exact, name)) for name, t in results().items()]
-                rmse = (sum(e.rmse**2 * e.count for e in errors) / sum(e.count for e in errors)) ** 0.5
+                rmse = (
+                    sum(e.rmse**2 * e.count for e in errors) / sum(e.count for e in errors)
+                ) ** 0.5
                 work = operations(problem) * (2.5 if direction == "backward" else 1.0)
-                row[direction] = {"ms": milliseconds, "tflops": work / milliseconds / 1e9, "rmse": rmse}
+                row[direction] = {
+                    "ms": milliseconds,
+                    "tflops": work / milliseconds / 1e9,
+                    "rmse": rmse,
+                }
                 if kernel.stages and direction == "forward":
-                    parts = kernel.stages(drawn.q, drawn.k, drawn.v, **keywords(kernel, problem, drawn))
+                    parts = kernel.stages(
+                        drawn.q, drawn.k, drawn.v, **keywords(kernel, problem, drawn)
+                    )
                     row["stages"] = {name: _time(part) for name, part in parts.items()}
         except (Finding, RuntimeError) as error:  # out of memory is a RuntimeError
             row[direction] = {"reason": str(error).strip().splitlines()[0]}
@@ -128,7 +160,10 @@ def _prepared(
 
     if direction == "forward":
         return forward, lambda: {"out": forward()}
-    out, leaves = forward(), [t for t in (getattr(inputs, name) for name in GRADIENTS) if t is not None]
+    out, leaves = (
+        forward(),
+        [t for t in (getattr(inputs, name) for name in GRADIENTS) if t is not None],
+    )
 
     def backward() -> tuple[Tensor, ...]:
         return torch.autograd.grad(out, leaves, drawn.do, retain_graph=True)

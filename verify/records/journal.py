@@ -1,4 +1,6 @@
-"""Records: what was measured, one JSON object a line, appended as it happens. Whatever interrupts a run, they are there."""
+"""Records: what was measured, one JSON object a line, appended as it happens. Whatever interrupts a
+run, they are there.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,10 @@ from typing import Any
 from verify.errors import VerifyError
 
 JUDGED = ("held", "uninformative", "known", "failed")
-"""Verdicts of a judged case. known: broke the law as a known defect does; failed: broke it, on the way to the shrunk case. A
-record may also be `unsupported`, or the `finding`, which is the shrunk case. A case is `started` before its kernel is called;
-where that is a file's last line, it reads as `unfinished`. `ended`: enough was judged of a kernel and property.
+"""Verdicts of a judged case. known: broke the law as a known defect does; failed: broke it, on the
+way to the shrunk case. A record may also be `unsupported`, or the `finding`, which is the shrunk
+case. A case is `started` before its kernel is called; where that is a file's last line, it reads as
+`unfinished`. `ended`: enough was judged of a kernel and property.
 """
 VERDICTS = (*JUDGED, "unsupported")
 """What becomes of a case that was drawn."""
@@ -28,7 +31,9 @@ REQUIRED = {"kernel", "property", "case", "verdict"}
 
 @dataclass(frozen=True)
 class Record:
-    """One judged case: kernel, property, case id, verdict; `reason` is the finding's sentence or why it is unsupported."""
+    """One judged case: kernel, property, case id, verdict; `reason` is the finding's sentence or
+    why it is unsupported.
+    """
 
     kernel: str
     property: str
@@ -50,7 +55,8 @@ FIELDS = {f.name for f in fields(Record)}
 
 
 class Journal:
-    """A file of records in a folder, which no other process writes: NAME.jsonl, or NAME-1.jsonl if that one is there, and so on.
+    """A file of records in a folder, which no other process writes: NAME.jsonl, or NAME-1.jsonl if
+    that one is there, and so on.
 
     Raises VerifyError where the folder cannot be written or is full.
     """
@@ -59,16 +65,22 @@ class Journal:
         """`run`: what `verify resume` needs to go on with it."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self.path, self._file = next(opened for n in count() if (opened := _created(folder, name, n)))
+            self.path, self._file = next(
+                opened for n in count() if (opened := _created(folder, name, n))
+            )
         except OSError as error:
-            raise VerifyError(f"records {folder}: {error.strerror}; name a folder that can be written") from error
+            raise VerifyError(
+                f"records {folder}: {error.strerror}; name a folder that can be written"
+            ) from error
         fcntl.flock(self._file, fcntl.LOCK_EX)  # until the process ends, however it does
         if run is not None:
             self._write({"run": run})
 
     def append(self, record: Record) -> None:
         """Write one record."""
-        self._write({k: v for k, v in vars(record).items() if k in REQUIRED or v not in ("", [], {}, None)})
+        self._write(
+            {k: v for k, v in vars(record).items() if k in REQUIRED or v not in ("", [], {}, None)}
+        )
 
     def ended(self) -> None:
         """The run came to its end: there is nothing to resume."""
@@ -85,7 +97,9 @@ class Journal:
             if written < len(line):
                 os.write(self._file, line[written:])
         except OSError as error:
-            raise VerifyError(f"records {self.path}: {error.strerror}; what was written before is there") from error
+            raise VerifyError(
+                f"records {self.path}: {error.strerror}; what was written before is there"
+            ) from error
 
 
 def writable(folder: Path) -> None:
@@ -104,8 +118,9 @@ def _created(folder: Path, name: str, number: int) -> tuple[Path, int] | None:
 
 
 def read(folder: Path) -> Iterator[Record]:
-    """Every record below a folder, file by file. A line cut short by a kill is passed over; a case that was started last and not
-    finished is `unfinished`: it, or someone from outside, ended the process.
+    """Every record below a folder, file by file. A line cut short by a kill is passed over; a case
+    that was started last and not finished is `unfinished`: it, or someone from outside, ended the
+    process.
     """
     for path in sorted(folder.glob("*.jsonl")):
         found = list(_records(path))
@@ -114,9 +129,11 @@ def read(folder: Path) -> Iterator[Record]:
             yield replace(found[-1], verdict="unfinished")
 
 
-def done(folder: Path) -> tuple[dict[tuple[str, str], Counter[Drawn]], dict[tuple[str, str, int | None], float]]:
-    """By kernel and property: the cases that were judged, by the seed that drew them; with the run's seed: the seconds it took,
-    where it ended.
+def done(
+    folder: Path,
+) -> tuple[dict[tuple[str, str], Counter[Drawn]], dict[tuple[str, str, int | None], float]]:
+    """By kernel and property: the cases that were judged, by the seed that drew them; with the
+    run's seed: the seconds it took, where it ended.
     """
     judged: dict[tuple[str, str], Counter[Drawn]] = {}
     ended: dict[tuple[str, str, int | None], float] = {}
@@ -126,7 +143,9 @@ def done(folder: Path) -> tuple[dict[tuple[str, str], Counter[Drawn]], dict[tupl
             if record.verdict in VERDICTS:
                 judged.setdefault(about, Counter())[record.seed, record.case, record.verdict] += 1
             elif record.verdict == "ended":
-                ended[*about, record.seed] = ended.get((*about, record.seed), 0.0) + (record.seconds or 0.0)
+                ended[*about, record.seed] = ended.get((*about, record.seed), 0.0) + (
+                    record.seconds or 0.0
+                )
     return judged, ended
 
 
@@ -148,7 +167,9 @@ def interrupted(folder: Path) -> list[dict[str, Any]]:
         (finished if any("ended" in line for line in lines) else found).extend(runs)
     left = [run for n, run in enumerate(found) if run not in finished and run not in found[:n]]
     if not left:
-        raise VerifyError(f"{folder}: no interrupted run of `verify fuzz`; {len(finished)} that ended")
+        raise VerifyError(
+            f"{folder}: no interrupted run of `verify fuzz`; {len(finished)} that ended"
+        )
     return left
 
 

@@ -1,4 +1,6 @@
-"""A kernel's tensors against the truth: each element within the proved bound, and errors as large and even as honest ones."""
+"""A kernel's tensors against the truth: each element within the proved bound, and errors as large
+and even as honest ones.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,8 @@ from verify.spec.finding import Finding
 
 @dataclass(frozen=True)
 class Judged:
-    """What a kernel was judged by: the proved bounds, the expectation (None where it does not apply), and by tensor the largest
-    error / proved bound and RMSE / expected.
+    """What a kernel was judged by: the proved bounds, the expectation (None where it does not
+    apply), and by tensor the largest error / proved bound and RMSE / expected.
     """
 
     limits: dict[str, Allowance]
@@ -28,12 +30,16 @@ class Judged:
 
 
 def judge(kernel: Kernel, output: Output, known: Truth, *, names: tuple[str, ...]) -> Judged:
-    """Raise a Finding for the first of these tensors that is farther from the exact answer than it may be, or farther on the
-    whole than an honest kernel of the declared arithmetic.
+    """Raise a Finding for the first of these tensors that is farther from the exact answer than it
+    may be, or farther on the whole than an honest kernel of the declared arithmetic.
     """
     arithmetic = kernel.numerics(known.problem, known.device)
     judged = Judged(known.allowances(arithmetic), known.expectation(arithmetic))
-    tensors = {n: getattr(output, n) for n in names if getattr(output, n) is not None and getattr(known.exact, n) is not None}
+    tensors = {
+        n: getattr(output, n)
+        for n in names
+        if getattr(output, n) is not None and getattr(known.exact, n) is not None
+    }
     for name, got in tensors.items():
         want = getattr(known.exact, name)
         if name == "out" and kernel.empty_row == "nan":
@@ -41,7 +47,9 @@ def judge(kernel: Kernel, output: Output, known: Truth, *, names: tuple[str, ...
         try:
             compare(name, got, want, judged.limits[name], against="exact")
         except Finding as finding:
-            raise Finding(finding.sentence + _expected(judged, name, got), measured=finding.measured) from None
+            raise Finding(
+                finding.sentence + _expected(judged, name, got), measured=finding.measured
+            ) from None
     for name, got in tensors.items():
         error, limit = distance(got, getattr(known.exact, name)), judged.limits[name].limit
         within = (limit > 0) & limit.isfinite()
@@ -57,7 +65,9 @@ def _judge_expected(judged: Judged, expected: Expectation, name: str, got: Tenso
     if honest:
         judged.measured[f"{name}/expected"] = mine / honest
     if found := expected.surprise(name, got):
-        raise Finding(_surprise(name, found, mine, honest, judged.limits[name]), measured=judged.measured)
+        raise Finding(
+            _surprise(name, found, mine, honest, judged.limits[name]), measured=judged.measured
+        )
 
 
 def _expected(judged: Judged, name: str, got: Tensor) -> str:
@@ -65,27 +75,40 @@ def _expected(judged: Judged, name: str, got: Tensor) -> str:
     if judged.expected is None:
         return ""
     mine, honest = judged.expected.rmse(name, got)
-    return f"; RMSE {mine:.2e}, expected {honest:.2e}" + (f", {mine / honest:.3g} times" if honest else "")
+    return f"; RMSE {mine:.2e}, expected {honest:.2e}" + (
+        f", {mine / honest:.3g} times" if honest else ""
+    )
 
 
 def _surprise(name: str, found: Surprise, mine: float, honest: float, allowed: Allowance) -> str:
     ratio = f", {mine / honest:.3g} times" if honest else ""
     what = DIRECTIONS.get(found.what, f"too much {found.what} for the declared arithmetic")
-    terms = sorted(((part.nan_to_num().mean().item(), term) for term, part in allowed.terms.items()), reverse=True)
+    terms = sorted(
+        ((part.nan_to_num().mean().item(), term) for term, part in allowed.terms.items()),
+        reverse=True,
+    )
     return (
-        f"{name}: {what}: RMSE {mine:.2e}, expected {honest:.2e}{ratio}; its score is {found.score:.1f}, an honest kernel's"
-        f" exceeds {found.level:.1f} in {FALSE_ALARM:g} of cases. No element is farther off than allowed (on average"
+        f"{name}: {what}: RMSE {mine:.2e}, expected {honest:.2e}{ratio}; its score is "
+        f"{found.score:.1f}, an honest kernel's"
+        f" exceeds {found.level:.1f} in {FALSE_ALARM:g} of cases. No element is farther off than "
+        "allowed (on average"
         f" {allowed.limit.mean().item():.1e}, most of it {terms[0][1]})"
     )
 
 
-def compare(name: str, got: Tensor, want: Tensor, allowed: Allowance, *, against: str, times: int = 1) -> None:
-    """Raise a Finding where |got - want| exceeds `times` the allowance, at the element that exceeds it most."""
+def compare(
+    name: str, got: Tensor, want: Tensor, allowed: Allowance, *, against: str, times: int = 1
+) -> None:
+    """Raise a Finding where |got - want| exceeds `times` the allowance, at the element that exceeds
+    it most.
+    """
     error, limit = distance(got, want), times * allowed.limit
     at = worst(error, limit)
     if at is None:
         return
-    terms = sorted(((times * part[at].item(), term) for term, part in allowed.terms.items()), reverse=True)
+    terms = sorted(
+        ((times * part[at].item(), term) for term, part in allowed.terms.items()), reverse=True
+    )
     why = " + ".join(f"{value:.1e} {term}" for value, term in terms[:2])
     where = ",".join(f"{letter}{n}" for letter, n in zip(_AXES[name], at, strict=True))
     raise Finding(

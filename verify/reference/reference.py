@@ -1,4 +1,6 @@
-"""The truth about a case: its inputs, the exact answer, how far a kernel may be from it, and what it could not tell apart."""
+"""The truth about a case: its inputs, the exact answer, how far a kernel may be from it, and what
+it could not tell apart.
+"""
 
 from __future__ import annotations
 
@@ -52,31 +54,47 @@ class Truth:
     @cached_property
     def _one_block(self) -> list[Block] | None:
         p = self.problem
-        small = p.batch * p.heads_q * p.len_q * p.len_k <= float64.BLOCK_ELEMENTS[self.device] // KEPT
+        small = (
+            p.batch * p.heads_q * p.len_q * p.len_k <= float64.BLOCK_ELEMENTS[self.device] // KEPT
+        )
         return list(float64.blocks(p, self.inputs)) if small else None
 
     def allowances(self, arithmetic: Arithmetic) -> dict[str, Allowance]:
         """How far each tensor of a kernel of this arithmetic may be from the exact answer."""
-        return allowance(self.problem, self.inputs, self.exact, self.blocks(), arithmetic, self.uncertainty)
+        return allowance(
+            self.problem, self.inputs, self.exact, self.blocks(), arithmetic, self.uncertainty
+        )
 
     def expectation(self, arithmetic: Arithmetic) -> Expectation | None:
-        """What honest kernels of this arithmetic are off by here; None where roundings repeat, so that no statistics apply: equal
-        scores, or P so flat that all of it is rounded the same way.
+        """What honest kernels of this arithmetic are off by here; None where roundings repeat, so
+        that no statistics apply: equal scores, or P so flat that all of it is rounded the same way.
         """
         flat = self.spread <= LEVELS * UNIT[arithmetic.format("probs", self.problem.dtype)]
         if self.problem.dtype == "fp64" or not self.generic or flat:
             return None
-        tests = 4 * (6 if self.problem.grads else 2) * (1 + self.problem.batch * self.problem.heads_q)
+        tests = (
+            4 * (6 if self.problem.grads else 2) * (1 + self.problem.batch * self.problem.heads_q)
+        )
         return Expectation(
-            self.exact, partial(self._emulate, arithmetic), lambda: self.tilt, tests, 2 * arithmetic.exp_ulp * UNIT["fp32"]
+            self.exact,
+            partial(self._emulate, arithmetic),
+            lambda: self.tilt,
+            tests,
+            2 * arithmetic.exp_ulp * UNIT["fp32"],
         )
 
     def _emulate(self, arithmetic: Arithmetic, kind: str) -> Exact:
-        """`nearest`: every sum to nearest, which is cheaper and nearly always enough; the others: Expectation.fp32."""
+        """`nearest`: every sum to nearest, which is cheaper and nearly always enough; the others:
+        Expectation.fp32.
+        """
         if kind == "nearest":
             arithmetic = replace(arithmetic, summation="nearest")
         else:
-            wide: dict[str, Any] = dict.fromkeys(NARROWED, "fp32") | {"quantised": None, "scaled_query": False, "spill": None}
+            wide: dict[str, Any] = dict.fromkeys(NARROWED, "fp32") | {
+                "quantised": None,
+                "scaled_query": False,
+                "spill": None,
+            }
             arithmetic = replace(arithmetic, **wide)
         if kind == "jittered fp32":
             arithmetic = replace(arithmetic, summation="nearest")
@@ -86,7 +104,9 @@ class Truth:
 
     @cached_property
     def generic(self) -> bool:
-        """Whether the scores are all different, as far as a sample shows: equal ones are rounded alike, row after row."""
+        """Whether the scores are all different, as far as a sample shows: equal ones are rounded
+        alike, row after row.
+        """
         for block in self.blocks():
             seen = block.raw.masked_select(block.visible)
             sample = seen[:: max(1, seen.numel() // SAMPLE)]
@@ -95,14 +115,18 @@ class Truth:
 
     @cached_property
     def spread(self) -> float:
-        """How far scores are below their row's largest, on average over the weights and the first rows."""
+        """How far scores are below their row's largest, on average over the weights and the first
+        rows.
+        """
         for b in self.blocks():
             return (b.row_max - (b.p * b.s).sum(-1, keepdim=True)).mean().item()
         return 0.0
 
     @cached_property
     def tilt(self) -> Tensor:
-        """d out / d log(scale) [B,H,Q,Dv]: sum_j p_j (x_j - sum p x) v_j with x the scores before softcap times its slope."""
+        """d out / d log(scale) [B,H,Q,Dv]: sum_j p_j (x_j - sum p x) v_j with x the scores before
+        softcap times its slope.
+        """
         parts, cap = [torch.zeros_like(self.exact.out[:, :, :0])], self.problem.softcap
         for b in self.blocks():
             x = b.raw * (1 - (b.capped / cap) ** 2) if cap else b.raw
@@ -110,12 +134,20 @@ class Truth:
         return torch.cat(parts, 2)
 
     def blind_to(self, limits: Mapping[str, Allowance], expected: Expectation | None) -> list[str]:
-        """Which of three wrong kernels this case would let pass: all zeros, the mean of the visible V, a scale 5 % off."""
+        """Which of three wrong kernels this case would let pass: all zeros, the mean of the visible
+        V, a scale 5 % off.
+        """
         p, limit = self.problem, limits["out"].limit
         wrong = {
             "zeros": lambda: torch.zeros_like(self.exact.out),
-            "mean(V)": lambda: float64.exact(p.but(scale=0.0, bias="none", softcap=0.0, grads=False), self.inputs).out,
-            "scale*1.05": lambda: float64.exact(p.but(scale=1.05 * p.softmax_scale, grads=False), self.inputs).out,
+            "mean(V)": lambda: (
+                float64.exact(
+                    p.but(scale=0.0, bias="none", softcap=0.0, grads=False), self.inputs
+                ).out
+            ),
+            "scale*1.05": lambda: (
+                float64.exact(p.but(scale=1.05 * p.softmax_scale, grads=False), self.inputs).out
+            ),
         }
         return [name for name, make in wrong.items() if not self._rejects(make(), limit, expected)]
 
@@ -126,7 +158,9 @@ class Truth:
 
 @lru_cache(maxsize=2)
 def truth(case: Case, device: str) -> Truth:
-    """The truth about a case; the last two are kept, since several calls on one case follow each other."""
+    """The truth about a case; the last two are kept, since several calls on one case follow each
+    other.
+    """
     return about(case.problem, case.inputs(device))
 
 
@@ -138,7 +172,11 @@ def about(problem: Problem, inputs: Inputs) -> Truth:
 
 
 def oracle_limit(problem: Problem, inputs: Inputs) -> dict[str, Tensor]:
-    """How far any float64 evaluation of these values may be from the exact answer, for each tensor of it."""
+    """How far any float64 evaluation of these values may be from the exact answer, for each tensor
+    of it.
+    """
     wide = problem.but(dtype="fp64")
-    limits = allowance(wide, inputs, float64.exact(wide, inputs), float64.blocks(wide, inputs), Arithmetic())
+    limits = allowance(
+        wide, inputs, float64.exact(wide, inputs), float64.blocks(wide, inputs), Arithmetic()
+    )
     return {name: a.limit for name, a in limits.items()}

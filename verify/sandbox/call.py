@@ -1,4 +1,6 @@
-"""How a kernel is called: the keywords that it takes, checked shapes of what it returns, gradients by autograd."""
+"""How a kernel is called: the keywords that it takes, checked shapes of what it returns, gradients
+by autograd.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ from verify.spec.problem import Problem
 
 GRADIENTS = ("q", "k", "v", "bias")
 since: Any = [0.0]
-"""When the present call began, time.monotonic(), 0 between calls. In a worker process this is memory that its watchdog reads."""
+"""When the present call began, time.monotonic(), 0 between calls. In a worker process this is
+memory that its watchdog reads.
+"""
 
 
 @contextmanager
@@ -39,8 +43,8 @@ def watched() -> Iterator[None]:
 
 @contextmanager
 def _running() -> Iterator[None]:
-    """Around a kernel's forward or backward: what it raises becomes a Finding, what it warns of is none, even where pytest turns
-    warnings into errors.
+    """Around a kernel's forward or backward: what it raises becomes a Finding, what it warns of is
+    none, even where pytest turns warnings into errors.
     """
     with watched(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -55,7 +59,9 @@ def _running() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Output:
-    """What a kernel returned: out in the problem's dtype, lse or None, gradients where they were asked for."""
+    """What a kernel returned: out in the problem's dtype, lse or None, gradients where they were
+    asked for.
+    """
 
     out: Tensor
     lse: Tensor | None = None
@@ -77,14 +83,18 @@ def call(
     dlse: Tensor | None = None,
     between: Callable[[], object] | None = None,
 ) -> Output:
-    """Run a kernel on these inputs (already rounded, on its device) and check the form of its answer.
+    """Run a kernel on these inputs (already rounded, on its device) and check the form of its
+    answer.
 
-    Raises Finding where it raises, returns something of another shape, dtype or device or that shares memory, changes an input,
-    writes beside one or beside what it allocates, or changes torch's settings or random state.
-    With problem.grads, backpropagates inputs.do through out, and dlse [B,H,Q] through the LSE, to the inputs of `wrt`; a kernel
-    whose out carries no graph gives no gradients. `between` is called after the forward and before the backward.
+    Raises Finding where it raises, returns something of another shape, dtype or device or that
+    shares memory, changes an input, writes beside one or beside what it allocates, or changes
+    torch's settings or random state. With problem.grads, backpropagates inputs.do through out, and
+    dlse [B,H,Q] through the LSE, to the inputs of `wrt`; a kernel whose out carries no graph gives
+    no gradients. `between` is called after the forward and before the backward.
     """
-    before = {f.name: memory(t) for f in fields(Inputs) if (t := getattr(inputs, f.name)) is not None}
+    before = {
+        f.name: memory(t) for f in fields(Inputs) if (t := getattr(inputs, f.name)) is not None
+    }
     after = {name: held.clone() for name, held in before.items()}
     leaves = Inputs(**{name: moved(getattr(inputs, name), to) for name, to in after.items()})
     for tensor in (getattr(leaves, name) for name in wrt if problem.grads):
@@ -98,12 +108,20 @@ def call(
             with allocations:
                 returned = kernel.fn(leaves.q, leaves.k, leaves.v, **others)
             out, lse = returned if isinstance(returned, tuple) else (returned, None)
-            _check_form(problem, out, lse, leaves.q, {held.data_ptr(): name for name, held in after.items() if len(held)})
+            _check_form(
+                problem,
+                out,
+                lse,
+                leaves.q,
+                {held.data_ptr(): name for name, held in after.items() if len(held)},
+            )
         if between:
             between()
         with _running():
             with allocations:
-                gradients = _backward(out, lse, leaves, dlse) if problem.grads and out.requires_grad else {}
+                gradients = (
+                    _backward(out, lse, leaves, dlse) if problem.grads and out.requires_grad else {}
+                )
             if out.is_cuda:
                 torch.cuda.synchronize()  # what a launch does wrong shows in its own call
     finally:
@@ -112,20 +130,34 @@ def call(
         raise Finding(f"changed torch's {changed}")
     wanted, found = allocations.bands()
     if (at := touched([*before.values(), *wanted], [*after.values(), *found])) is not None:
-        raise _changed([*before][at], inputs, leaves) if at < len(before) else allocations.finding(at - len(before))
+        raise (
+            _changed([*before][at], inputs, leaves)
+            if at < len(before)
+            else allocations.finding(at - len(before))
+        )
     graph = lse is not None and lse.requires_grad
     return Output(out.detach(), None if lse is None else lse.detach(), **gradients, lse_graph=graph)
 
 
-def keywords(kernel: Kernel, problem: Problem, x: Inputs, *, dropout: float = 0.0) -> dict[str, Any]:
-    """What a kernel is handed beside q, k, v: of all that the problem offers, the keywords that it takes."""
+def keywords(
+    kernel: Kernel, problem: Problem, x: Inputs, *, dropout: float = 0.0
+) -> dict[str, Any]:
+    """What a kernel is handed beside q, k, v: of all that the problem offers, the keywords that it
+    takes.
+    """
     visible = None if problem.mask.names == {"full"} else visibility(problem, x.q.device)
     as_bias = visible is not None and problem.mask_as == "float"
-    added = torch.zeros((), dtype=TORCH_DTYPES[problem.dtype], device=x.q.device) if x.bias is None else x.bias
+    added = (
+        torch.zeros((), dtype=TORCH_DTYPES[problem.dtype], device=x.q.device)
+        if x.bias is None
+        else x.bias
+    )
     offered = {
         "scale": problem.softmax_scale,
         "mask": None if as_bias else visible,
-        "bias": added.masked_fill(~visible, -torch.inf) if as_bias and visible is not None else x.bias,
+        "bias": added.masked_fill(~visible, -torch.inf)
+        if as_bias and visible is not None
+        else x.bias,
         "slopes": x.slopes,
         "softcap": problem.softcap,
         "dropout": dropout,
@@ -140,7 +172,10 @@ def _check_form(problem: Problem, out: Any, lse: Any, q: Tensor, taken: dict[int
         if name == "lse" and tensor is None:
             continue
         if not isinstance(tensor, Tensor):
-            raise Finding(f"{name} is a {type(tensor).__name__}; a kernel returns a tensor, or the pair (out, lse)")
+            raise Finding(
+                f"{name} is a {type(tensor).__name__}; a kernel returns a tensor, or the pair "
+                "(out, lse)"
+            )
         wanted = problem.shapes[name]
         if tuple(tensor.shape) != wanted:
             raise Finding(f"{name} has shape {list(tensor.shape)}, not {list(wanted)}")
@@ -150,29 +185,45 @@ def _check_form(problem: Problem, out: Any, lse: Any, q: Tensor, taken: dict[int
             raise Finding(f"{name} is {tensor.dtype}, its inputs {q.dtype}")
         if not tensor.numel():
             continue
-        if any(step == 0 and size > 1 for size, step in zip(tensor.shape, tensor.stride(), strict=True)):
-            raise Finding(f"elements of {name} share memory: shape {list(tensor.shape)}, strides {list(tensor.stride())}")
+        if any(
+            step == 0 and size > 1 for size, step in zip(tensor.shape, tensor.stride(), strict=True)
+        ):
+            raise Finding(
+                f"elements of {name} share memory: shape {list(tensor.shape)}, strides "
+                f"{list(tensor.stride())}"
+            )
         if owner := taken.get(tensor.untyped_storage().data_ptr()):
             raise Finding(f"{name} lies in the memory of its input {owner}")
 
 
-def _backward(out: Tensor, lse: Tensor | None, leaves: Inputs, dlse: Tensor | None) -> dict[str, Tensor]:
-    names = [n for n in GRADIENTS if getattr(leaves, n) is not None and getattr(leaves, n).requires_grad]
+def _backward(
+    out: Tensor, lse: Tensor | None, leaves: Inputs, dlse: Tensor | None
+) -> dict[str, Tensor]:
+    names = [
+        n for n in GRADIENTS if getattr(leaves, n) is not None and getattr(leaves, n).requires_grad
+    ]
     ends, cotangents = [out], [leaves.do]
     if lse is not None and lse.requires_grad and dlse is not None:
         ends, cotangents = [out, lse], [leaves.do, dlse.to(lse)]
-    gradients = torch.autograd.grad(ends, [getattr(leaves, n) for n in names], cotangents, materialize_grads=True)
+    gradients = torch.autograd.grad(
+        ends, [getattr(leaves, n) for n in names], cotangents, materialize_grads=True
+    )
     return {"d" + n: g for n, g in zip(names, gradients, strict=True)}
 
 
 def _changed(name: str, inputs: Inputs, leaves: Inputs) -> Finding:
     given, now = (getattr(those, name).nan_to_num() for those in (inputs, leaves))
-    return Finding(f"changed {'memory beside its input' if torch.equal(given, now) else 'its input'} {name}")
+    return Finding(
+        f"changed {'memory beside its input' if torch.equal(given, now) else 'its input'} {name}"
+    )
 
 
 def _dirty(problem: Problem, inputs: Inputs) -> None:
     """For results that are allocated out of Python's sight."""
-    elements = {math.prod(problem.shapes[name]) for name in (("out", "lse", "q", "k", "v") if problem.grads else ("out", "lse"))}
+    elements = {
+        math.prod(problem.shapes[name])
+        for name in (("out", "lse", "q", "k", "v") if problem.grads else ("out", "lse"))
+    }
     leave({n * size for n in elements for size in (inputs.q.element_size(), 4)}, inputs.q.device)
 
 

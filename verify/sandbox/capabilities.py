@@ -1,4 +1,6 @@
-"""What a kernel takes, found by asking it one option at a time and by trying each layout; and why not, for the rest."""
+"""What a kernel takes, found by asking it one option at a time and by trying each layout; and why
+not, for the rest.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,20 @@ from verify.spec.masks import Mask
 from verify.spec.problem import Problem
 
 DIMS = (1, 2, 3, 4, 8, 16, 24, 32, 40, 64, 72, 80, 96, 128, 192, 256)
-HEADS = ((1, 1), (2, 1), (2, 2), (3, 3), (4, 2), (5, 1), (6, 2), (6, 6), (7, 1), (8, 8), (14, 2), (16, 4))
+HEADS = (
+    (1, 1),
+    (2, 1),
+    (2, 2),
+    (3, 3),
+    (4, 2),
+    (5, 1),
+    (6, 2),
+    (6, 6),
+    (7, 1),
+    (8, 8),
+    (14, 2),
+    (16, 4),
+)
 RAISED = "raised"
 """How guard.call begins where the kernel raises."""
 SCALES = (None, 1.0, 0.5, 0.0, -0.3, 1e-3, 4.0)
@@ -24,7 +39,9 @@ SCALES = (None, 1.0, 0.5, 0.0, -0.3, 1e-3, 4.0)
 
 @dataclass(frozen=True)
 class Options:
-    """What a kernel takes, one option at a time, each probed on a plain problem; and why not, for the rest."""
+    """What a kernel takes, one option at a time, each probed on a plain problem; and why not, for
+    the rest.
+    """
 
     taken: dict[str, tuple[Any, ...]]
     refused: dict[str, dict[str, str]]
@@ -34,7 +51,9 @@ class Options:
     """Whether it returns one."""
 
     def refusal(self, *, grads: bool = False, lse: bool = False) -> str | None:
-        """Why the kernel takes no problem at all here, none with gradients, or returns no LSE; None where it does."""
+        """Why the kernel takes no problem at all here, none with gradients, or returns no LSE; None
+        where it does.
+        """
         if not self.taken["dtype"]:
             return next(iter(self.refused["dtype"].values()))
         if lse and not self.returns_lse:
@@ -43,7 +62,8 @@ class Options:
 
 
 def _masks() -> tuple[Mask, ...]:
-    texts = "full causal_upper_left causal_lower_right window(3,1) prefix_lm(3) padding(5) blocks(4,5) dense(60,1)"
+    texts = "full causal_upper_left causal_lower_right window(3,1)"
+    texts += " prefix_lm(3) padding(5) blocks(4,5) dense(60,1)"
     return tuple(Mask.parse(text) for text in texts.split())
 
 
@@ -63,7 +83,9 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 }
 
 
-PLAIN = Problem(batch=1, heads_q=2, heads_kv=2, len_q=16, len_k=16, dim_qk=64, dim_v=64, dtype="fp16")
+PLAIN = Problem(
+    batch=1, heads_q=2, heads_kv=2, len_q=16, len_k=16, dim_qk=64, dim_v=64, dtype="fp16"
+)
 
 
 _FOUND: dict[tuple[Kernel, str], Options] = {}
@@ -95,8 +117,9 @@ def tries(kernel: Kernel, case: Case, *, device: str) -> tuple[str, bool]:
 
 
 def probe(kernel: Kernel, device: str, tries: Callable[[Case], tuple[str, bool]]) -> Options:
-    """Ask what a kernel declares it supports, one option away from a plain problem that it does support; try each layout. One
-    that the kernel refuses with an exception is not taken; on which it does something worse, it is.
+    """Ask what a kernel declares it supports, one option away from a plain problem that it does
+    support; try each layout. One that the kernel refuses with an exception is not taken; on which
+    it does something worse, it is.
     """
     taken: dict[str, tuple[Any, ...]] = {}
     refused: dict[str, dict[str, str]] = {name: {} for name in CHOICES}
@@ -116,16 +139,28 @@ def probe(kernel: Kernel, device: str, tries: Callable[[Case], tuple[str, bool]]
     returns_lse = False
     if taken["dtype"]:
         fails, returns_lse = tries(Case(plain))
-        deadly = bool(fails) and not fails.startswith(RAISED)  # any call may end its process: no need to try forty
+        deadly = bool(fails) and not fails.startswith(
+            RAISED
+        )  # any call may end its process: no need to try forty
         for name in ARRANGED:
-            reasons = {way: _refuses(kernel, plain, device, name, way, None if deadly else tries) for way in LAYOUTS}
-            refused |= {f"{name} {way}": {"layout": reason} for way, reason in reasons.items() if reason}
+            reasons = {
+                way: _refuses(kernel, plain, device, name, way, None if deadly else tries)
+                for way in LAYOUTS
+            }
+            refused |= {
+                f"{name} {way}": {"layout": reason} for way, reason in reasons.items() if reason
+            }
             layouts[name] = tuple(way for way, reason in reasons.items() if not reason)
     return Options(taken, refused, layouts, returns_lse)
 
 
 def _refuses(
-    kernel: Kernel, plain: Problem, device: str, tensor: str, layout: str, tries: Callable[[Case], tuple[str, bool]] | None
+    kernel: Kernel,
+    plain: Problem,
+    device: str,
+    tensor: str,
+    layout: str,
+    tries: Callable[[Case], tuple[str, bool]] | None,
 ) -> str:
     """Why a kernel does not take a tensor in a layout: what it raises."""
     if kernel.layouts and layout not in kernel.layouts(device):

@@ -1,6 +1,8 @@
-"""Isolation: a kernel is called in a worker process, which may crash, hang or take all memory: a finding, and the run goes on.
+"""Isolation: a kernel is called in a worker process, which may crash, hang or take all memory: a
+finding, and the run goes on.
 
-The worker (worker.py) is forked from a server that has imported torch, so a new one is cheap. It is watched from here.
+The worker (worker.py) is forked from a server that has imported torch, so a new one is cheap. It is
+watched from here.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ CALL_SECONDS = 60.0
 START_SECONDS = 300.0
 """To import torch and load a kernel's file."""
 LATE = (2.0, 10.0)
-"""After a hang, a call is given this many seconds and so many times the slowest task: it is shrunk within the engine's time."""
+"""After a hang, a call is given this many seconds and so many times the slowest task: it is shrunk
+within the engine's time.
+"""
 TICK = 0.05
 """Seconds between looks at a worker."""
 SHARE = 0.5
@@ -66,26 +70,44 @@ class Limits:
 
 
 class Isolated:
-    """The worker process of one kernel: started when it is needed, replaced when it is gone. Not for several threads."""
+    """The worker process of one kernel: started when it is needed, replaced when it is gone. Not
+    for several threads.
+    """
 
-    def __init__(self, target: str, kernel: Kernel, device: str, limits: Limits | None = None) -> None:
+    def __init__(
+        self, target: str, kernel: Kernel, device: str, limits: Limits | None = None
+    ) -> None:
         """`target`: what registry.find finds this kernel by, alone."""
-        self.target, self.kernel, self.device, self._limits, self._slowest = target, kernel, device, limits or Limits(), 0.0
+        self.target, self.kernel, self.device, self._limits, self._slowest = (
+            target,
+            kernel,
+            device,
+            limits or Limits(),
+            0.0,
+        )
         self._worker: _Worker | None = None
 
     def options(self) -> Options:
-        """What the kernel takes, for the worker and for this process; a layout that ends the worker is one that it takes."""
+        """What the kernel takes, for the worker and for this process; a layout that ends the worker
+        is one that it takes.
+        """
         if not known(self.kernel, self.device):
             learn(self.kernel, self.device, probe(self.kernel, self.device, self._tries))
-            self.ask("learn", known(self.kernel, self.device))  # else it would try it all again, and crash again
+            self.ask(
+                "learn", known(self.kernel, self.device)
+            )  # else it would try it all again, and crash again
         return options(self.kernel, self.device)
 
     def judge(self, kernel: Kernel, law: Property, case: Case, device: str) -> Record:
-        """As engine.judge, in the worker. Raises Finding, also where the worker does not survive it."""
+        """As engine.judge, in the worker. Raises Finding, also where the worker does not survive
+        it.
+        """
         return self.ask("judge", law.name, str(case))
 
     def ask(self, task: str, *arguments: Any) -> Any:
-        """What the worker's function of this name returns. Raises the Finding that it raises, or that the worker's end is."""
+        """What the worker's function of this name returns. Raises the Finding that it raises, or
+        that the worker's end is.
+        """
         for last in (False, True):
             try:
                 start = time.monotonic()
@@ -94,8 +116,13 @@ class Isolated:
                 return answer
             except _Gone as gone:
                 self.close()
-                if gone.late:  # while this is shrunk, a call that hangs must not take a minute each time
-                    self._limits = replace(self._limits, seconds=min(self._limits.seconds, LATE[0] + LATE[1] * self._slowest))
+                if (
+                    gone.late
+                ):  # while this is shrunk, a call that hangs must not take a minute each time
+                    self._limits = replace(
+                        self._limits,
+                        seconds=min(self._limits.seconds, LATE[0] + LATE[1] * self._slowest),
+                    )
                 if last or not gone.doubtful:
                     raise Finding(gone.sentence, measured=gone.measured) from gone
         raise AssertionError
@@ -107,10 +134,14 @@ class Isolated:
             self._worker = None
 
     def _running(self) -> _Worker:
-        if self._worker is not None and not self._worker.alive:  # killed from outside between two cases
+        if (
+            self._worker is not None and not self._worker.alive
+        ):  # killed from outside between two cases
             self.close()
         if self._worker is None:
-            self._worker = _Worker(self.target, self.kernel.name, self.device, known(self.kernel, self.device))
+            self._worker = _Worker(
+                self.target, self.kernel.name, self.device, known(self.kernel, self.device)
+            )
         return self._worker
 
     def _tries(self, case: Case) -> tuple[str, bool]:
@@ -121,7 +152,9 @@ class Isolated:
 
 
 @contextmanager
-def isolated(target: str, kernel: Kernel, device: str, limits: Limits | None = None) -> Iterator[Isolated]:
+def isolated(
+    target: str, kernel: Kernel, device: str, limits: Limits | None = None
+) -> Iterator[Isolated]:
     """An Isolated that ends with the block."""
     one = Isolated(target, kernel, device, limits)
     try:
@@ -132,7 +165,9 @@ def isolated(target: str, kernel: Kernel, device: str, limits: Limits | None = N
 
 @dataclass(eq=False)
 class _Gone(Exception):
-    """A worker is of no more use. `doubtful`: perhaps through no fault of this case; a new one must confirm it."""
+    """A worker is of no more use. `doubtful`: perhaps through no fault of this case; a new one must
+    confirm it.
+    """
 
     sentence: str
     doubtful: bool = False
@@ -151,7 +186,16 @@ class _Worker:
         self._since = context.RawArray("d", 1)
         with tempfile.NamedTemporaryFile(prefix="verify-", delete=False) as log:
             self._log = Path(log.name)
-        arguments = (theirs, self._since, str(self._log), target, name, device, options, _settings(device))
+        arguments = (
+            theirs,
+            self._since,
+            str(self._log),
+            target,
+            name,
+            device,
+            options,
+            _settings(device),
+        )
         self._process = context.Process(target=_serve, args=arguments, daemon=True)
         self._process.start()
         theirs.close()
@@ -170,7 +214,9 @@ class _Worker:
         return self._process.is_alive()
 
     def ask(self, task: str, arguments: tuple[Any, ...], limits: Limits) -> Any:
-        """What its function of this name returns. Raises Finding, or _Gone where it must be replaced."""
+        """What its function of this name returns. Raises Finding, or _Gone where it must be
+        replaced.
+        """
         self.asked += 1
         try:
             self._connection.send((task, arguments))
@@ -178,7 +224,10 @@ class _Worker:
         except (EOFError, ConnectionError) as error:
             self._process.join(END_SECONDS)
             code = self._process.exitcode
-            raise _Gone(f"ended its process: {_ending(code)}{self._said()}", doubtful=code == -signal.SIGKILL) from error
+            raise _Gone(
+                f"ended its process: {_ending(code)}{self._said()}",
+                doubtful=code == -signal.SIGKILL,
+            ) from error
         if kind == "value":
             return rest[0]
         if kind == "broken":
@@ -202,7 +251,8 @@ class _Worker:
             if since and now - since > limits.seconds:
                 raise _Gone(f"did not return within {limits.seconds:g} s{self._stuck()}", late=True)
             if held > limits.bytes:
-                taken = f"took {held / 2**30:.1f} GiB of memory; {limits.bytes / 2**30:.1f} GiB are its share"
+                share = f"{limits.bytes / 2**30:.1f} GiB are its share"
+                taken = f"took {held / 2**30:.1f} GiB of memory; {share}"
                 raise _Gone(taken, doubtful=self.asked > 1)
             if deadline and now > deadline:
                 return "late", f"not ready after {START_SECONDS:g} s"
@@ -236,7 +286,11 @@ def _serve(*arguments: Any) -> None:
 def _settings(device: str) -> dict[str, Any]:
     """What a worker takes over of this process."""
     gpu = torch.cuda.current_device() if device == "cuda" else 0
-    return {"threads": torch.get_num_threads(), "gpu": gpu, "sharing": int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))}
+    return {
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "sharing": int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")),
+    }
 
 
 def _ending(code: int | None) -> str:

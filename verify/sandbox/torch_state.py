@@ -17,18 +17,31 @@ def _attribute(module: Any, name: str) -> Setting:
 _SUBNORMAL = 2.0**-1060
 _cuda, _cudnn = torch.backends.cuda, torch.backends.cudnn
 SETTINGS: dict[str, Setting] = {
-    "float32 matmul precision": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
-    "FP16 reduced-precision reductions": _attribute(_cuda.matmul, "allow_fp16_reduced_precision_reduction"),
-    "BF16 reduced-precision reductions": _attribute(_cuda.matmul, "allow_bf16_reduced_precision_reduction"),
+    "float32 matmul precision": (
+        torch.get_float32_matmul_precision,
+        torch.set_float32_matmul_precision,
+    ),
+    "FP16 reduced-precision reductions": _attribute(
+        _cuda.matmul, "allow_fp16_reduced_precision_reduction"
+    ),
+    "BF16 reduced-precision reductions": _attribute(
+        _cuda.matmul, "allow_bf16_reduced_precision_reduction"
+    ),
     "flash attention": (_cuda.flash_sdp_enabled, _cuda.enable_flash_sdp),
     "memory-efficient attention": (_cuda.mem_efficient_sdp_enabled, _cuda.enable_mem_efficient_sdp),
     "math attention": (_cuda.math_sdp_enabled, _cuda.enable_math_sdp),
     "cuDNN attention": (_cuda.cudnn_sdp_enabled, _cuda.enable_cudnn_sdp),
     "cuDNN benchmark": _attribute(_cudnn, "benchmark"),
     "cuDNN deterministic": _attribute(_cudnn, "deterministic"),
-    "deterministic algorithms": (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
+    "deterministic algorithms": (
+        torch.are_deterministic_algorithms_enabled,
+        torch.use_deterministic_algorithms,
+    ),
     "default dtype": (torch.get_default_dtype, torch.set_default_dtype),
-    "default device": (lambda: torch.empty(0).device, lambda was: torch.set_default_device(None if was.type == "cpu" else was)),
+    "default device": (
+        lambda: torch.empty(0).device,
+        lambda was: torch.set_default_device(None if was.type == "cpu" else was),
+    ),
     "number of threads": (torch.get_num_threads, torch.set_num_threads),
     "gradient mode": (torch.is_grad_enabled, torch.set_grad_enabled),
     "denormal flushing": (lambda: _SUBNORMAL * 1.0 == 0.0, torch.set_flush_denormal),
@@ -42,7 +55,10 @@ class Settings:
         """`draws`: random numbers are the kernel's to use."""
         self._settings = dict(SETTINGS)
         if not draws:
-            self._settings["random state"] = (lambda: _bytes(torch.get_rng_state()), lambda b: torch.set_rng_state(_tensor(b)))
+            self._settings["random state"] = (
+                lambda: _bytes(torch.get_rng_state()),
+                lambda b: torch.set_rng_state(_tensor(b)),
+            )
             if device == "cuda":
                 generator = torch.cuda.default_generators[torch.cuda.current_device()]
                 self._settings["random state of the GPU"] = (
@@ -60,7 +76,9 @@ class Settings:
                 now = get()
                 if now != was:
                     put(was)
-                    changed.append(name if isinstance(was, bytes) else f"{name} from {was} to {now}")
+                    changed.append(
+                        name if isinstance(was, bytes) else f"{name} from {was} to {now}"
+                    )
             except RuntimeError:  # of a GPU that the kernel has lost, which is a finding already
                 continue
         return ", ".join(changed)

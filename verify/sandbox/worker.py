@@ -1,4 +1,6 @@
-"""The process in which a kernel is called (isolation.py): it does what it is asked, task after task, until its pipe closes."""
+"""The process in which a kernel is called (isolation.py): it does what it is asked, task after
+task, until its pipe closes.
+"""
 
 from __future__ import annotations
 
@@ -30,24 +32,39 @@ from verify.spec.case import Case
 from verify.spec.finding import Finding
 
 PRINTED = 1 << 20
-"""Bytes that the calls of one task may write to standard output and error; what a kernel has to say is less."""
+"""Bytes that the calls of one task may write to standard output and error; what a kernel has to say
+is less.
+"""
 PARENT_DIED = 1
 """prctl's PR_SET_PDEATHSIG."""
 TASKS: dict[str, Callable[..., Any]] = {
-    "judge": lambda kernel, device, law, case: judge(kernel, PROPERTIES[law], Case.parse(case), device),
-    "check": lambda kernel, device, law, case: PROPERTIES[law].check(kernel, Case.parse(case), device),
+    "judge": lambda kernel, device, law, case: judge(
+        kernel, PROPERTIES[law], Case.parse(case), device
+    ),
+    "check": lambda kernel, device, law, case: PROPERTIES[law].check(
+        kernel, Case.parse(case), device
+    ),
     "learn": learn,
     "tries": lambda kernel, device, case: tries(kernel, Case.parse(case), device=device),
     "show": lambda kernel, device, case: list(shown(kernel, Case.parse(case), device)),
     "explain": lambda kernel, device, case, law: explain(kernel, Case.parse(case), law, device),
-    "script": lambda kernel, device, case, deadly: script(kernel, Case.parse(case), device, deadly=deadly),
+    "script": lambda kernel, device, case, deadly: script(
+        kernel, Case.parse(case), device, deadly=deadly
+    ),
     "conventions": conventions.rows,
     "determinism": determinism.verdicts,
 }
 
 
 def serve(
-    pipe: Connection, since: Any, log: str, target: str, name: str, device: str, options: Options | None, settings: dict[str, Any]
+    pipe: Connection,
+    since: Any,
+    log: str,
+    target: str,
+    name: str,
+    device: str,
+    options: Options | None,
+    settings: dict[str, Any],
 ) -> None:
     """Load the kernel, say "ready", then answer (task, arguments) with what TASKS makes of them."""
     output = _settle(log)
@@ -57,9 +74,14 @@ def serve(
         if device == "cuda":
             torch.cuda.set_device(settings["gpu"])
             torch.cuda.set_per_process_memory_fraction(1 / settings["sharing"])
-            torch.ones(16, 16, device=device) @ torch.ones(16, 16, device=device)  # no kernel's call is charged for the start
+            torch.ones(16, 16, device=device) @ torch.ones(
+                16, 16, device=device
+            )  # no kernel's call is charged for the start
             torch.cuda.synchronize()
-        kernel, path = next(k for k in registry.find(target) if k.name == name), target.partition("::")[0]
+        kernel, path = (
+            next(k for k in registry.find(target) if k.name == name),
+            target.partition("::")[0],
+        )
         if path.endswith(".py"):  # what registers it, wherever its function is defined
             kernel = replace(kernel, origin=f"{Path(path).resolve()}:1")
     except Exception:
@@ -79,8 +101,8 @@ def serve(
 
 
 def _settle(log: str) -> int:
-    """Write to the log; die with the parent, not with its Ctrl-C; say where it was when it crashes, or hangs (SIGUSR1). Returns
-    the log, whatever the kernel does to standard output.
+    """Write to the log; die with the parent, not with its Ctrl-C; say where it was when it crashes,
+    or hangs (SIGUSR1). Returns the log, whatever the kernel does to standard output.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     out = os.open(log, os.O_WRONLY | os.O_APPEND)
@@ -94,8 +116,12 @@ def _settle(log: str) -> int:
     return out
 
 
-def _answer(kernel: Kernel, device: str, task: str, arguments: tuple[Any, ...], output: int) -> tuple[Any, ...]:
-    """("value", it), ("broken", traceback) where this project is at fault, ("finding", sentence, measured, is the GPU lost?)."""
+def _answer(
+    kernel: Kernel, device: str, task: str, arguments: tuple[Any, ...], output: int
+) -> tuple[Any, ...]:
+    """("value", it), ("broken", traceback) where this project is at fault, ("finding", sentence,
+    measured, is the GPU lost?).
+    """
     sentence, measured, value, trace = "", {}, None, ""
     try:
         value = TASKS[task](kernel, device, *arguments)

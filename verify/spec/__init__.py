@@ -1,1 +1,3 @@
-"""What is computed, on which values: problems, masks, input distributions, layouts, cases, arithmetics."""
+"""What is computed, on which values: problems, masks, input distributions, layouts, cases,
+arithmetics.
+"""

@@ -1,4 +1,6 @@
-"""Arithmetic: the numerics that a kernel declares. Its error bound and its expected error follow from it (verify/bounds/BOUNDS.md)."""
+"""Arithmetic: the numerics that a kernel declares. Its error bound and its expected error follow
+from it (verify/bounds/BOUNDS.md).
+"""
 
 from __future__ import annotations
 
@@ -7,8 +9,9 @@ from dataclasses import dataclass, fields
 from verify.errors import VerifyError
 
 FORMATS = ("input", "fp64", "fp32", "tf32", "fp22", "fp16", "bf16", "e4m3", "e5m2")
-"""Names of formats; `input` is the dtype of the problem. fp22: FP32 with 13 stored bits of significand, the accumulator of
-Hopper's FP8 tensor cores (SageAttention2, arXiv 2411.10958, section 3.2; DeepSeek-V3, arXiv 2412.19437, section 3.3.2).
+"""Names of formats; `input` is the dtype of the problem. fp22: FP32 with 13 stored bits of
+significand, the accumulator of Hopper's FP8 tensor cores (SageAttention2, arXiv 2411.10958, section
+3.2; DeepSeek-V3, arXiv 2412.19437, section 3.3.2).
 """
 NARROW = ("fp16", "bf16", "tf32", "e4m3", "e5m2")
 """Formats of operands that tensor cores multiply."""
@@ -16,16 +19,18 @@ NARROW = ("fp16", "bf16", "tf32", "e4m3", "e5m2")
 
 @dataclass(frozen=True)
 class Quantisation:
-    """Q, K and V as the kernel narrows them by itself: each divided by amax / largest of its group and rounded to `format`.
-    Keys that no query sees are in no group.
+    """Q, K and V as the kernel narrows them by itself: each divided by amax / largest of its group
+    and rounded to `format`. Keys that no query sees are in no group.
 
-    `rows`: how many rows of one head share a scale; 0 a whole head, None the whole tensor. `values`: in V, as `rows` says, or a
-    `head`, or each of its `columns`. `rotated`: Q and K are first padded to a power of two of columns and multiplied by signs
-    times Hadamard (verify/spec/quantization.py). `centred`: K and V are first freed of their mean over the keys of a head; V's is
-    added to the output, K's to the LSE (out does not depend on it: SageAttention, arXiv 2410.02367, section 4.2). `fitted`: each
-    row of Q, once rounded, is multiplied by what makes its product with the row as it was the row's square, within 1 +- FIT
-    (verify/spec/quantization.py): a key along the query has no error from Q. `balanced`: what rounding took from V, its
-    mean over the keys of a head, is added to the output.
+    `rows`: how many rows of one head share a scale; 0 a whole head, None the whole tensor.
+    `values`: in V, as `rows` says, or a `head`, or each of its `columns`. `rotated`: Q and K are
+    first padded to a power of two of columns and multiplied by signs times Hadamard
+    (verify/spec/quantization.py). `centred`: K and V are first freed of their mean over the keys of
+    a head; V's is added to the output, K's to the LSE (out does not depend on it: SageAttention,
+    arXiv 2410.02367, section 4.2). `fitted`: each row of Q, once rounded, is multiplied by what
+    makes its product with the row as it was the row's square, within 1 +- FIT
+    (verify/spec/quantization.py): a key along the query has no error from Q. `balanced`: what
+    rounding took from V, its mean over the keys of a head, is added to the output.
     """
 
     format: str = "e4m3"
@@ -40,14 +45,20 @@ class Quantisation:
         if self.format not in ("e4m3", "e5m2"):
             raise VerifyError(f"quantisation format={self.format!r}: e4m3 or e5m2")
         if self.values not in ("rows", "head", "columns"):
-            raise VerifyError(f"quantisation values={self.values!r}: rows, head or columns share a scale of V")
+            raise VerifyError(
+                f"quantisation values={self.values!r}: rows, head or columns share a scale of V"
+            )
         if self.rows is not None and self.rows < 0:
-            raise VerifyError(f"quantisation rows={self.rows}: rows of a head that share a scale, 0 for all, None for the tensor")
+            raise VerifyError(
+                f"quantisation rows={self.rows}: rows of a head that share a scale, 0 for all, "
+                "None for the tensor"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arithmetic:
-    """Where a kernel rounds, and to which format. The defaults are FlashAttention-2's (arXiv 2307.08691, Algorithms 1 and 2).
+    """Where a kernel rounds, and to which format. The defaults are FlashAttention-2's (arXiv
+    2307.08691, Algorithms 1 and 2).
 
     FP64 problems are computed in FP64 throughout, whatever is declared as FP32.
     """
@@ -59,29 +70,39 @@ class Arithmetic:
     scores: str = "fp32"
     """Products and accumulation of Q K^T and dO V^T."""
     stored_scores: str = "fp32"
-    """S (and dP) after each step: product, scale, softcap, bias; `input` for a kernel that writes each to memory in its dtype."""
+    """S (and dP) after each step: product, scale, softcap, bias; `input` for a kernel that writes
+    each to memory in its dtype.
+    """
     exp: str = "natural"
-    """`natural`: exp(s - max); `binary`: exp2(t - max t) of t = s log2(e), the scale and log2(e) one factor; `fused`: the same
-    with t unrounded, its product fused with the subtraction of the rounded maximum (may overflow where u(fp32) |s| is large)."""
+    """`natural`: exp(s - max); `binary`: exp2(t - max t) of t = s log2(e), the scale and log2(e)
+    one factor; `fused`: the same with t unrounded, its product fused with the subtraction of the
+    rounded maximum (may overflow where u(fp32) |s| is large)."""
     exp_ulp: float = 2.0
-    """Units in the last place of FP32 by which an exponential may be off; 2: CUDA's ex2.approx (PTX ISA, ex2)."""
+    """Units in the last place of FP32 by which an exponential may be off; 2: CUDA's ex2.approx (PTX
+    ISA, ex2).
+    """
     tile: int = 0
     """Keys between two updates of the running maximum; 0: the maximum of the whole row."""
     splits: int = 1
-    """Parts of the keys, of whole tiles, that are attended to apart and merged through their LSE in FP32 (FlashDecoding)."""
+    """Parts of the keys, of whole tiles, that are attended to apart and merged through their LSE in
+    FP32 (FlashDecoding).
+    """
     probs: str = "input"
     """P as the operand of P V and P^T dO."""
     probs_scale: float = 1.0
     """P is multiplied by this before it is rounded, so that a narrow format does not flush it."""
     normalized_probs: bool = False
-    """True: P is divided by its row sum before it is rounded (a softmax function); False: after P V (FlashAttention)."""
+    """True: P is divided by its row sum before it is rounded (a softmax function); False: after P V
+    (FlashAttention).
+    """
     rowsum: str = "unrounded"
     """Which P the row sum adds up: `unrounded` or `rounded`."""
     accumulate: str = "fp32"
     """Products and accumulation of P V and of the gradients."""
     summation: str = "hardware"
-    """How products are added: `nearest`; `truncated`, as tensor cores do (Fasi et al. 2021, PeerJ Comput. Sci. 7:e330);
-    `hardware`: truncated on a GPU where the operands are narrow, to nearest elsewhere."""
+    """How products are added: `nearest`; `truncated`, as tensor cores do (Fasi et al. 2021, PeerJ
+    Comput. Sci. 7:e330); `hardware`: truncated on a GPU where the operands are narrow, to nearest
+    elsewhere."""
     output: str = "input"
     """out, dq, dk, dv as they are stored."""
     dscores: str = "input"
@@ -89,18 +110,27 @@ class Arithmetic:
     scaled_dscores: bool = False
     """True: scale * dS is that operand; False: dS, and the products are scaled."""
     ds_probs: str = "fp32"
-    """P as the factor of dS = P * (dP - delta); `input` for a kernel that reuses the P it rounded for P^T dO."""
+    """P as the factor of dS = P * (dP - delta); `input` for a kernel that reuses the P it rounded
+    for P^T dO.
+    """
     delta: str = "out"
-    """How it is formed in the backward: `out` = rowsum(dO * stored out); `probs` = rowsum(P * dP); `product` = rowsum(R) of
-    R = P * dP stored in the input's dtype, and then dS = R - P delta (torch's softmax backward on CUDA)."""
+    """How it is formed in the backward: `out` = rowsum(dO * stored out); `probs` = rowsum(P * dP);
+    `product` = rowsum(R) of R = P * dP stored in the input's dtype, and then dS = R - P delta
+    (torch's softmax backward on CUDA)."""
     group_sum: str = "fp32"
     """dk, dv of a group of query heads as they are added up (GQA)."""
     batch_sum: str = "fp32"
-    """dbias of each batch entry as it is stored before the entries are added up (a bias that is broadcast over the batch)."""
+    """dbias of each batch entry as it is stored before the entries are added up (a bias that is
+    broadcast over the batch).
+    """
     spill: tuple[int, int] | None = None
-    """(query rows, keys) after which the running sums dk, dv and dq are stored in the output format and read back; or None."""
+    """(query rows, keys) after which the running sums dk, dv and dq are stored in the output format
+    and read back; or None.
+    """
     deterministic: bool = False
-    """True: a second call gives the same bits, forward and backward; judged where it is declared."""
+    """True: a second call gives the same bits, forward and backward; judged where it is
+    declared.
+    """
 
     def __post_init__(self) -> None:
         choices = {
@@ -123,7 +153,8 @@ class Arithmetic:
         }
         if wrong := [name for name, fine in numbers.items() if not fine]:
             raise VerifyError(
-                f"{wrong[0]}={getattr(self, wrong[0])!r}: tile from 0, splits from 1, probs_scale and exp_ulp above 0"
+                f"{wrong[0]}={getattr(self, wrong[0])!r}: tile from 0, splits from 1, probs_scale "
+                "and exp_ulp above 0"
             )
 
     def format(self, field: str, dtype: str) -> str:
@@ -134,15 +165,23 @@ class Arithmetic:
         return dtype if declared == "input" else declared
 
     def truncates(self, field: str, dtype: str, device: str) -> bool:
-        """Whether products accumulated under this field ("scores", "accumulate") are truncated, on "cuda" or "cpu"."""
+        """Whether products accumulated under this field ("scores", "accumulate") are truncated, on
+        "cuda" or "cpu".
+        """
         if self.summation != "hardware":
             return self.summation == "truncated"
-        narrow = dtype in NARROW or self.quantised is not None or self.format(field, dtype) in NARROW
+        narrow = (
+            dtype in NARROW or self.quantised is not None or self.format(field, dtype) in NARROW
+        )
         return device == "cuda" and narrow
 
     def __str__(self) -> str:
         """The line that declares it: what differs from the defaults."""
-        given = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default)
+        given = ", ".join(
+            f"{f.name}={getattr(self, f.name)!r}"
+            for f in fields(self)
+            if getattr(self, f.name) != f.default
+        )
         return f"Arithmetic({given})"
 
 

@@ -1,4 +1,6 @@
-"""Case = problem + recipe + seed + layouts: a dozen small values that give the same tensors everywhere and print as one line."""
+"""Case = problem + recipe + seed + layouts: a dozen small values that give the same tensors
+everywhere and print as one line.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +17,25 @@ from verify.spec.layouts import LAYOUTS, laid_out
 from verify.spec.masks import Mask
 from verify.spec.problem import EXAMPLE, Problem
 
-TORCH_DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TORCH_DTYPES = {
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
 
 
 ARRANGED = ("q", "k", "v", "do", "bias")
-"""The tensors [B,H,L,D] of a case, which may lie in memory in any of verify/spec/layouts.py's ways."""
+"""The tensors [B,H,L,D] of a case, which may lie in memory in any of verify/spec/layouts.py's
+ways.
+"""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The tensors of a case. q [B,H,Q,D], k [B,Hk,K,D], v [B,Hk,K,Dv], do [B,H,Q,Dv] (the cotangent of out),
-    bias [B|1,H|1,Q,K] or None, slopes [H] (ALiBi, always float32-representable) or None."""
+    """The tensors of a case. q [B,H,Q,D], k [B,Hk,K,D], v [B,Hk,K,Dv], do [B,H,Q,Dv] (the cotangent
+    of out), bias [B|1,H|1,Q,K] or None, slopes [H] (ALiBi, always float32-representable) or
+    None."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -36,15 +46,21 @@ class Inputs:
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Inputs:
         """The same with every tensor changed."""
-        present = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        present = {
+            f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None
+        }
         return replace(self, **{name: change(tensor) for name, tensor in present.items()})
 
     def rounded(self, dtype: str) -> Inputs:
-        """Rounded to nearest and clamped to the dtype's finite range. Slopes stay float32, as kernels take them."""
+        """Rounded to nearest and clamped to the dtype's finite range. Slopes stay float32, as
+        kernels take them.
+        """
         kind = TORCH_DTYPES[dtype]
         largest = torch.finfo(kind).max
         narrow = self.map(lambda t: t.clamp(-largest, largest).to(kind))
-        return replace(narrow, slopes=None if self.slopes is None else self.slopes.to(torch.float32))
+        return replace(
+            narrow, slopes=None if self.slopes is None else self.slopes.to(torch.float32)
+        )
 
     def exact(self, device: str | torch.device = "cpu") -> Inputs:
         """The same values as float64, for an oracle."""
@@ -52,14 +68,16 @@ class Inputs:
 
 
 def alibi_slopes(heads: int) -> np.ndarray:
-    """2^(-8 (h+1) / heads) rounded to float32 (Press et al. 2022, section 3, for any number of heads)."""
+    """2^(-8 (h+1) / heads) rounded to float32 (Press et al. 2022, section 3, for any number of
+    heads).
+    """
     return (2.0 ** (-8.0 * (np.arange(heads) + 1) / heads)).astype(np.float32).astype(np.float64)
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is computed, on which values, and how they lie in memory. Prints and parses as ``PROBLEM/RECIPE#SEED``, or
-    ``PROBLEM/RECIPE#SEED@q=bshd,do=expanded``.
+    """What is computed, on which values, and how they lie in memory. Prints and parses as
+    ``PROBLEM/RECIPE#SEED``, or ``PROBLEM/RECIPE#SEED@q=bshd,do=expanded``.
 
     Raises VerifyError for an unknown layout, or of a tensor that has none.
     """
@@ -73,7 +91,10 @@ class Case:
     def __post_init__(self) -> None:
         for tensor, layout in self.layouts:
             if tensor not in ARRANGED or layout not in LAYOUTS:
-                raise VerifyError(f"layout {tensor}={layout}: one of {', '.join(ARRANGED)} = one of {', '.join(LAYOUTS)}")
+                raise VerifyError(
+                    f"layout {tensor}={layout}: one of {', '.join(ARRANGED)} = one of "
+                    f"{', '.join(LAYOUTS)}"
+                )
 
     def __str__(self) -> str:
         arranged = ",".join(f"{tensor}={layout}" for tensor, layout in self.layouts)
@@ -84,13 +105,20 @@ class Case:
         """Inverse of str(). Raises VerifyError where the text is no id of a case."""
         found = re.fullmatch(r"([^/#\s]+)/([^/#\s]+)#(\d+)(?:@((?:\w+=\w+,?)+))?", text)
         if not found:
-            raise VerifyError(f"case id {text!r} does not parse: write it like {EXAMPLE}/outliers(0.001,10)#7")
-        layouts = tuple(tuple(pair.split("=")) for pair in found[4].strip(",").split(",")) if found[4] else ()
+            raise VerifyError(
+                f"case id {text!r} does not parse: write it like {EXAMPLE}/outliers(0.001,10)#7"
+            )
+        layouts = (
+            tuple(tuple(pair.split("=")) for pair in found[4].strip(",").split(","))
+            if found[4]
+            else ()
+        )
         return cls(Problem.parse(found[1]), Recipe.parse(found[2]), int(found[3]), layouts)
 
     def draw(self) -> Inputs:
-        """The unrounded values, float64 on the CPU. Bias and cotangent are N(0,1); whole numbers where the recipe's
-        are, and a cotangent of one sign where V has one, so that delta = rowsum(dO * O) is large.
+        """The unrounded values, float64 on the CPU. Bias and cotangent are N(0,1); whole numbers
+        where the recipe's are, and a cotangent of one sign where V has one, so that delta =
+        rowsum(dO * O) is large.
         """
         problem, rng = self.problem, np.random.Generator(np.random.Philox(self.seed))
         q, k, v = self.recipe.draw(rng, problem)
@@ -106,17 +134,31 @@ class Case:
         return Inputs(torch.from_numpy(q), torch.from_numpy(k), torch.from_numpy(v), **rest)
 
     def inputs(self, device: str = "cpu") -> Inputs:
-        """What the kernel is given: rounded to the problem's dtype, on the device, each tensor in its layout; around it NaN, or,
-        where the seed is one short of a multiple of four, huge numbers.
+        """What the kernel is given: rounded to the problem's dtype, on the device, each tensor in
+        its layout; around it NaN, or, where the seed is one short of a multiple of four, huge
+        numbers.
         """
-        rounded, layouts = self.draw().rounded(self.problem.dtype).map(lambda t: t.to(device)), dict(self.layouts)
+        rounded, layouts = (
+            self.draw().rounded(self.problem.dtype).map(lambda t: t.to(device)),
+            dict(self.layouts),
+        )
         around = torch.nan if self.seed % 4 < 3 else torch.finfo(rounded.q.dtype).max / 2
-        present = {name: tensor for name in ARRANGED if (tensor := getattr(rounded, name)) is not None}
-        return replace(rounded, **{name: laid_out(tensor, layouts.get(name, "bhsd"), around) for name, tensor in present.items()})
+        present = {
+            name: tensor for name in ARRANGED if (tensor := getattr(rounded, name)) is not None
+        }
+        return replace(
+            rounded,
+            **{
+                name: laid_out(tensor, layouts.get(name, "bhsd"), around)
+                for name, tensor in present.items()
+            },
+        )
 
 
 def part(problem: Problem, x: Inputs, entries: slice, key_heads: slice) -> tuple[Problem, Inputs]:
-    """These entries of the batch, and these key heads with their groups of query heads, as a problem of its own."""
+    """These entries of the batch, and these key heads with their groups of query heads, as a
+    problem of its own.
+    """
     batch, kept = range(problem.batch)[entries], range(problem.heads_kv)[key_heads]
     heads = slice(kept.start * problem.group, kept.stop * problem.group)
     bias = x.bias
@@ -124,13 +166,23 @@ def part(problem: Problem, x: Inputs, entries: slice, key_heads: slice) -> tuple
         bias = bias[entries] if bias.shape[0] > 1 else bias
         bias = bias[:, heads] if bias.shape[1] > 1 else bias
     slopes = None if x.slopes is None else x.slopes[heads]
-    inputs = Inputs(x.q[entries, heads], x.k[entries, key_heads], x.v[entries, key_heads], x.do[entries, heads], bias, slopes)
+    inputs = Inputs(
+        x.q[entries, heads],
+        x.k[entries, key_heads],
+        x.v[entries, key_heads],
+        x.do[entries, heads],
+        bias,
+        slopes,
+    )
     mask = Mask(tuple((n, a[entries] if n == "padding" else a) for n, a in problem.mask.parts))
-    return problem.but(batch=len(batch), heads_q=len(kept) * problem.group, heads_kv=len(kept), mask=mask), inputs
+    return problem.but(
+        batch=len(batch), heads_q=len(kept) * problem.group, heads_kv=len(kept), mask=mask
+    ), inputs
 
 
 def visibility(problem: Problem, device: torch.device, rows: slice | None = None) -> torch.Tensor:
-    """The mask over these query rows (all by default) as booleans, True = take part: [B|1, 1, n, K].
+    """The mask over these query rows (all by default) as booleans, True = take part: [B|1, 1, n,
+    K].
 
     One entry serves the whole batch where the mask does not speak of it.
     """
@@ -140,7 +192,9 @@ def visibility(problem: Problem, device: torch.device, rows: slice | None = None
     per_entry = bool(problem.mask.batch_sizes())
 
     def lift(integers: Sequence[int]) -> torch.Tensor | int:
-        return torch.tensor(integers, device=device)[:, None, None, None] if per_entry else integers[0]
+        return (
+            torch.tensor(integers, device=device)[:, None, None, None] if per_entry else integers[0]
+        )
 
     seen = problem.mask.visible(q, k, problem.len_q, problem.len_k, batch=problem.batch, lift=lift)
     return seen.expand(problem.batch if per_entry else 1, 1, len(q), problem.len_k)

@@ -1,10 +1,14 @@
-"""Finding: one thing that a kernel does wrong, as one sentence: what, where, how bad, how bad is allowed and why."""
+"""Finding: one thing that a kernel does wrong, as one sentence: what, where, how bad, how bad is
+allowed and why.
+"""
 
 from __future__ import annotations
 
 
 class Finding(AssertionError):
-    """Raised by a property where it does not hold. Hypothesis shrinks the case on it; the engine reports it."""
+    """Raised by a property where it does not hold. Hypothesis shrinks the case on it; the engine
+    reports it.
+    """
 
     def __init__(self, sentence: str, *, measured: dict[str, float] | None = None) -> None:
         super().__init__(sentence)

@@ -1,7 +1,9 @@
-"""Every input family: ``recipe(rng, problem, *params) -> (q, k, v)`` in float64. An adversary is added here and nowhere else.
+"""Every input family: ``recipe(rng, problem, *params) -> (q, k, v)`` in float64. An adversary is
+added here and nowhere else.
 
-The first line of a docstring says what the family is for. Values are drawn by NumPy's Philox generator from the case's seed,
-so a case is the same tensors on every machine. They are rounded to the problem's dtype later, never here.
+The first line of a docstring says what the family is for. Values are drawn by NumPy's Philox
+generator from the case's seed, so a case is the same tensors on every machine. They are rounded to
+the problem's dtype later, never here.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ def _each(problem: Problem, draw: Callable[[tuple[int, ...]], np.ndarray]) -> Tr
 
 
 def integers(rng: np.random.Generator, problem: Problem) -> Triple:
-    """Whole numbers -3 ... 3: exact in every format; the family a failing case shrinks to, so that it can be checked by hand."""
+    """Whole numbers -3 ... 3: exact in every format; the family a failing case shrinks to, so that
+    it can be checked by hand.
+    """
     return _each(problem, lambda shape: rng.integers(-3, 4, shape).astype(np.float64))
 
 
@@ -39,20 +43,34 @@ def uniform(rng: np.random.Generator, problem: Problem) -> Triple:
     return _each(problem, rng.random)
 
 
-def outliers(rng: np.random.Generator, problem: Problem, probability: float = 0.001, sigma: float = 10.0) -> Triple:
-    """N(0,1) + N(0, sigma^2) Bernoulli(probability): FlashAttention-3's Table 3 (arXiv 2407.08608, section 4.3)."""
-    return _each(problem, lambda s: rng.standard_normal(s) + (rng.random(s) < probability) * (sigma * rng.standard_normal(s)))
+def outliers(
+    rng: np.random.Generator, problem: Problem, probability: float = 0.001, sigma: float = 10.0
+) -> Triple:
+    """N(0,1) + N(0, sigma^2) Bernoulli(probability): FlashAttention-3's Table 3 (arXiv 2407.08608,
+    section 4.3).
+    """
+    return _each(
+        problem,
+        lambda s: (
+            rng.standard_normal(s)
+            + (rng.random(s) < probability) * (sigma * rng.standard_normal(s))
+        ),
+    )
 
 
 def shift(rng: np.random.Generator, problem: Problem, c: float = 90.0) -> Triple:
-    """Every score of a row moves by c (one feature column with q = 1, k = c / scale): O the same, LSE moved."""
+    """Every score of a row moves by c (one feature column with q = 1, k = c / scale): O the same,
+    LSE moved.
+    """
     q, k, v = normal(rng, problem)
     q[..., 0], k[..., 0] = 1.0, c / (problem.softmax_scale or 1.0)
     return q, k, v
 
 
 def rising(rng: np.random.Generator, problem: Problem, span: float = 20.0) -> Triple:
-    """Scores rise along the keys by about `span` in all (fall if negative): a new maximum in every tile, or never again."""
+    """Scores rise along the keys by about `span` in all (fall if negative): a new maximum in every
+    tile, or never again.
+    """
     q, k, v = normal(rng, problem)
     ramp = np.linspace(0.0, span, max(problem.len_k, 1))[: problem.len_k]
     q[..., 0], k[..., 0] = 1.0, ramp / (problem.softmax_scale or 1.0)
@@ -60,7 +78,9 @@ def rising(rng: np.random.Generator, problem: Problem, span: float = 20.0) -> Tr
 
 
 def ties(rng: np.random.Generator, problem: Problem) -> Triple:
-    """All keys equal: every score of a row ties, P is exactly 1 before normalising, O is the mean of the visible V."""
+    """All keys equal: every score of a row ties, P is exactly 1 before normalising, O is the mean
+    of the visible V.
+    """
     q, k, v = normal(rng, problem)
     return q, np.broadcast_to(k[..., :1, :], k.shape).copy(), v
 
@@ -80,7 +100,9 @@ def one_sign(rng: np.random.Generator, problem: Problem) -> Triple:
 
 
 def hot_channel(rng: np.random.Generator, problem: Problem, factor: float = 30.0) -> Triple:
-    """One feature column of Q and K is `factor` times larger: what quantisation per tensor cannot take."""
+    """One feature column of Q and K is `factor` times larger: what quantisation per tensor cannot
+    take.
+    """
     q, k, v = normal(rng, problem)
     channel = int(rng.integers(problem.dim_qk))
     q[..., channel] *= factor
@@ -89,21 +111,29 @@ def hot_channel(rng: np.random.Generator, problem: Problem, factor: float = 30.0
 
 
 def uneven_heads(rng: np.random.Generator, problem: Problem, factor: float = 64.0) -> Triple:
-    """Heads from 1 to `factor` times as large in K and V: what a scale or an index shared among heads cannot take."""
+    """Heads from 1 to `factor` times as large in K and V: what a scale or an index shared among
+    heads cannot take.
+    """
     q, k, v = normal(rng, problem)
     size = factor ** np.linspace(0.0, 1.0, problem.heads_kv).reshape(-1, 1, 1)
     return q, k * size / factor**0.5, v * size
 
 
 def growing(rng: np.random.Generator, problem: Problem, factor: float = 8.0) -> Triple:
-    """Rows from 1 to `factor` times as large along the sequence: what a scale or a maximum of the first tile cannot take."""
+    """Rows from 1 to `factor` times as large along the sequence: what a scale or a maximum of the
+    first tile cannot take.
+    """
     q, k, v = normal(rng, problem)
-    of_q, of_k = (factor ** np.linspace(0.0, 1.0, n).reshape(-1, 1) for n in (problem.len_q, problem.len_k))
+    of_q, of_k = (
+        factor ** np.linspace(0.0, 1.0, n).reshape(-1, 1) for n in (problem.len_q, problem.len_k)
+    )
     return q * of_q / factor**0.5, k * of_k / factor**0.5, v * of_k
 
 
 def constant(rng: np.random.Generator, problem: Problem, value: float = 1000.0) -> Triple:
-    """Every element the same large value (clamped to the dtype's range): score overflow, exact ties."""
+    """Every element the same large value (clamped to the dtype's range): score overflow, exact
+    ties.
+    """
     return _each(problem, lambda shape: np.full(shape, value))
 
 
@@ -118,9 +148,17 @@ _OF_SIZES = (one_sign, hot_channel, uneven_heads, growing, constant, tiny)
 RECIPES = {f.__name__: f for f in (*_PLAIN, *_OF_SCORES, *_OF_SIZES)}
 
 
+def _shortest(number: float) -> str:
+    """The text of a number that parses back to it: six digits where they are enough."""
+    short = f"{number:g}"
+    return short if float(short) == number else f"{number:.17g}"
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """A named input family and its parameters, e.g. ``Recipe.parse("outliers(0.001,10)")``. Prints as it parses."""
+    """A named input family and its parameters, e.g. ``Recipe.parse("outliers(0.001,10)")``. Prints
+    as it parses.
+    """
 
     name: str
     params: tuple[float, ...] = ()
@@ -130,7 +168,10 @@ class Recipe:
             raise VerifyError(f"recipe {self.name!r} is unknown: one of {', '.join(RECIPES)}")
         takes = list(inspect.signature(RECIPES[self.name]).parameters)[2:]
         if len(self.params) > len(takes) or not all(np.isfinite(self.params)):
-            raise VerifyError(f"recipe {self}: takes at most {len(takes)} finite numbers ({', '.join(takes) or 'none'})")
+            raise VerifyError(
+                f"recipe {self}: takes at most {len(takes)} finite numbers "
+                f"({', '.join(takes) or 'none'})"
+            )
 
     @classmethod
     def parse(cls, text: str) -> Recipe:
@@ -145,11 +186,9 @@ class Recipe:
         return cls(found[1], params)
 
     def __str__(self) -> str:
-        return (
-            f"{self.name}({','.join(f'{p:.17g}' if p != float(f'{p:g}') else f'{p:g}' for p in self.params)})"
-            if self.params
-            else self.name
-        )
+        if not self.params:
+            return self.name
+        return f"{self.name}({','.join(map(_shortest, self.params))})"
 
     def draw(self, rng: np.random.Generator, problem: Problem) -> Triple:
         """(q, k, v) in float64."""

@@ -1,9 +1,11 @@
-"""Every mask: one rule of integers, one picture, one citation. A mask is added here and nowhere else.
+"""Every mask: one rule of integers, one picture, one citation. A mask is added here and nowhere
+else.
 
-A rule has the signature ``rule(q, k, len_q, len_k, x, y) -> visible``: query position, key position, the two lengths and
-the mask's own two integers. It uses only comparisons, ``& | + - * % //``, so that the same function is evaluated on Python
-ints (mpmath oracle, pictures), broadcast over tensors (float64 oracle, boolean masks) and compiled by Triton. Composition
-with ``&`` is the conjunction. In pictures ``#`` is visible, rows are queries, columns are keys.
+A rule has the signature ``rule(q, k, len_q, len_k, x, y) -> visible``: query position, key
+position, the two lengths and the mask's own two integers. It uses only comparisons, ``& | + - * %
+//``, so that the same function is evaluated on Python ints (mpmath oracle, pictures), broadcast
+over tensors (float64 oracle, boolean masks) and compiled by Triton. Composition with ``&`` is the
+conjunction. In pictures ``#`` is visible, rows are queries, columns are keys.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ def full(q, k, len_q, len_k, x, y):
 
 
 def causal_upper_left(q, k, len_q, len_k, x, y):
-    """k <= q: the diagonal starts in the upper-left corner (torch.nn.attention.bias.causal_upper_left, `is_causal`).
+    """k <= q: the diagonal starts in the upper-left corner
+    (torch.nn.attention.bias.causal_upper_left, `is_causal`).
 
     causal_upper_left at 3x5
         # . . . .
@@ -47,7 +50,8 @@ def causal_upper_left(q, k, len_q, len_k, x, y):
 
 
 def causal_lower_right(q, k, len_q, len_k, x, y):
-    """k <= q + len_k - len_q: the diagonal ends in the lower-right corner (flash-attn since 2.1; decoding).
+    """k <= q + len_k - len_q: the diagonal ends in the lower-right corner (flash-attn since 2.1;
+    decoding).
 
     causal_lower_right at 3x5
         # # # . .
@@ -64,9 +68,11 @@ def causal_lower_right(q, k, len_q, len_k, x, y):
 
 
 def window(q, k, len_q, len_k, x, y):
-    """i - x <= k <= i + y with i = q + len_k - len_q: both ends inclusive, lower-right aligned, -1 = unbounded.
+    """i - x <= k <= i + y with i = q + len_k - len_q: both ends inclusive, lower-right aligned, -1
+    = unbounded.
 
-    The convention of flash-attn since 2.1 (`window_size=(left, right)`); Beltagy et al. 2020 (Longformer).
+    The convention of flash-attn since 2.1 (`window_size=(left, right)`); Beltagy et al. 2020
+    (Longformer).
 
     window(1,0) at 4x4
         # . . .
@@ -86,7 +92,8 @@ def window(q, k, len_q, len_k, x, y):
 
 
 def prefix_lm(q, k, len_q, len_k, x, y):
-    """The first x keys are visible to all, the rest is causal, upper-left (Raffel et al. 2020, figure 4; FlexAttention).
+    """The first x keys are visible to all, the rest is causal, upper-left (Raffel et al. 2020,
+    figure 4; FlexAttention).
 
     prefix_lm(2) at 4x4
         # # . .
@@ -98,7 +105,8 @@ def prefix_lm(q, k, len_q, len_k, x, y):
 
 
 def padding(q, k, len_q, len_k, x, y):
-    """Batch entry b sees its first lengths[b] keys; the rest is padding. It hides keys and moves no diagonal.
+    """Batch entry b sees its first lengths[b] keys; the rest is padding. It hides keys and moves no
+    diagonal.
 
     padding(2) at 3x4
         # # . .
@@ -109,9 +117,11 @@ def padding(q, k, len_q, len_k, x, y):
 
 
 def blocks(q, k, len_q, len_k, x, y):
-    """Block-diagonal: packed sequences of these lengths, what is left over is one more (flash-attn's varlen interface).
+    """Block-diagonal: packed sequences of these lengths, what is left over is one more
+    (flash-attn's varlen interface).
 
-    The rule of one boundary x: both before it, or both not before it. n lengths give n boundaries, all of which must hold.
+    The rule of one boundary x: both before it, or both not before it. n lengths give n boundaries,
+    all of which must hold.
 
     blocks(1,2) at 4x5
         # . . . .
@@ -123,9 +133,11 @@ def blocks(q, k, len_q, len_k, x, y):
 
 
 def dense(q, k, len_q, len_k, x, y):
-    """An arbitrary boolean matrix: each entry is visible with a probability of x per cent, drawn by hashing (q, k, seed y).
+    """An arbitrary boolean matrix: each entry is visible with a probability of x per cent, drawn by
+    hashing (q, k, seed y).
 
-    Handed to a kernel as a boolean tensor. A hash and not a stored matrix, so that the oracle needs no O(len_q len_k) memory.
+    Handed to a kernel as a boolean tensor. A hash and not a stored matrix, so that the oracle needs
+    no O(len_q len_k) memory.
 
     dense(50,1) at 3x6
         . # . # . #
@@ -138,7 +150,9 @@ def dense(q, k, len_q, len_k, x, y):
 
 @dataclass(frozen=True)
 class Kind:
-    """How a mask's printed arguments become its rule's integers. `arguments` is the text shown in errors."""
+    """How a mask's printed arguments become its rule's integers. `arguments` is the text shown in
+    errors.
+    """
 
     rule: Rule
     arguments: str
@@ -159,14 +173,32 @@ KINDS: dict[str, Kind] = {
     "full": _fixed(full),
     "causal_upper_left": _fixed(causal_upper_left),
     "causal_lower_right": _fixed(causal_lower_right),
-    "window": Kind(window, "(left, right), each >= -1", lambda a: len(a) == 2 and min(a) >= -1, lambda a, b: [(tuple(a),) * b]),
-    "prefix_lm": Kind(prefix_lm, "(prefix length)", lambda a: len(a) == 1 and a[0] >= 0, lambda a, b: [((a[0], 0),) * b]),
-    "padding": Kind(
-        padding, "(one key length per batch entry)", lambda a: min(a, default=-1) >= 0, lambda a, b: [tuple((n, 0) for n in a)]
+    "window": Kind(
+        window,
+        "(left, right), each >= -1",
+        lambda a: len(a) == 2 and min(a) >= -1,
+        lambda a, b: [(tuple(a),) * b],
     ),
-    "blocks": Kind(blocks, "(sequence lengths, each >= 1)", lambda a: min(a, default=0) >= 1, _boundaries),
+    "prefix_lm": Kind(
+        prefix_lm,
+        "(prefix length)",
+        lambda a: len(a) == 1 and a[0] >= 0,
+        lambda a, b: [((a[0], 0),) * b],
+    ),
+    "padding": Kind(
+        padding,
+        "(one key length per batch entry)",
+        lambda a: min(a, default=-1) >= 0,
+        lambda a, b: [tuple((n, 0) for n in a)],
+    ),
+    "blocks": Kind(
+        blocks, "(sequence lengths, each >= 1)", lambda a: min(a, default=0) >= 1, _boundaries
+    ),
     "dense": Kind(
-        dense, "(per cent visible, seed)", lambda a: len(a) == 2 and min(a) >= 0 and a[0] <= 100, lambda a, b: [(tuple(a),) * b]
+        dense,
+        "(per cent visible, seed)",
+        lambda a: len(a) == 2 and min(a) >= 0 and a[0] <= 100,
+        lambda a, b: [(tuple(a),) * b],
     ),
 }
 
@@ -181,7 +213,9 @@ class Term:
 
 @dataclass(frozen=True)
 class Mask:
-    """A conjunction of named masks, e.g. ``Mask.parse("causal_lower_right&padding(5,7)")``. Prints as it parses."""
+    """A conjunction of named masks, e.g. ``Mask.parse("causal_lower_right&padding(5,7)")``. Prints
+    as it parses.
+    """
 
     parts: tuple[tuple[str, tuple[int, ...]], ...] = (("full", ()),)
 
@@ -199,12 +233,17 @@ class Mask:
         for part in text.split("&"):
             found = re.fullmatch(r"(\w+)(?:\((-?\d+(?:,-?\d+)*)\))?", part)
             if not found:
-                raise VerifyError(f"mask {part!r} does not parse: write it like causal_lower_right or window(64,0)")
+                raise VerifyError(
+                    f"mask {part!r} does not parse: write it like causal_lower_right or "
+                    "window(64,0)"
+                )
             parts.append((found[1], tuple(int(a) for a in found[2].split(",")) if found[2] else ()))
         return cls(tuple(parts))
 
     def __str__(self) -> str:
-        return "&".join(f"{name}({','.join(map(str, args))})" if args else name for name, args in self.parts)
+        return "&".join(
+            f"{name}({','.join(map(str, args))})" if args else name for name, args in self.parts
+        )
 
     def __and__(self, other: Mask) -> Mask:
         kept = tuple(p for p in self.parts + other.parts if p[0] != "full")
@@ -221,28 +260,50 @@ class Mask:
 
     def reordered(self, order: Sequence[int]) -> Mask:
         """The mask of the same problem with its batch entries in this order."""
-        return Mask(tuple((n, tuple(a[i] for i in order) if n == "padding" else a) for n, a in self.parts))
+        return Mask(
+            tuple((n, tuple(a[i] for i in order) if n == "padding" else a) for n, a in self.parts)
+        )
 
     def terms(self, batch: int) -> list[Term]:
         """The conjuncts, in order; `full` has none."""
         kinds = [(KINDS[name], args) for name, args in self.parts if name != "full"]
-        return [Term(kind.rule, integers) for kind, args in kinds for integers in kind.bind(args, batch)]
+        return [
+            Term(kind.rule, integers) for kind, args in kinds for integers in kind.bind(args, batch)
+        ]
 
-    def visible(self, q: Any, k: Any, len_q: int, len_k: int, *, batch: int = 1, lift: Callable[[Sequence[int]], Any]) -> Any:
-        """Visibility over positions q and k; `lift` makes whatever broadcasts against them from one integer per batch entry."""
+    def visible(
+        self,
+        q: Any,
+        k: Any,
+        len_q: int,
+        len_k: int,
+        *,
+        batch: int = 1,
+        lift: Callable[[Sequence[int]], Any],
+    ) -> Any:
+        """Visibility over positions q and k; `lift` makes whatever broadcasts against them from one
+        integer per batch entry.
+        """
         seen = full(q, k, len_q, len_k, 0, 0)
         for term in self.terms(batch):
             xs, ys = zip(*term.integers, strict=True)
             seen = seen & term.rule(q, k, len_q, len_k, lift(xs), lift(ys))
         return seen
 
-    def sees(self, q: int, k: int, len_q: int, len_k: int, *, batch: int = 1, entry: int = 0) -> bool:
+    def sees(
+        self, q: int, k: int, len_q: int, len_k: int, *, batch: int = 1, entry: int = 0
+    ) -> bool:
         """Whether query q sees key k in this batch entry: the rule on Python integers."""
-        return bool(self.visible(q, k, len_q, len_k, batch=batch, lift=lambda integers: integers[entry]))
+        return bool(
+            self.visible(q, k, len_q, len_k, batch=batch, lift=lambda integers: integers[entry])
+        )
 
     def picture(self, len_q: int, len_k: int, *, batch: int = 1, entry: int = 0) -> str:
         """Rows are queries, columns keys; # = visible."""
-        rows = ([self.sees(q, k, len_q, len_k, batch=batch, entry=entry) for k in range(len_k)] for q in range(len_q))
+        rows = (
+            [self.sees(q, k, len_q, len_k, batch=batch, entry=entry) for k in range(len_k)]
+            for q in range(len_q)
+        )
         return "\n".join(" ".join("#" if seen else "." for seen in row) for row in rows)
 
 

@@ -1,10 +1,13 @@
-"""Problem: what is to be computed. A frozen value that validates itself, prints as one short id and parses back.
+"""Problem: what is to be computed. A frozen value that validates itself, prints as one short id and
+parses back.
 
-With S = scale * Q K^T (softcap: S = softcap * tanh(S / softcap)), S += bias, S = -inf where the mask hides:
+With S = scale * Q K^T (softcap: S = softcap * tanh(S / softcap)), S += bias, S = -inf where the
+mask hides:
 
     lse_i = log sum_j exp(s_ij)        out_i = sum_j exp(s_ij - lse_i) v_j
 
-Layout [batch, heads, len, dim]. Query head h uses key head h // (heads_q // heads_kv). A row that sees no key: out 0, lse -inf.
+Layout [batch, heads, len, dim]. Query head h uses key head h // (heads_q // heads_kv). A row that
+sees no key: out 0, lse -inf.
 """
 
 from __future__ import annotations
@@ -18,9 +21,13 @@ from verify.spec.masks import FULL, Mask
 
 DTYPES = ("fp64", "fp32", "fp16", "bf16")
 BIASES = ("none", "bhqk", "hqk", "qk", "alibi")
-"""Additive float bias by its shape (b, h, q, k; what is missing is broadcast), or ALiBi slopes per query head."""
+"""Additive float bias by its shape (b, h, q, k; what is missing is broadcast), or ALiBi slopes per
+query head.
+"""
 HANDED = ("rule", "bool", "float")
-"""How the mask reaches the kernel: as it likes, as a boolean tensor (True = take part), or as a float bias of 0 and -inf."""
+"""How the mask reaches the kernel: as it likes, as a boolean tensor (True = take part), or as a
+float bias of 0 and -inf.
+"""
 
 _ID = re.compile(
     r"b(?P<batch>-?\d+)\.h(?P<heads_q>-?\d+)(:(?P<heads_kv>-?\d+))?\.q(?P<len_q>-?\d+)\.k(?P<len_k>-?\d+)"
@@ -33,7 +40,8 @@ EXAMPLE = "b2.h8:2.q113.k257.d64.bf16.causal_lower_right"
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One attention problem. Lengths may be 0; scale None means 1/sqrt(dim_qk); softcap 0 means none.
+    """One attention problem. Lengths may be 0; scale None means 1/sqrt(dim_qk); softcap 0 means
+    none.
 
     Raises VerifyError where a field makes no sense, naming the field and its value.
     """
@@ -54,7 +62,10 @@ class Problem:
     grads: bool = False
 
     def __post_init__(self) -> None:
-        checks = [(getattr(self, n) < 0, f"{n}={getattr(self, n)}: a length is 0 or more") for n in ("len_q", "len_k")]
+        checks = [
+            (getattr(self, n) < 0, f"{n}={getattr(self, n)}: a length is 0 or more")
+            for n in ("len_q", "len_k")
+        ]
         checks += [
             (getattr(self, n) < 1, f"{n}={getattr(self, n)}: at least 1")
             for n in ("batch", "heads_q", "heads_kv", "dim_qk", "dim_v")
@@ -62,13 +73,20 @@ class Problem:
         checks += [
             (
                 self.heads_kv > 0 and self.heads_q % self.heads_kv != 0,
-                f"heads_q={self.heads_q}, heads_kv={self.heads_kv}: heads_q must be a multiple of heads_kv",
+                f"heads_q={self.heads_q}, heads_kv={self.heads_kv}: heads_q must be a multiple of "
+                "heads_kv",
             ),
             (self.dtype not in DTYPES, f"dtype={self.dtype!r}: one of {', '.join(DTYPES)}"),
             (self.bias not in BIASES, f"bias={self.bias!r}: one of {', '.join(BIASES)}"),
             (self.mask_as not in HANDED, f"mask_as={self.mask_as!r}: one of {', '.join(HANDED)}"),
-            (self.scale is not None and not math.isfinite(self.scale), f"scale={self.scale}: any finite number, or none"),
-            (not (math.isfinite(self.softcap) and self.softcap >= 0), f"softcap={self.softcap}: a finite number >= 0, 0 = none"),
+            (
+                self.scale is not None and not math.isfinite(self.scale),
+                f"scale={self.scale}: any finite number, or none",
+            ),
+            (
+                not (math.isfinite(self.softcap) and self.softcap >= 0),
+                f"softcap={self.softcap}: a finite number >= 0, 0 = none",
+            ),
             (
                 bool(self.mask.batch_sizes() - {self.batch}),
                 f"mask={self.mask}, batch={self.batch}: padding takes one length per batch entry",
@@ -89,7 +107,9 @@ class Problem:
         try:
             scale, softcap = float(f["scale"]) if f["scale"] else None, float(f["softcap"] or 0)
         except ValueError as error:
-            raise VerifyError(f"problem id {text!r}: {error}; write it like {EXAMPLE}.scale=0.5") from None
+            raise VerifyError(
+                f"problem id {text!r}: {error}; write it like {EXAMPLE}.scale=0.5"
+            ) from None
         return cls(
             **whole,
             heads_kv=int(f["heads_kv"] or f["heads_q"]),
@@ -113,7 +133,15 @@ class Problem:
             (f"softcap={self.softcap!r}", self.softcap != 0),
             ("grads", self.grads),
         ]
-        words = [f"b{self.batch}", heads, f"q{self.len_q}", f"k{self.len_k}", dims, self.dtype, str(self.mask)]
+        words = [
+            f"b{self.batch}",
+            heads,
+            f"q{self.len_q}",
+            f"k{self.len_k}",
+            dims,
+            self.dtype,
+            str(self.mask),
+        ]
         return ".".join(words + [word for word, shown in options if shown])
 
     def but(self, **changes) -> Problem:

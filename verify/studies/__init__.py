@@ -1,1 +1,3 @@
-"""Experiments about this project itself: what it catches, what it costs, whether its bounds hold."""
+"""Experiments about this project itself: what it catches, what it costs, whether its bounds
+hold.
+"""

@@ -1,7 +1,9 @@
-"""Roundings chosen to hurt: every rounding of the emulation turned the way that moves one element of the result farthest.
+"""Roundings chosen to hurt: every rounding of the emulation turned the way that moves one element
+of the result farthest.
 
-In the standard model each stored value, function result and product inside a sum may be off by sigma times its largest error,
-for any sigma in [-1, 1]. The derivative of an element by all sigmas, at 0, says which signs are the worst to first order.
+In the standard model each stored value, function result and product inside a sum may be off by
+sigma times its largest error, for any sigma in [-1, 1]. The derivative of an element by all sigmas,
+at 0, says which signs are the worst to first order.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ ROUNDOFFS = {"log": LOG, "tanh": TANH}
 
 
 class Adversary:
-    """A Rounding that errs by sigma times the most that the model allows; the sigmas are 0 and recorded, or those given."""
+    """A Rounding that errs by sigma times the most that the model allows; the sigmas are 0 and
+    recorded, or those given.
+    """
 
     repeats = False
 
@@ -46,7 +50,12 @@ class Adversary:
 
     def function(self, name: str, x: Tensor, fmt: str, ulp: float) -> Tensor:
         """The function's result, off by its error."""
-        return self._moved(x, torch.maximum(ROUNDOFFS.get(name, 2 * ulp) * UNIT[fmt] * x.abs(), FLOOR[fmt] * (x != 0)))
+        return self._moved(
+            x,
+            torch.maximum(
+                ROUNDOFFS.get(name, 2 * ulp) * UNIT[fmt] * x.abs(), FLOOR[fmt] * (x != 0)
+            ),
+        )
 
     def total(self, x: Tensor, fmt: str) -> Tensor:
         """Every term of the sum off by gamma."""
@@ -69,13 +78,23 @@ def _gamma(n: int, u: float) -> float:
     return n * u / (1 - n * u)
 
 
-def attack(problem: Problem, inputs: Inputs, arithmetic: Arithmetic, name: str, index: tuple[int, ...]) -> list[Exact]:
-    """What the worst two kernels of this arithmetic give: one pushes this element of tensor `name` up, one pushes it down."""
+def attack(
+    problem: Problem, inputs: Inputs, arithmetic: Arithmetic, name: str, index: tuple[int, ...]
+) -> list[Exact]:
+    """What the worst two kernels of this arithmetic give: one pushes this element of tensor `name`
+    up, one pushes it down.
+    """
     recorder = Adversary()
     target = getattr(emulate(problem, inputs, arithmetic, recorder), name)[index]
     if not target.requires_grad:
         return []
     slopes = torch.autograd.grad(target, recorder.sigmas, allow_unused=True)
-    up = [torch.zeros_like(s) if g is None else g.nan_to_num().sign() for s, g in zip(recorder.sigmas, slopes, strict=True)]
+    up = [
+        torch.zeros_like(s) if g is None else g.nan_to_num().sign()
+        for s, g in zip(recorder.sigmas, slopes, strict=True)
+    ]
     with torch.no_grad():
-        return [emulate(problem, inputs, arithmetic, Adversary(signs)) for signs in (up, [-s for s in up])]
+        return [
+            emulate(problem, inputs, arithmetic, Adversary(signs))
+            for signs in (up, [-s for s in up])
+        ]

@@ -1,8 +1,11 @@
 """The evidence in verify/bounds/BOUNDS.md, made again: ``python -m verify.studies.bounds --help``.
 
-soundness   judge many drawn cases of every kernel without stopping at an alarm; run several at once with different seeds
-sharpness   measured/expected and measured/proved from the journals of such runs, by kernel, dtype and tensor
-power       the smallest defects that the two rules catch, beside what other suites' tolerances catch on the same outputs
+soundness   judge many drawn cases of every kernel without stopping at an alarm;
+            run several at once with different seeds
+sharpness   measured/expected and measured/proved from the journals of such runs,
+            by kernel, dtype and tensor
+power       the smallest defects that the two rules catch, beside what other suites' tolerances
+            catch on the same outputs
 narrow      measured/expected of kernels in TF32 and FP8
 cost        time of the oracle, the proved bound and the emulation on one shape
 """
@@ -48,26 +51,40 @@ console = Console(width=190, highlight=False)
 LAWS = ("oracle", "gradients")
 CHUNK = 100
 VALUES = {"sdpa-cudnn": 25, "triton-fa2": 5}
-"""Values tried for each problem: a new problem costs cuDNN more than a second of building its graph, Triton may compile."""
+"""Values tried for each problem: a new problem costs cuDNN more than a second of building its
+graph, Triton may compile.
+"""
 
 
 @app.command()
 def soundness(
     seconds: Annotated[float, typer.Option(help="time for all kernels together")] = 60.0,
     seed: Annotated[int, typer.Option(help="seed of the drawn cases")] = 0,
-    kernel: Annotated[list[str] | None, typer.Option(help="only this kernel; may be repeated")] = None,
+    kernel: Annotated[
+        list[str] | None, typer.Option(help="only this kernel; may be repeated")
+    ] = None,
     out: Annotated[Path, typer.Option(help="folder for the journal")] = Path("soundness"),
     device: Annotated[str | None, typer.Option()] = None,
-    judge_on: Annotated[str | None, typer.Option(help="cpu: only the kernels use the GPU; more cases a second")] = None,
+    judge_on: Annotated[
+        str | None, typer.Option(help="cpu: only the kernels use the GPU; more cases a second")
+    ] = None,
 ) -> None:
-    """Judge drawn cases of every kernel, out, LSE and gradients; whatever alarms is printed and counted, and the run goes on."""
+    """Judge drawn cases of every kernel, out, LSE and gradients; whatever alarms is printed and
+    counted, and the run goes on.
+    """
     device = environment.prepare(device)
     torch.set_num_threads(1)
     registry.load_bundled()
-    kernels = [k for name in kernel for k in registry.find(name)] if kernel else list(registry.REGISTRY.values())
+    kernels = (
+        [k for name in kernel for k in registry.find(name)]
+        if kernel
+        else list(registry.REGISTRY.values())
+    )
     if judge_on == "cpu" and device == "cuda":
         kernels, device = [at_gpu(k) for k in kernels], "cpu"
-    pairs = [(k, PROPERTIES[n]) for k in kernels for n in LAWS if not PROPERTIES[n].refusal(k, device)]
+    pairs = [
+        (k, PROPERTIES[n]) for k in kernels for n in LAWS if not PROPERTIES[n].refusal(k, device)
+    ]
     journal, start, counts, chunk = Journal(out, str(seed)), time.monotonic(), Counter[str](), 0
     while time.monotonic() - start < seconds:
         for subject, law in pairs:
@@ -78,9 +95,16 @@ def soundness(
                 counts[record.verdict] += 1
                 journal.append(record)
                 if record.verdict == "failed":
-                    console.print(f"ALARM {subject.name} {law.name} {case}: {record.reason}", markup=False, soft_wrap=True)
+                    console.print(
+                        f"ALARM {subject.name} {law.name} {case}: {record.reason}",
+                        markup=False,
+                        soft_wrap=True,
+                    )
         chunk += 1
-    console.print(f"seed {seed}: {sum(counts[v] for v in JUDGED)} judged on {device}, {dict(counts)}", markup=False)
+    console.print(
+        f"seed {seed}: {sum(counts[v] for v in JUDGED)} judged on {device}, {dict(counts)}",
+        markup=False,
+    )
 
 
 def drawn(kernel: registry.Kernel, law: Property, device: str, *, seed: int) -> list[Case]:
@@ -104,7 +128,11 @@ def drawn(kernel: registry.Kernel, law: Property, device: str, *, seed: int) -> 
     values = VALUES.get(kernel.name, 1)
     rng = np.random.default_rng(seed)
     kept = found[: CHUNK // values]
-    return kept + [replace(c, recipe=Recipe.parse(str(rng.choice(RECIPES))), seed=n) for c in kept for n in range(1, values)]
+    return kept + [
+        replace(c, recipe=Recipe.parse(str(rng.choice(RECIPES))), seed=n)
+        for c in kept
+        for n in range(1, values)
+    ]
 
 
 def judged(kernel: registry.Kernel, law: Property, case: Case, device: str) -> Record:
@@ -112,12 +140,16 @@ def judged(kernel: registry.Kernel, law: Property, case: Case, device: str) -> R
     try:
         return judge(kernel, law, case, device)
     except Finding as finding:
-        return Record(kernel.name, law.name, str(case), "failed", finding.sentence, measured=finding.measured)
+        return Record(
+            kernel.name, law.name, str(case), "failed", finding.sentence, measured=finding.measured
+        )
 
 
 @app.command()
 def sharpness(folder: Annotated[Path, typer.Argument(help="folder of journals")]) -> None:
-    """Measured/expected RMSE, where the statistics apply: median [5 %, 95 %]; and the largest measured/proved of out."""
+    """Measured/expected RMSE, where the statistics apply: median [5 %, 95 %]; and the largest
+    measured/proved of out.
+    """
     ratios: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for record in read(folder):
         if record.verdict in ("held", "uninformative"):
@@ -125,12 +157,18 @@ def sharpness(folder: Annotated[Path, typer.Argument(help="folder of journals")]
             for name, value in record.measured.items():
                 ratios[record.kernel, dtype][name].append(value)
     tensors = ("out", "lse", "dq", "dk", "dv")
-    table = Table("kernel", "dtype", "cases", *tensors, "out/proved: median, largest", box=box.MARKDOWN)
+    table = Table(
+        "kernel", "dtype", "cases", *tensors, "out/proved: median, largest", box=box.MARKDOWN
+    )
     for (kernel, dtype), found in sorted(ratios.items()):
         if found["out/expected"]:
             proved = f"{np.median(found['out/proved']):.2f}, {max(found['out/proved']):.2f}"
             table.add_row(
-                kernel, dtype, str(len(found["out/proved"])), *(_quantiles(found[f"{t}/expected"]) for t in tensors), proved
+                kernel,
+                dtype,
+                str(len(found["out/proved"])),
+                *(_quantiles(found[f"{t}/expected"]) for t in tensors),
+                proved,
             )
     console.print(table)
 
@@ -150,26 +188,49 @@ STEPS = [m * 10.0**e for e in range(-5, 1) for m in (1, 2, 5)]
 @app.command()
 def power(
     length: Annotated[int, typer.Option()] = 512,
-    seeds: Annotated[int, typer.Option(help="draws of N(0,1); a defect counts as caught where all see it")] = 5,
+    seeds: Annotated[
+        int, typer.Option(help="draws of N(0,1); a defect counts as caught where all see it")
+    ] = 5,
     device: Annotated[str | None, typer.Option()] = None,
 ) -> None:
-    """The smallest defects of a tiled kernel that each rule rejects in every draw, and which precision losses it rejects."""
+    """The smallest defects of a tiled kernel that each rule rejects in every draw, and which
+    precision losses it rejects.
+    """
     device = environment.prepare(device)
     rules = ("proved", "proved or expected", *ELSEWHERE)
     table = Table("dtype", "defect", "RMSE / honest", *rules, box=box.MARKDOWN)
     for dtype in ("fp16", "bf16", "fp32"):
-        draws = [Draw(Case.parse(f"b1.h4.q{length}.k{length}.d128.{dtype}.full/normal#{n}"), device) for n in range(seeds)]
+        draws = [
+            Draw(Case.parse(f"b1.h4.q{length}.k{length}.d128.{dtype}.full/normal#{n}"), device)
+            for n in range(seeds)
+        ]
         wolf = {rule for rule in rules if all(d.rejects(rule, {}) for d in draws)}
         assert not {"proved", "proved or expected"} & wolf, "the honest kernel is accused"
         for name, kind in zip(SCALES, ("scale_off", "factor", "noise"), strict=True):
-            caught = {rule: next((x for x in STEPS if all(d.rejects(rule, {kind: x}) for d in draws)), None) for rule in rules}
+            caught = {
+                rule: next(
+                    (x for x in STEPS if all(d.rejects(rule, {kind: x}) for d in draws)), None
+                )
+                for rule in rules
+            }
             table.add_row(
-                dtype, name, "", *(WOLF if r in wolf else f"{100 * x:g} %" if x else "never" for r, x in caught.items())
+                dtype,
+                name,
+                "",
+                *(
+                    WOLF if r in wolf else f"{100 * x:g} %" if x else "never"
+                    for r, x in caught.items()
+                ),
             )
         for name, loss in LOSSES.items() if dtype != "fp32" else ():
             ratio = sum(d.rmse(loss) / d.rmse({}) for d in draws) / seeds
             seen = {rule: sum(d.rejects(rule, loss) for d in draws) for rule in rules}
-            table.add_row(dtype, name, f"{ratio:.2f}", *(WOLF if r in wolf else f"{n}/{seeds}" for r, n in seen.items()))
+            table.add_row(
+                dtype,
+                name,
+                f"{ratio:.2f}",
+                *(WOLF if r in wolf else f"{n}/{seeds}" for r, n in seen.items()),
+            )
     console.print(table)
 
 
@@ -179,10 +240,19 @@ def narrow(
     seeds: Annotated[int, typer.Option(help="draws")] = 4,
     device: Annotated[str | None, typer.Option()] = None,
 ) -> None:
-    """Measured/expected of kernels in TF32 and FP8 made of torch's own matrix products; on the CPU FP8 multiplies in FP32."""
+    """Measured/expected of kernels in TF32 and FP8 made of torch's own matrix products; on the CPU
+    FP8 multiplies in FP32.
+    """
     device = environment.prepare(device)
     table = Table(
-        "kernel", "inputs", "RMSE", "measured/expected: lowest", "median", "highest", "measured/proved", box=box.MARKDOWN
+        "kernel",
+        "inputs",
+        "RMSE",
+        "measured/expected: lowest",
+        "median",
+        "highest",
+        "measured/proved",
+        box=box.MARKDOWN,
     )
     for name, (kernel, dtype, arithmetic) in narrow_kernels(device).items():
         for recipe in ("normal", "outliers(0.001,10)", "one_sign"):
@@ -190,25 +260,54 @@ def narrow(
             for seed in range(seeds):
                 case = Case.parse(f"b1.h8.q{length}.k{length}.d128.{dtype}.full/{recipe}#{seed}")
                 known = truth.__wrapped__(case, device)
-                out = kernel(known.inputs.q, known.inputs.k, known.inputs.v, known.problem.softmax_scale).double()
+                out = kernel(
+                    known.inputs.q, known.inputs.k, known.inputs.v, known.problem.softmax_scale
+                ).double()
                 honest = emulate(known.problem, known.inputs, arithmetic).out
                 errors.append(measure(out, known.exact.out).rmse)
                 ratios.append(errors[-1] / measure(honest, known.exact.out).rmse)
-                proved.append((distance(out, known.exact.out) / known.allowances(arithmetic)["out"].limit).max().item())
-            low, middle, high = (f"{x:.3f}" for x in (min(ratios), float(np.median(ratios)), max(ratios)))
-            table.add_row(name, recipe, f"{np.mean(errors):.2e}", low, middle, high, f"{max(proved):.3f}")
+                proved.append(
+                    (distance(out, known.exact.out) / known.allowances(arithmetic)["out"].limit)
+                    .max()
+                    .item()
+                )
+            low, middle, high = (
+                f"{x:.3f}" for x in (min(ratios), float(np.median(ratios)), max(ratios))
+            )
+            table.add_row(
+                name, recipe, f"{np.mean(errors):.2e}", low, middle, high, f"{max(proved):.3f}"
+            )
     console.print(table)
 
 
 @app.command()
-def cost(length: Annotated[int, typer.Option()] = 4096, device: Annotated[str | None, typer.Option()] = None) -> None:
-    """Milliseconds of the float64 oracle, of the proved bound (its own pass over the softmax included) and of one emulation."""
+def cost(
+    length: Annotated[int, typer.Option()] = 4096,
+    device: Annotated[str | None, typer.Option()] = None,
+) -> None:
+    """Milliseconds of the float64 oracle, of the proved bound (its own pass over the softmax
+    included) and of one emulation.
+    """
     device = environment.prepare(device)
-    table = Table("case", "oracle", "proved bound", "bound / oracle", "emulation", "truncated", box=box.MARKDOWN)
+    table = Table(
+        "case",
+        "oracle",
+        "proved bound",
+        "bound / oracle",
+        "emulation",
+        "truncated",
+        box=box.MARKDOWN,
+    )
     for grads in ("", ".grads"):
         case = Case.parse(f"b1.h16.q{length}.k{length}.d128.bf16.full{grads}/normal#0")
         oracle, bound, *rest = _costs(truth.__wrapped__(case, device), device)
-        table.add_row(str(case), f"{oracle:.1f}", f"{bound:.1f}", f"{bound / oracle:.2f}", *(f"{t:.1f}" for t in rest))
+        table.add_row(
+            str(case),
+            f"{oracle:.1f}",
+            f"{bound:.1f}",
+            f"{bound / oracle:.2f}",
+            *(f"{t:.1f}" for t in rest),
+        )
     console.print(table)
 
 

@@ -1,7 +1,8 @@
 """What a guarded call costs: ``python -m verify.studies.call_overhead``.
 
-On cases as fuzzing draws them: the bare call (the kernel's function, gradients by autograd, no copy, no check), the guarded call,
-the float64 oracle, each the fastest of a few; (guarded + oracle) / (bare + oracle).
+On cases as fuzzing draws them: the bare call (the kernel's function, gradients by autograd, no
+copy, no check), the guarded call, the float64 oracle, each the fastest of a few; (guarded + oracle)
+/ (bare + oracle).
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ CALLS = 5
 
 
 def main(
-    kernel: Annotated[list[str] | None, typer.Option(help="only this kernel; may be repeated")] = None,
+    kernel: Annotated[
+        list[str] | None, typer.Option(help="only this kernel; may be repeated")
+    ] = None,
     cases: Annotated[int, typer.Option(min=10)] = 60,
     device: Annotated[str | None, typer.Option()] = None,
 ) -> None:
@@ -38,9 +41,22 @@ def main(
     device = environment.prepare(device)
     torch.set_num_threads(1)
     registry.load_bundled()
-    columns = ("kernel", "cases", "bare us", "guarded us", "oracle us", "ratio, median", "90 % below", "gradients, median")
+    columns = (
+        "kernel",
+        "cases",
+        "bare us",
+        "guarded us",
+        "oracle us",
+        "ratio, median",
+        "90 % below",
+        "gradients, median",
+    )
     table = Table(*columns, box=box.MARKDOWN)
-    for subject in [k for name in kernel for k in registry.find(name)] if kernel else registry.REGISTRY.values():
+    for subject in (
+        [k for name in kernel for k in registry.find(name)]
+        if kernel
+        else registry.REGISTRY.values()
+    ):
         forward = list(_times(subject, "oracle", cases, device))
         backward = list(_times(subject, "gradients", cases, device))
         if forward:
@@ -56,7 +72,9 @@ def _ratio(bare: float, guarded: float, oracle: float) -> float:
     return (guarded + oracle) / (bare + oracle)
 
 
-def _times(kernel: Kernel, law: str, cases: int, device: str) -> Iterator[tuple[float, float, float]]:
+def _times(
+    kernel: Kernel, law: str, cases: int, device: str
+) -> Iterator[tuple[float, float, float]]:
     """(bare, guarded, oracle) in seconds of each drawn case that the kernel computes."""
     if PROPERTIES[law].refusal(kernel, device):
         return
@@ -86,7 +104,11 @@ def _timed(kernel: Kernel, case: Case, device: str) -> tuple[float, float, float
             torch.autograd.grad([out], wanted, [x.do], materialize_grads=True)
 
     call(kernel, p, x)  # compiles; raises where it cannot
-    return _best(bare, device), _best(lambda: call(kernel, p, x), device), _best(lambda: float64.exact(p, x), device)
+    return (
+        _best(bare, device),
+        _best(lambda: call(kernel, p, x), device),
+        _best(lambda: float64.exact(p, x), device),
+    )
 
 
 def _best(what: Callable[[], object], device: str) -> float:

@@ -1,7 +1,8 @@
 """Kills in the middle of a run: ``python -m verify.studies.crash_recovery --kills 50 --cases 120``.
 
-`verify fuzz` runs once undisturbed. Then it runs again while SIGKILL strikes now its worker, now the whole of it, at random
-moments, and `verify resume` goes on each time. In the end both must have judged the same cases: none missing, none twice.
+`verify fuzz` runs once undisturbed. Then it runs again while SIGKILL strikes now its worker, now
+the whole of it, at random moments, and `verify resume` goes on each time. In the end both must have
+judged the same cases: none missing, none twice.
 """
 
 from __future__ import annotations
@@ -30,34 +31,55 @@ def main(
     cases: Annotated[int, typer.Option(help="for each property")] = 20,
     kills: Annotated[int, typer.Option()] = 10,
     within: Annotated[float, typer.Option(help="seconds between two kills, at most")] = 12.0,
-    law: Annotated[list[str] | None, typer.Option(help="only this property; may be repeated")] = None,
+    law: Annotated[
+        list[str] | None, typer.Option(help="only this property; may be repeated")
+    ] = None,
     seed: Annotated[int, typer.Option()] = 1,
     device: Annotated[str, typer.Option()] = "cpu",
 ) -> None:
     """Print what was killed and whether the cases are the same. Exit code 1 where they are not."""
     with tempfile.TemporaryDirectory() as folder:
-        asked = ["fuzz", str(kernel), "--cases", str(cases), "--seed", str(seed), "--device", device]
+        asked = [
+            "fuzz",
+            str(kernel),
+            "--cases",
+            str(cases),
+            "--seed",
+            str(seed),
+            "--device",
+            device,
+        ]
         asked += [f"--property={name}" for name in law or []]
-        places = [Path(folder) / name for name in ("whole", "killed")]  # each with a corpus of its own
+        places = [
+            Path(folder) / name for name in ("whole", "killed")
+        ]  # each with a corpus of its own
         for place in places:
             place.mkdir()
         start = time.monotonic()
         _verify(str(places[0]), [*asked, "--out", "run"]).wait()
         middle = time.monotonic()
-        struck = strike(str(places[1]), [*asked, "--out", "run"], kills, within, random.Random(seed))  # noqa: S311 - no secret
+        rng = random.Random(seed)  # noqa: S311 - nothing secret
+        struck = strike(str(places[1]), [*asked, "--out", "run"], kills, within, rng)
         spent = f"{middle - start:.0f} s undisturbed, {time.monotonic() - middle:.0f} s with kills"
         whole, killed = (judged(place / "run") for place in places)
     missing, twice = whole - killed, killed - whole
     print(f"{kernel}: {spent}; killed {dict(struck)}")
-    print(f"judged {whole.total()} and {killed.total()} cases; missing {missing.total()}, twice or others {twice.total()}")
+    print(
+        f"judged {whole.total()} and {killed.total()} cases; missing {missing.total()}, twice or "
+        f"others {twice.total()}"
+    )
     for what, odd in (("missing", missing), ("odd", twice)):
         for case in list(odd)[:5]:
             print(what, *case)
     raise typer.Exit(int(bool(missing or twice)))
 
 
-def strike(folder: str, asked: list[str], kills: int, within: float, chance: random.Random) -> Counter[str]:
-    """Run, kill, resume, until so many kills have struck; then run to the end. What was killed how often."""
+def strike(
+    folder: str, asked: list[str], kills: int, within: float, chance: random.Random
+) -> Counter[str]:
+    """Run, kill, resume, until so many kills have struck; then run to the end. What was killed how
+    often.
+    """
     struck: Counter[str] = Counter()
     process = _verify(folder, asked)
     while struck.total() < kills:
@@ -81,12 +103,17 @@ def strike(folder: str, asked: list[str], kills: int, within: float, chance: ran
 
 def judged(folder: Path) -> Counter[Judged]:
     """Every case of the records that got a verdict."""
-    return Counter((r.kernel, r.property, r.seed, r.case, r.verdict) for r in read(folder) if r.verdict in VERDICTS)
+    return Counter(
+        (r.kernel, r.property, r.seed, r.case, r.verdict)
+        for r in read(folder)
+        if r.verdict in VERDICTS
+    )
 
 
 def _verify(folder: str, arguments: list[str]) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "verify", *arguments]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # noqa: S603
+    nowhere = subprocess.DEVNULL
+    return subprocess.Popen(command, cwd=folder, stdout=nowhere, stderr=nowhere)  # noqa: S603
 
 
 def _workers(pid: int) -> Iterator[int]:

@@ -1,7 +1,9 @@
-"""What each choice of FP8 quantisation is worth, without a kernel: ``python -m verify.studies.fp8_choices``.
+"""What each choice of FP8 quantisation is worth, without a kernel: ``python -m
+verify.studies.fp8_choices``.
 
-RMSE of exact attention of the quantised operands against that of the operands; each choice against FlashAttention-3's (blocks,
-incoherent processing), paired draws: mean ratio and its 95 % interval. The table stands in kernels/FP8.md.
+RMSE of exact attention of the quantised operands against that of the operands; each choice against
+FlashAttention-3's (blocks, incoherent processing), paired draws: mean ratio and its 95 % interval.
+The table stands in kernels/FP8.md.
 """
 
 from __future__ import annotations
@@ -40,7 +42,16 @@ CHOICES = {
     "all (triton-fp8)": BEST,
     "all, e5m2": KERNELS["fp8-e5m2"],
 }
-RECIPES = ("outliers(0.001,10)", "normal", "sink", "one_sign", "uniform", "shift(90)", "hot_channel", "rising")
+RECIPES = (
+    "outliers(0.001,10)",
+    "normal",
+    "sink",
+    "one_sign",
+    "uniform",
+    "shift(90)",
+    "hot_channel",
+    "rising",
+)
 
 
 def main(

@@ -1,8 +1,10 @@
-"""What becomes of the Triton kernels on Hopper, without a GPU: `python -m verify.studies.hopper_compile`.
+"""What becomes of the Triton kernels on Hopper, without a GPU: `python -m
+verify.studies.hopper_compile`.
 
-Every kind of kernel is compiled for sm_90 and assembled; a line says its registers per thread, what spills, its shared memory
-and whether the assembler runs its products one after the other (warning C75xx). Triton can be switched to compiling only before
-it is imported, so this is a program and not a function.
+Every kind of kernel is compiled for sm_90 and assembled; a line says its registers per thread, what
+spills, its shared memory and whether the assembler runs its products one after the other (warning
+C75xx). Triton can be switched to compiling only before it is imported, so this is a program and not
+a function.
 """
 
 from __future__ import annotations
@@ -36,7 +38,13 @@ from verify.kernels.triton.launch import Launch, Shape
 from verify.spec.masks import FULL, Mask
 
 HOPPER = GPUTarget("cuda", 90, 32)
-TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.uint8: "u8"}
+TYPES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.int32: "i32",
+    torch.uint8: "u8",
+}
 TYPES |= {torch.float8_e4m3fn: "fp8e4nv"}
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 setattr(launch, "has_tma", lambda device: True)  # noqa: B010 - mypy
@@ -50,7 +58,9 @@ class Noted:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         names = self.function.arg_names
-        return lambda *given, **named: self.launches.append(dict(zip(names, given, strict=False)) | named)
+        return lambda *given, **named: self.launches.append(
+            dict(zip(names, given, strict=False)) | named
+        )
 
 
 def _launch(of: type[Launch], dtype: torch.dtype, dim: int, kind: str) -> Launch:
@@ -65,10 +75,20 @@ def launches(dtype: torch.dtype, dim: int, kind: str) -> Iterator[tuple[str, Any
     t = launch.q
     loads = {"q": t, "do": t, "k": t, "v": t}
     found: dict[str, torch.Tensor | float] = {"lse2": row, "delta": row, "scale": 0.1}
-    passes: list[tuple[str, Any, dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, Any], dict[str, bool]]] = [
-        ("forward", _forward, {"q": t, "k": t, "v": t}, {"out": t}, {"lse": row}, {})
+    passes: list[
+        tuple[
+            str,
+            Any,
+            dict[str, torch.Tensor],
+            dict[str, torch.Tensor],
+            dict[str, Any],
+            dict[str, bool],
+        ]
+    ] = [("forward", _forward, {"q": t, "k": t, "v": t}, {"out": t}, {"lse": row}, {})]
+    passes += [
+        (name, _by_keys, loads, {"dk": t, "dv": t}, found, chosen)
+        for name, chosen in launch.passes()
     ]
-    passes += [(name, _by_keys, loads, {"dk": t, "dv": t}, found, chosen) for name, chosen in launch.passes()]
     passes += [("rows", _by_rows, loads, {"dq": t}, found | {"dbias": t}, {})]
     for name, function, operands, stores, others, chosen in passes:
         noted = Noted(function)
@@ -76,7 +96,9 @@ def launches(dtype: torch.dtype, dim: int, kind: str) -> Iterator[tuple[str, Any
         yield name, function, noted.launches[0]
 
 
-def fp8_launches(dtype: torch.dtype, dim: int, kind: str) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+def fp8_launches(
+    dtype: torch.dtype, dim: int, kind: str
+) -> Iterator[tuple[str, Any, dict[str, Any]]]:
     """The same of FP8 attention: the narrowing of Q, K and V, then the forward."""
     launch = _launch(Fp8Launch, dtype, dim, kind)
     t = launch.q
@@ -111,7 +133,11 @@ def compile_for_hopper(function: Any, arguments: dict[str, Any]) -> Any:
         else:
             signature[name] = "fp32" if isinstance(value, float) else "i32"
     options = {name: arguments[name] for name in OPTIONS if name in arguments}
-    return triton.compile(ASTSource(fn=function, signature=signature, constexprs=constants), target=HOPPER, options=options)
+    return triton.compile(
+        ASTSource(fn=function, signature=signature, constexprs=constants),
+        target=HOPPER,
+        options=options,
+    )
 
 
 def resources(kernel: Any) -> list[str]:
@@ -119,9 +145,20 @@ def resources(kernel: Any) -> list[str]:
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(kernel.asm["ptx"])
         file.flush()
-        command = [get_ptxas(HOPPER.arch).path, "-v", "--gpu-name", "sm_90a", file.name, "-o", os.devnull]
+        command = [
+            get_ptxas(HOPPER.arch).path,
+            "-v",
+            "--gpu-name",
+            "sm_90a",
+            file.name,
+            "-o",
+            os.devnull,
+        ]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr  # noqa: S603 - Triton's own assembler
-    registers, spilled = re.search(r"Used (\d+) registers", said), re.search(r"(\d+) bytes spill stores", said)
+    registers, spilled = (
+        re.search(r"Used (\d+) registers", said),
+        re.search(r"(\d+) bytes spill stores", said),
+    )
     warning = re.search(r"C75\d\d", said)
     found = [match[1] if match else "?" for match in (registers, spilled)]
     return [*found, f"{kernel.metadata.shared / 1024:.0f}", warning[0] if warning else ""]
@@ -130,12 +167,30 @@ def resources(kernel: Any) -> list[str]:
 def main() -> None:
     """Print the table."""
     table = Table(title=f"sm_90, Triton {triton.__version__}", title_justify="left")
-    for heading in ("dtype", "dim", "kind", "pass", "registers", "bytes spilled", "shared KiB", "warning"):
-        table.add_column(heading, justify="right" if heading in ("dim", "registers", "bytes spilled", "shared KiB") else "left")
+    for heading in (
+        "dtype",
+        "dim",
+        "kind",
+        "pass",
+        "registers",
+        "bytes spilled",
+        "shared KiB",
+        "warning",
+    ):
+        table.add_column(
+            heading,
+            justify="right"
+            if heading in ("dim", "registers", "bytes spilled", "shared KiB")
+            else "left",
+        )
     wanted = [(torch.bfloat16, dim, kind) for dim in (64, 128, 256) for kind in ("rules", "whole")]
-    wanted += [(torch.bfloat16, dim, "general") for dim in (128, 256)] + [(torch.float32, dim, "general") for dim in (64, 256)]
+    wanted += [(torch.bfloat16, dim, "general") for dim in (128, 256)] + [
+        (torch.float32, dim, "general") for dim in (64, 256)
+    ]
     for dtype, dim, kind in track(wanted, transient=True):
-        found = [*launches(dtype, dim, kind)] + ([*fp8_launches(dtype, dim, kind)] if dtype == torch.bfloat16 else [])
+        found = [*launches(dtype, dim, kind)] + (
+            [*fp8_launches(dtype, dim, kind)] if dtype == torch.bfloat16 else []
+        )
         for name, function, arguments in found:
             row = resources(compile_for_hopper(function, arguments))
             table.add_row(TYPES[dtype], str(arguments["BLOCK_D"]), kind, name, *row)

@@ -1,4 +1,6 @@
-"""Kernels of the study: a tiled forward with switches for defects, and TF32 and FP8 ones made of torch's own matrix products."""
+"""Kernels of the study: a tiled forward with switches for defects, and TF32 and FP8 ones made of
+torch's own matrix products.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +27,17 @@ LOSSES = {
 
 
 class Draw:
-    """One draw: what is true, what honest kernels give, and whether a rule rejects a kernel with some defect."""
+    """One draw: what is true, what honest kernels give, and whether a rule rejects a kernel with
+    some defect.
+    """
 
     def __init__(self, case: Case, device: str) -> None:
         self.known = truth.__wrapped__(case, device)
         self.limit = self.known.allowances(FLASH)["out"].limit
         self.expected = self.known.expectation(FLASH)
-        q, k, v = (t.double() for t in (self.known.inputs.q, self.known.inputs.k, self.known.inputs.v))
+        q, k, v = (
+            t.double() for t in (self.known.inputs.q, self.known.inputs.k, self.known.inputs.v)
+        )
         self.same_dtype = _plain(*(t.to(self.known.inputs.q.dtype) for t in (q, k, v)))
         self.upcast = _plain(q.float(), k.float(), v.float())
         self.outs: dict[tuple[tuple[str, float], ...], torch.Tensor] = {}
@@ -56,7 +62,11 @@ class Draw:
         if rule in ELSEWHERE:
             return not ELSEWHERE[rule](out, self.upcast, self.same_dtype)
         beyond = bool((distance(out, self.known.exact.out) > self.limit).any())
-        return beyond or (rule != "proved" and self.expected is not None and self.expected.surprise("out", out) is not None)
+        return beyond or (
+            rule != "proved"
+            and self.expected is not None
+            and self.expected.surprise("out", out) is not None
+        )
 
 
 def _plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -77,7 +87,9 @@ def tiled(
     exp_noise: float = 0.0,
     scaled_q: float = 0.0,
 ) -> torch.Tensor:
-    """FlashAttention-2's forward in torch, tiles of 64 keys, FP32 sums, switches for defects; written apart from the oracles."""
+    """FlashAttention-2's forward in torch, tiles of 64 keys, FP32 sums, switches for defects;
+    written apart from the oracles.
+    """
     generator = torch.Generator(q.device).manual_seed(0)
 
     def normal(x: torch.Tensor) -> torch.Tensor:
@@ -85,7 +97,11 @@ def tiled(
 
     scale = scale * (1 + scale_off)
     rows = (q.float() * scale).to(q.dtype).float() if scaled_q else q.float()
-    top, total, acc = torch.full(q.shape[:3], -torch.inf, device=q.device), torch.zeros(q.shape[:3], device=q.device), 0.0
+    top, total, acc = (
+        torch.full(q.shape[:3], -torch.inf, device=q.device),
+        torch.zeros(q.shape[:3], device=q.device),
+        0.0,
+    )
     for n, (keys, values) in enumerate(zip(k.split(64, 2), v.split(64, 2), strict=True)):
         s = rows @ keys.float().mT * (1.0 if scaled_q else scale)
         old, top = top, torch.maximum(top, s.amax(-1))
@@ -105,7 +121,9 @@ def _cut(p: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def narrow_kernels(device: str) -> dict[str, tuple[Callable[..., torch.Tensor], str, Arithmetic]]:
-    """name -> (kernel, dtype of its inputs, its arithmetic). On a GPU the products are the tensor cores' own."""
+    """name -> (kernel, dtype of its inputs, its arithmetic). On a GPU the products are the tensor
+    cores' own.
+    """
     fp8 = Arithmetic(quantised=Quantisation("e4m3", 0), probs="e4m3", probs_scale=256.0)
     tf32 = Arithmetic(scores="tf32", accumulate="tf32", probs="fp32", normalized_probs=True)
     if device == "cpu":
@@ -113,7 +131,11 @@ def narrow_kernels(device: str) -> dict[str, tuple[Callable[..., torch.Tensor], 
     return {
         "TF32": (_tf32, "fp32", tf32),
         "FP8, FP32 sums (use_fast_accum=False)": (_fp8, "bf16", fp8),
-        "FP8, tensor-core sums (use_fast_accum=True)": (_fp8_fast, "bf16", replace(fp8, scores="fp22", accumulate="fp22")),
+        "FP8, tensor-core sums (use_fast_accum=True)": (
+            _fp8_fast,
+            "bf16",
+            replace(fp8, scores="fp22", accumulate="fp22"),
+        ),
     }
 
 
@@ -126,15 +148,21 @@ def _tf32(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> to
         torch.set_float32_matmul_precision(before)
 
 
-def _fp8(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, *, fast: bool = False) -> torch.Tensor:
+def _fp8(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, *, fast: bool = False
+) -> torch.Tensor:
     """A scale for each head, P times 256 in e4m3, the row sum of the unrounded P."""
     heads = []
-    for q_h, k_h, v_h in zip(q.flatten(0, 1).float(), k.flatten(0, 1).float(), v.flatten(0, 1).float(), strict=True):
+    for q_h, k_h, v_h in zip(
+        q.flatten(0, 1).float(), k.flatten(0, 1).float(), v.flatten(0, 1).float(), strict=True
+    ):
         (q8, s_q), (k8, s_k), (v8, s_v) = (_e4m3(t) for t in (q_h, k_h, v_h))
         s = _product(q8, k8.T, fast=fast) * (s_q * s_k * scale)
         p = torch.exp(s - s.amax(-1, keepdim=True))
         p8 = (p * 256).to(torch.float8_e4m3fn)
-        heads.append(_product(p8, v8.T.contiguous().T, fast=fast) * (s_v / 256) / p.sum(-1, keepdim=True))
+        heads.append(
+            _product(p8, v8.T.contiguous().T, fast=fast) * (s_v / 256) / p.sum(-1, keepdim=True)
+        )
     return torch.stack(heads).unflatten(0, q.shape[:2]).to(q.dtype)
 
 
@@ -156,21 +184,36 @@ def _product(a: torch.Tensor, b: torch.Tensor, *, fast: bool) -> torch.Tensor:
 
 
 def at_gpu(kernel: Kernel) -> Kernel:
-    """The kernel as it runs on the GPU, taking and giving tensors on the CPU, so that its truth can be worked out there."""
+    """The kernel as it runs on the GPU, taking and giving tensors on the CPU, so that its truth can
+    be worked out there.
+    """
 
     def there(x: object) -> object:
         return x.cuda() if isinstance(x, torch.Tensor) else x
 
     def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **rest: object) -> object:
-        given = kernel.fn(q.cuda(), k.cuda(), v.cuda(), **{name: there(x) for name, x in rest.items()})
+        given = kernel.fn(
+            q.cuda(), k.cuda(), v.cuda(), **{name: there(x) for name, x in rest.items()}
+        )
         return tuple(t.cpu() for t in given) if isinstance(given, tuple) else given.cpu()
 
     def arithmetic(problem: Problem, device: str) -> Arithmetic:
         found = kernel.numerics(problem, "cuda")
-        return replace(found, summation="truncated" if found.truncates("accumulate", problem.dtype, "cuda") else "nearest")
+        return replace(
+            found,
+            summation="truncated"
+            if found.truncates("accumulate", problem.dtype, "cuda")
+            else "nearest",
+        )
 
     def there_too(where: Callable[[Problem, str], bool]) -> Callable[[Problem, str], bool]:
         return lambda problem, device: where(problem, "cuda")
 
     known = tuple(replace(k, where=there_too(k.where)) for k in kernel.known)
-    return replace(kernel, fn=run, arithmetic=arithmetic, known=known, declared=lambda p, device: kernel.unsupported(p, "cuda"))
+    return replace(
+        kernel,
+        fn=run,
+        arithmetic=arithmetic,
+        known=known,
+        declared=lambda p, device: kernel.unsupported(p, "cuda"),
+    )

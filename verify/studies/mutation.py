@@ -1,5 +1,6 @@
-"""`verify power`: known-wrong kernels under the suite until each is caught; what other suites' rules say of the same kernels, on
-inputs of those suites' own kind; correct variants, which nobody may accuse.
+"""`verify power`: known-wrong kernels under the suite until each is caught; what other suites'
+rules say of the same kernels, on inputs of those suites' own kind; correct variants, which nobody
+may accuse.
 """
 
 from __future__ import annotations
@@ -47,21 +48,27 @@ FLASH_CASES = (
     "b2.h6.q113.k211.d64.fp16.causal_lower_right.bias=alibi.grads/normal#3",
     "b2.h6:1.q113.k211.d40.fp16.full.softcap=15.0.grads/normal#4",
 )
-TUTORIAL_CASES = tuple(f"b1.h2.q128.k128.d64.fp16.{m}.grads/normal(0.5)#0" for m in ("full", "causal_lower_right"))
+TUTORIAL_CASES = tuple(
+    f"b1.h2.q128.k128.d64.fp16.{m}.grads/normal(0.5)#0" for m in ("full", "causal_lower_right")
+)
 BENCH_CASES = tuple(f"b4.h4.q128.k128.d64.fp32.full/uniform#{n}" for n in range(5))
 USUAL = dict(zip(ELSEWHERE, (FLASH_CASES, FLASH_CASES, TUTORIAL_CASES, BENCH_CASES), strict=True))
-"""What each rule's own suite runs it on, in kind: tests/test_flash_attn.py (also for torch's defaults); the tutorial's test_op;
-KernelBench's five draws of torch.rand (smaller)."""
+"""What each rule's own suite runs it on, in kind: tests/test_flash_attn.py (also for torch's
+defaults); the tutorial's test_op; KernelBench's five draws of torch.rand (smaller)."""
 Job = tuple[str, str, int]
 """Mutant or variant, property, and the seed, or how many cases."""
 T = TypeVar("T")
 
 
-def run_power(faults: list[str], *, seeds: range, matrix: bool, controls: int, out: Path, console: Console) -> int:
-    """Measure, print and write power.md and power.json: a hunt for each mutant with each of the seeds, so many cases for each
-    correct variant by the first seed. Returns 1 where a mutant escapes or a correct variant is accused.
+def run_power(
+    faults: list[str], *, seeds: range, matrix: bool, controls: int, out: Path, console: Console
+) -> int:
+    """Measure, print and write power.md and power.json: a hunt for each mutant with each of the
+    seeds, so many cases for each correct variant by the first seed. Returns 1 where a mutant
+    escapes or a correct variant is accused.
 
-    Raises VerifyError for an unknown mutant or a folder that cannot be written, before anything is measured.
+    Raises VerifyError for an unknown mutant or a folder that cannot be written, before anything is
+    measured.
     """
     if unknown := [f for f in faults if f not in MUTANTS]:
         raise VerifyError(f"mutant {unknown[0]!r} is unknown: one of {', '.join(MUTANTS)}")
@@ -70,7 +77,9 @@ def run_power(faults: list[str], *, seeds: range, matrix: bool, controls: int, o
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise VerifyError(f"out={out}: {error.strerror}; name a folder that can be written") from error
+        raise VerifyError(
+            f"out={out}: {error.strerror}; name a folder that can be written"
+        ) from error
     chosen = (faults or list(MUTANTS)) if seeds else []
     own = [(fault, MUTANTS[fault].law, seed) for fault in chosen for seed in seeds]
     grid = [(fault, law, 0) for fault in chosen for law in PROPERTIES] if matrix else []
@@ -82,12 +91,19 @@ def run_power(faults: list[str], *, seeds: range, matrix: bool, controls: int, o
         names = [*chosen, *CONTROLS] if chosen else []
         rules = dict(zip(names, pool.map(_caught_elsewhere, names), strict=True))
         shares = [(name, law, share) for name in variants for law, share in _shares(name, controls)]
-        accused = dict(zip(shares, each("controls", partial(_accused, seeds.start), shares, 1), strict=True))
+        accused = dict(
+            zip(shares, each("controls", partial(_accused, seeds.start), shares, 1), strict=True)
+        )
     page = "\n".join(_pages(chosen, hunts, cells, rules, accused))
     write(out / "power.md", page)
     write(
         out / "power.json",
-        json.dumps({"hunts": [(*k, *v) for k, v in hunts.items()], "matrix": [(*k, v) for k, v in cells.items()]}),
+        json.dumps(
+            {
+                "hunts": [(*k, *v) for k, v in hunts.items()],
+                "matrix": [(*k, v) for k, v in cells.items()],
+            }
+        ),
     )
     console.print(page, markup=False, soft_wrap=True)
     wrong = any(sentence for _, sentence in accused.values())
@@ -95,10 +111,19 @@ def run_power(faults: list[str], *, seeds: range, matrix: bool, controls: int, o
 
 
 def _each(
-    pool: ProcessPoolExecutor, console: Console, what: str, work: Callable[[Job], T], jobs: list[Job], share: int
+    pool: ProcessPoolExecutor,
+    console: Console,
+    what: str,
+    work: Callable[[Job], T],
+    jobs: list[Job],
+    share: int,
 ) -> Iterable[T]:
-    """The work on every job, in order, with a progress bar; a worker takes `share` jobs at a time."""
-    return track(pool.map(work, jobs, chunksize=share), what, len(jobs), console=console, transient=True)
+    """The work on every job, in order, with a progress bar; a worker takes `share` jobs at a
+    time.
+    """
+    return track(
+        pool.map(work, jobs, chunksize=share), what, len(jobs), console=console, transient=True
+    )
 
 
 def _start() -> None:
@@ -108,13 +133,23 @@ def _start() -> None:
 
 
 def _detect(job: Job) -> tuple[int | None, float, str]:
-    """(judged cases to the first that breaks the law, None where it escapes; seconds; the finding)"""
+    """(judged cases to the first that breaks the law, None where it escapes; seconds; the
+    finding)
+    """
     fault, law, seed = job
     start = time.perf_counter()
     CHANCE.manual_seed(seed)
-    found = hunt(mutant(fault), PROPERTIES[law], "cpu", budget=Budget(judged=MOST, shrink_seconds=0.0), seed=seed)
+    found = hunt(
+        mutant(fault),
+        PROPERTIES[law],
+        "cpu",
+        budget=Budget(judged=MOST, shrink_seconds=0.0),
+        seed=seed,
+    )
     spent = time.perf_counter() - start
-    return (found.judged + 1, spent, found.finding[1].sentence) if found.finding else (None, spent, "")
+    return (
+        (found.judged + 1, spent, found.finding[1].sentence) if found.finding else (None, spent, "")
+    )
 
 
 def _cell(job: Job) -> int | None:
@@ -122,29 +157,54 @@ def _cell(job: Job) -> int | None:
     kernel, law = mutant(fault), PROPERTIES[name]
     if law.refusal(kernel, "cpu"):
         return None
-    found = hunt(kernel, law, "cpu", budget=Budget(judged=IN_MATRIX, seconds=10.0, shrink_seconds=0.0), seed=seed)
+    found = hunt(
+        kernel,
+        law,
+        "cpu",
+        budget=Budget(judged=IN_MATRIX, seconds=10.0, shrink_seconds=0.0),
+        seed=seed,
+    )
     return found.judged + 1 if found.finding else None
 
 
 def _shares(name: str, cases: int) -> list[tuple[str, int]]:
     """So many cases of a correct variant, shared among the properties that it is judged by."""
-    laws = [law for law in PROPERTIES if not PROPERTIES[law].refusal(control(name), "cpu")] if cases else []
+    laws = (
+        [law for law in PROPERTIES if not PROPERTIES[law].refusal(control(name), "cpu")]
+        if cases
+        else []
+    )
     return [(law, -(-cases // len(laws))) for law in laws]
 
 
 def _accused(seed: int, job: Job) -> tuple[int, str]:
     """(cases judged, the accusation) of a correct variant under one property."""
     name, law, share = job
-    found = hunt(control(name), PROPERTIES[law], "cpu", budget=Budget(judged=share, seconds=2.0 * share), seed=seed)
-    return found.judged, f"{name}: {law}: {found.finding[0]}: {found.finding[1].sentence}" if found.finding else ""
+    found = hunt(
+        control(name),
+        PROPERTIES[law],
+        "cpu",
+        budget=Budget(judged=share, seconds=2.0 * share),
+        seed=seed,
+    )
+    return (
+        found.judged,
+        f"{name}: {law}: {found.finding[0]}: {found.finding[1].sentence}" if found.finding else "",
+    )
 
 
 def _caught_elsewhere(name: str) -> list[str]:
     """The rules of other suites that reject this kernel on the inputs of their own suites."""
-    return [rule for rule, accepts in ELSEWHERE.items() if any(not accepts(*trio) for trio in _compared(name, USUAL[rule]))]
+    return [
+        rule
+        for rule, accepts in ELSEWHERE.items()
+        if any(not accepts(*trio) for trio in _compared(name, USUAL[rule]))
+    ]
 
 
-def _compared(name: str, cases: Iterable[str]) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+def _compared(
+    name: str, cases: Iterable[str]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     kernel = mutant(name) if name in MUTANTS else control(name)
     for text in cases:
         case = Case.parse(text)
@@ -174,20 +234,34 @@ def _said(rules: dict[str, list[str]], fault: str, rule: str) -> str:
     return "-" if rule in rules[honest(fault)] else "caught" if rule in rules[fault] else ""
 
 
-def _row(fault: str, found: list[tuple[int | None, float, str]], rules: dict[str, list[str]]) -> list[str]:
+def _row(
+    fault: str, found: list[tuple[int | None, float, str]], rules: dict[str, list[str]]
+) -> list[str]:
     caught = [cases for cases, _, _ in found if cases is not None]
     cases = f"{median(caught):g}" if len(caught) == len(found) else "-"
     figures = [f"{len(caught)}/{len(found)}", cases, f"{median(s for _, s, _ in found):.2f}"]
-    return [MUTANTS[fault].kind, fault, MUTANTS[fault].law, *figures, *(_said(rules, fault, rule) for rule in ELSEWHERE)]
+    return [
+        MUTANTS[fault].kind,
+        fault,
+        MUTANTS[fault].law,
+        *figures,
+        *(_said(rules, fault, rule) for rule in ELSEWHERE),
+    ]
 
 
 def _notes(table: list[list[str]], rules: dict[str, list[str]]) -> Iterator[str]:
     chosen, medians = [row[1] for row in table], [float(row[4]) for row in table if row[4] != "-"]
-    yield f"{len(medians)} of {len(chosen)} are caught with every seed; cases to a finding: median {median(medians or [0]):g}"
+    yield (
+        f"{len(medians)} of {len(chosen)} are caught with every seed; cases to a finding: median "
+        f"{median(medians or [0]):g}"
+    )
     for rule in ELSEWHERE:
         fair = [f for f in chosen if rule not in rules[honest(f)]]
         caught, blamed = (sum(rule in rules[x] for x in names) for names in (fair, CONTROLS))
-        yield f"{rule}: catches {caught} of {len(fair)}; accuses {blamed} of {len(CONTROLS)} correct variants (-: that one)"
+        yield (
+            f"{rule}: catches {caught} of {len(fair)}; accuses {blamed} of {len(CONTROLS)} correct "
+            "variants (-: that one)"
+        )
 
 
 def _pages(
@@ -198,16 +272,42 @@ def _pages(
     accused: dict[Job, tuple[int, str]],
 ) -> Iterator[str]:
     headings = ["class", "mutant", "property", "caught", "cases", "s", *ELSEWHERE]
-    for title, blind in (("Known-wrong kernels", False), ("Blind, written by somebody who did not know the suite", True)):
+    for title, blind in (
+        ("Known-wrong kernels", False),
+        ("Blind, written by somebody who did not know the suite", True),
+    ):
         if names := [fault for fault in chosen if (fault in BLIND) is blind]:
-            table = [_row(fault, [h for (name, _, _), h in hunts.items() if name == fault], rules) for fault in names]
-            yield markdown(f"{title}: judged cases to the first finding", headings, table, list(_notes(table, rules)))
+            table = [
+                _row(fault, [h for (name, _, _), h in hunts.items() if name == fault], rules)
+                for fault in names
+            ]
+            yield markdown(
+                f"{title}: judged cases to the first finding",
+                headings,
+                table,
+                list(_notes(table, rules)),
+            )
     if accused:
-        judged = [sum(n for (name, _, _), (n, _) in accused.items() if name == variant) for variant in CONTROLS]
+        judged = [
+            sum(n for (name, _, _), (n, _) in accused.items() if name == variant)
+            for variant in CONTROLS
+        ]
         wrong = [sentence for _, sentence in accused.values() if sentence]
         each = f"{sum(judged)} cases judged ({min(judged)} to {max(judged)} each)"
-        yield "\n".join(f"- {line}" for line in (f"correct variants: {len(CONTROLS)}, {each}, {len(wrong)} accused", *wrong))
+        yield "\n".join(
+            f"- {line}"
+            for line in (f"correct variants: {len(CONTROLS)}, {each}, {len(wrong)} accused", *wrong)
+        )
     if cells:
-        seen = {fault: sorted((n, law) for (name, law, _), n in cells.items() if name == fault and n) for fault in chosen}
-        lines = (f"- {fault}: {', '.join(f'{law} {n}' for n, law in by) or '-'}\n" for fault, by in seen.items())
-        yield f"## Which properties see which mutant within {IN_MATRIX} cases, and in which\n\n{''.join(lines)}"
+        seen = {
+            fault: sorted((n, law) for (name, law, _), n in cells.items() if name == fault and n)
+            for fault in chosen
+        }
+        lines = (
+            f"- {fault}: {', '.join(f'{law} {n}' for n, law in by) or '-'}\n"
+            for fault, by in seen.items()
+        )
+        yield (
+            f"## Which properties see which mutant within {IN_MATRIX} cases, and in "
+            f"which\n\n{''.join(lines)}"
+        )

@@ -1,4 +1,6 @@
-"""Bounds: no honest emulation crosses them, wrong kernels do, and what they cannot judge they say."""
+"""Bounds: no honest emulation crosses them, wrong kernels do, and what they cannot judge they
+say.
+"""
 
 from __future__ import annotations
 
@@ -36,22 +38,31 @@ def test_no_honest_emulation_crosses_its_bound(case: Case, arithmetic: Arithmeti
 def test_no_rounding_however_malicious_crosses_the_bound(
     kind: str, data: st.DataObject, arithmetic: Arithmetic, chosen: int
 ) -> None:
-    """Every rounding of every step turned against one element, up to the most that its format allows."""
+    """Every rounding of every step turned against one element, up to the most that its format
+    allows.
+    """
     case = data.draw(small_cases(kind).filter(lambda c: c.problem.dtype != "fp64"))
     known = truth(case, "cpu")
     limits = known.allowances(arithmetic)
     for name, allowed in limits.items():
         if allowed.limit.numel():
-            index = tuple(int(n) for n in np.unravel_index(chosen % allowed.limit.numel(), allowed.limit.shape))
+            index = tuple(
+                int(n)
+                for n in np.unravel_index(chosen % allowed.limit.numel(), allowed.limit.shape)
+            )
             for worst in attack(case.problem, known.inputs, arithmetic, name, index):
                 for other in limits:
                     error = distance(getattr(worst, other), getattr(known.exact, other))
-                    assert bool((error <= limits[other].limit).all()), f"{other} of {case}, {arithmetic}, attacked {name}{index}"
+                    assert bool((error <= limits[other].limit).all()), (
+                        f"{other} of {case}, {arithmetic}, attacked {name}{index}"
+                    )
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_the_adversary_reaches_the_bound(dtype: str) -> None:
-    """On two keys the proved bound is not far above what the worst roundings do: it is a bound, not a guess."""
+    """On two keys the proved bound is not far above what the worst roundings do: it is a bound, not
+    a guess.
+    """
     known = truth(Case.parse(f"b1.h1.q2.k2.d2.{dtype}.full/normal#5"), "cpu")
     limit = known.allowances(FLASH)["out"].limit
     reached = torch.zeros_like(limit)
@@ -66,7 +77,9 @@ ORDINARY = "b1.h2.q64.k512.d64.{dtype}.full.grads/normal#3"
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
-def test_ordinary_inputs_see_all_three_wrong_kernels_at_fp32_and_zeros_in_every_dtype(dtype: str) -> None:
+def test_ordinary_inputs_see_all_three_wrong_kernels_at_fp32_and_zeros_in_every_dtype(
+    dtype: str,
+) -> None:
     known = truth(Case.parse(ORDINARY.format(dtype=dtype)), "cpu")
     blind = known.blind_to(known.allowances(Arithmetic()), None)
     assert "zeros" not in blind
@@ -78,18 +91,24 @@ def test_ordinary_inputs_see_all_three_wrong_kernels_at_fp32_and_zeros_in_every_
 def test_a_wrong_factor_in_a_gradient_is_seen(name: str, factor: float) -> None:
     known = truth(Case.parse(ORDINARY.format(dtype="fp32")), "cpu")
     right = getattr(known.exact, name)
-    assert bool((distance(factor * right, right) > known.allowances(Arithmetic())[name].limit).any())
+    assert bool(
+        (distance(factor * right, right) > known.allowances(Arithmetic())[name].limit).any()
+    )
 
 
 def test_terms_add_up_to_the_limit() -> None:
     known = truth(Case.parse(ORDINARY.format(dtype="bf16")), "cpu")
     for name, allowed in known.allowances(Arithmetic()).items():
-        total = torch.stack([part.expand_as(allowed.limit) for part in allowed.terms.values()]).sum(0)
+        total = torch.stack([part.expand_as(allowed.limit) for part in allowed.terms.values()]).sum(
+            0
+        )
         assert bool((total <= allowed.limit).all()), name
 
 
 def test_a_format_that_overflows_is_not_judged() -> None:
-    """Scores of 1e6 do not fit FP16: a kernel that declares that it stores them there may return anything."""
+    """Scores of 1e6 do not fit FP16: a kernel that declares that it stores them there may return
+    anything.
+    """
     known = truth(Case.parse("b1.h1.q2.k3.d4.fp16.full.scale=1.0/constant(1000)#0"), "cpu")
     assert bool(known.allowances(Arithmetic(stored_scores="input"))["out"].limit.isinf().all())
     assert bool(known.allowances(Arithmetic())["out"].limit.isfinite().all())
@@ -100,5 +119,9 @@ def test_tf32_rounding_keeps_eleven_bits(values: list[float]) -> None:
     x = torch.tensor(values, dtype=torch.float32)
     finite = x[x.isfinite() & (x.abs() < torch.finfo(torch.float32).max / 2)]
     tf32 = formats.to_tf32(finite)
-    assert bool(((tf32 - finite).abs() <= 2.0**-11 * finite.abs()).logical_or(finite.abs() < 2.0**-100).all())
+    assert bool(
+        ((tf32 - finite).abs() <= 2.0**-11 * finite.abs())
+        .logical_or(finite.abs() < 2.0**-100)
+        .all()
+    )
     assert bool((tf32.view(torch.int32) & 0x1FFF == 0).all())

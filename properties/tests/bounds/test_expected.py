@@ -1,4 +1,6 @@
-"""The decision rule on expected errors: honest kernels pass, small losses do not, and its tail is no heavier than it says."""
+"""The decision rule on expected errors: honest kernels pass, small losses do not, and its tail is
+no heavier than it says.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,10 @@ def known_and_expected(case: str, arithmetic: Arithmetic = FLASH) -> tuple[Truth
 
 
 @DTYPES
-@pytest.mark.parametrize("recipe", ["normal", "uniform", "one_sign", "outliers(0.01,10)", "sink", "rising(30)", "normal(5)"])
+@pytest.mark.parametrize(
+    "recipe",
+    ["normal", "uniform", "one_sign", "outliers(0.01,10)", "sink", "rising(30)", "normal(5)"],
+)
 def test_a_kernel_written_apart_is_honest(dtype: str, recipe: str) -> None:
     known, expected = known_and_expected(f"b1.h4.q96.k256.d64.{dtype}.full/{recipe}#1")
     out = tiled(known.inputs.q, known.inputs.k, known.inputs.v, known.problem.softmax_scale)
@@ -35,24 +40,35 @@ def test_a_kernel_written_apart_is_honest(dtype: str, recipe: str) -> None:
 
 
 @DTYPES
-@pytest.mark.parametrize("other", [{"tile": 16}, {"tile": 64}, {"splits": 5}, {"exp": "binary"}, {"summation": "truncated"}])
+@pytest.mark.parametrize(
+    "other",
+    [{"tile": 16}, {"tile": 64}, {"splits": 5}, {"exp": "binary"}, {"summation": "truncated"}],
+)
 def test_another_order_is_no_alarm(dtype: str, other: dict) -> None:
     known, expected = known_and_expected(f"b1.h3.q128.k200.d64.{dtype}.full.grads/normal#2")
     given = emulate(known.problem, known.inputs, replace(FLASH, **other))
-    assert [n for n in ("out", "lse", "dq", "dk", "dv") if expected.surprise(n, getattr(given, n))] == []
+    assert [
+        n for n in ("out", "lse", "dq", "dk", "dv") if expected.surprise(n, getattr(given, n))
+    ] == []
 
 
 @DTYPES
-@pytest.mark.parametrize("defect", [{"scale_off": 2e-3}, {"factor": 2e-3}, {"noise": 0.1}, *LOSSES.values()], ids=str)
+@pytest.mark.parametrize(
+    "defect", [{"scale_off": 2e-3}, {"factor": 2e-3}, {"noise": 0.1}, *LOSSES.values()], ids=str
+)
 def test_what_it_must_catch_at_512_keys(dtype: str, defect: dict[str, float]) -> None:
-    """A scale off by 0.2 %, a loss that raises the RMSE by 10 %, and each planted precision loss."""
+    """A scale off by 0.2 %, a loss that raises the RMSE by 10 %, and each planted precision
+    loss.
+    """
     draw = Draw(Case.parse(f"b1.h4.q512.k512.d128.{dtype}.full/normal#0"), "cpu")
     assert not draw.rejects("proved or expected", {})
     assert draw.rejects("proved or expected", defect)
 
 
 def test_fp32_sees_a_scale_off_by_two_in_a_thousand() -> None:
-    assert Draw(Case.parse("b1.h4.q512.k512.d128.fp32.full/normal#0"), "cpu").rejects("proved", {"scale_off": 2e-3})
+    assert Draw(Case.parse("b1.h4.q512.k512.d128.fp32.full/normal#0"), "cpu").rejects(
+        "proved", {"scale_off": 2e-3}
+    )
 
 
 @pytest.mark.parametrize(
@@ -61,7 +77,9 @@ def test_fp32_sees_a_scale_off_by_two_in_a_thousand() -> None:
     ids=str,
 )
 def test_a_gradient_of_coarser_arithmetic_than_declared_is_seen(wrong: dict, honest: dict) -> None:
-    known, expected = known_and_expected("b1.h4.q256.k128.d64.fp16.full.grads/normal#3", Arithmetic(**honest))
+    known, expected = known_and_expected(
+        "b1.h4.q256.k128.d64.fp16.full.grads/normal#3", Arithmetic(**honest)
+    )
     given = emulate(known.problem, known.inputs, Arithmetic(**honest | wrong))
     assert any(expected.surprise(n, getattr(given, n)) for n in ("dq", "dk", "dv"))
 
@@ -69,7 +87,9 @@ def test_a_gradient_of_coarser_arithmetic_than_declared_is_seen(wrong: dict, hon
 def test_a_loss_in_one_head_is_found_there() -> None:
     known, expected = known_and_expected("b2.h3.q256.k256.d64.fp16.full/normal#4")
     out = tiled(known.inputs.q, known.inputs.k, known.inputs.v, known.problem.softmax_scale)
-    lossy = tiled(known.inputs.q, known.inputs.k, known.inputs.v, known.problem.softmax_scale, exp_noise=1e-3)
+    lossy = tiled(
+        known.inputs.q, known.inputs.k, known.inputs.v, known.problem.softmax_scale, exp_noise=1e-3
+    )
     out[1, 2] = lossy[1, 2]
     found = expected.surprise("out", out)
     assert found is not None
@@ -77,7 +97,9 @@ def test_a_loss_in_one_head_is_found_there() -> None:
 
 
 def test_the_tail_is_no_heavier_than_the_inequality_says() -> None:
-    """Scores of one honest emulation against another exceed t no more often than exp(-t^2 / 2), in 200 draws."""
+    """Scores of one honest emulation against another exceed t no more often than exp(-t^2 / 2), in
+    200 draws.
+    """
     above = dict.fromkeys((1.0, 1.5, 2.0), 0)
     for seed in range(200):
         known, expected = known_and_expected(f"b1.h1.q48.k64.d48.bf16.full/normal#{seed}")

@@ -23,7 +23,13 @@ def test_no_figure_is_ever_nan(pairs: list[tuple[float, float]]) -> None:
 
 @pytest.mark.parametrize(
     ("x", "ref", "far"),
-    [("nan", "1", True), ("1", "nan", True), ("inf", "-inf", True), ("nan", "nan", False), ("inf", "inf", False)],
+    [
+        ("nan", "1", True),
+        ("1", "nan", True),
+        ("inf", "-inf", True),
+        ("nan", "nan", False),
+        ("inf", "inf", False),
+    ],
 )
 def test_the_pattern_of_finiteness_is_compared_first(x: str, ref: str, far: bool) -> None:  # noqa: FBT001 (parametrised)
     error = distance(torch.tensor([float(x)]), torch.tensor([float(ref)]))
@@ -37,7 +43,10 @@ def test_alpha_shows_a_global_factor() -> None:
 
 
 def test_worst_is_the_element_that_exceeds_its_limit_most() -> None:
-    error, limit = torch.tensor([[3.0, 1.0], [2.0, torch.inf]]), torch.tensor([[2.0, 1.0], [0.5, torch.inf]])
+    error, limit = (
+        torch.tensor([[3.0, 1.0], [2.0, torch.inf]]),
+        torch.tensor([[2.0, 1.0], [0.5, torch.inf]]),
+    )
     assert worst(error, limit) == (1, 0)
     assert worst(limit, limit) is None
 

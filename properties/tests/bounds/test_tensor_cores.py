@@ -1,4 +1,6 @@
-"""FP8 sums of Hopper's tensor cores: what an H200 gave (tl.dot of e4m3 codes, Triton 3.6), to the bit."""
+"""FP8 sums of Hopper's tensor cores: what an H200 gave (tl.dot of e4m3 codes, Triton 3.6), to the
+bit.
+"""
 
 from __future__ import annotations
 
@@ -96,11 +98,17 @@ SEEN = {
 
 def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """[n,K] and [m,K] -> [n,m]"""
-    return Nearest().product(from_keys, a[None, None, None], b.T[None, None], "fp22", cut=True)[0, 0, 0]
+    return Nearest().product(from_keys, a[None, None, None], b.T[None, None], "fp22", cut=True)[
+        0, 0, 0
+    ]
 
 
 def codes(rows: list[str]) -> torch.Tensor:
-    return torch.tensor([list(bytes.fromhex(row)) for row in rows], dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+    return (
+        torch.tensor([list(bytes.fromhex(row)) for row in rows], dtype=torch.uint8)
+        .view(torch.float8_e4m3fn)
+        .double()
+    )
 
 
 @pytest.mark.parametrize("name", SEEN)
@@ -111,8 +119,12 @@ def test_the_emulation_gives_what_the_hardware_gave(name: str) -> None:
 
 @pytest.mark.parametrize(("power", "kept"), [(12, 1.0), (13, 1.0), (14, 0.0), (15, 0.0)])
 @pytest.mark.parametrize("many", [1, 8, 31])
-def test_what_is_small_beside_the_accumulator_is_lost_product_by_product(power: int, kept: float, many: int) -> None:
-    """1 in a first instruction, then `many` products of 2^-power: on the H200 those of 2^-14 left no trace, however many."""
+def test_what_is_small_beside_the_accumulator_is_lost_product_by_product(
+    power: int, kept: float, many: int
+) -> None:
+    """1 in a first instruction, then `many` products of 2^-power: on the H200 those of 2^-14 left
+    no trace, however many.
+    """
     a, b = torch.zeros(1, 64), torch.zeros(1, 64)
     a[0, 0] = b[0, 0] = 1.0
     a[0, 32 : 32 + many], b[0, 32 : 32 + many] = 2.0 ** -(power // 2), 2.0 ** -(power - power // 2)

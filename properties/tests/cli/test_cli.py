@@ -1,4 +1,6 @@
-"""The command line: the six bad inputs, a kernel outside the repository beside its own `kernels` package, replay, Ctrl-C."""
+"""The command line: the six bad inputs, a kernel outside the repository beside its own `kernels`
+package, replay, Ctrl-C.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,10 @@ def mine(q, k, v, *, scale, mask):
     assert q.dtype == k.dtype == v.dtype
     wide = [t.float() for t in (q, k, v)]
     with sdpa_kernel([SDPBackend.MATH]):
-        return F.scaled_dot_product_attention(*wide, attn_mask=mask, scale=FACTOR * scale, enable_gqa=True).to(q.dtype)
+        out = F.scaled_dot_product_attention(
+        *wide, attn_mask=mask, scale=FACTOR * scale, enable_gqa=True
+    )
+    return out.to(q.dtype)
 """
 
 
@@ -49,7 +54,9 @@ def command(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def in_process(args: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[object, str]:
+def in_process(
+    args: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> tuple[object, str]:
     """(exit code, standard error) of the console script."""
     monkeypatch.setattr(sys, "argv", ["verify", *args])
     with pytest.raises(SystemExit) as leaving:
@@ -65,15 +72,27 @@ GOOD = "b1.h1.q1.k3.d1.fp32.full/integers#0"
     [
         (["fuzz", "flsh"], "kernel 'flsh' is unknown: one of "),
         (["fuzz", "empty.py"], "registers no kernel; decorate a function with @verify.kernel"),
-        (["fuzz", "raises.py"], "raises.py:2: raised ZeroDivisionError on import: division by zero"),
+        (
+            ["fuzz", "raises.py"],
+            "raises.py:2: raised ZeroDivisionError on import: division by zero",
+        ),
         (["fuzz", "absent.py"], "absent.py: no such file"),
         (["fuzz", "naive", "--seconds", "-1"], "seconds=-1: a positive number"),
         (["fuzz", "naive", "--property", "orcale"], "property 'orcale' is unknown: one of oracle"),
         (["replay", "naive", "b1.h6:4.q1.k1.d8.bf16.full/normal#0"], "heads_q=6, heads_kv=4"),
-        (["replay", "naive", "b1.h1.q-1.k1.d8.bf16.full/normal#0"], "len_q=-1: a length is 0 or more"),
+        (
+            ["replay", "naive", "b1.h1.q-1.k1.d8.bf16.full/normal#0"],
+            "len_q=-1: a length is 0 or more",
+        ),
         (["replay", "naive", "nonsense"], "case id 'nonsense' does not parse: write it like"),
-        (["replay", "sdpa-math", "b1.h1.q1.k1.d8.bf16.full.softcap=2.0/normal#0"], "sdpa-math does not support"),
-        (["replay", "naive", GOOD, "--sanitizer", "valgrind"], "sanitizer 'valgrind' is unknown: one of memcheck"),
+        (
+            ["replay", "sdpa-math", "b1.h1.q1.k1.d8.bf16.full.softcap=2.0/normal#0"],
+            "sdpa-math does not support",
+        ),
+        (
+            ["replay", "naive", GOOD, "--sanitizer", "valgrind"],
+            "sanitizer 'valgrind' is unknown: one of memcheck",
+        ),
         (["resume", "absent"], "absent: no interrupted run of `verify fuzz`"),
         (["report", "--problem", "b1"], "problem id 'b1' does not parse: write it like"),
         (["report", "--out", "empty.py/x"], "out=empty.py/x: Not a directory; name a folder"),
@@ -82,7 +101,11 @@ GOOD = "b1.h1.q1.k3.d1.fp32.full/integers#0"
     ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else None,
 )
 def test_bad_input_is_one_line_and_exit_code_2(
-    args: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    args: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "empty.py").write_text("x = 1\n")
     (tmp_path / "raises.py").write_text("x = 1\ny = x / 0\n")
@@ -94,13 +117,27 @@ def test_bad_input_is_one_line_and_exit_code_2(
 
 
 def test_a_right_kernel_passes_a_wrong_one_is_replayed(folder: Path) -> None:
-    """Six lines beside a `kernels` package of the user's own; then the scale off by 1 %: found, shrunk, replayed."""
+    """Six lines beside a `kernels` package of the user's own; then the scale off by 1 %: found,
+    shrunk, replayed.
+    """
     good = command(folder, "fuzz", "my_kernel.py", "--seconds", "6", "--seed", "1", "--out", "good")
     assert good.returncode == 0, good.stdout + good.stderr
     assert "no finding in" in good.stdout
     assert "h // group (repeat_interleave)" in good.stdout
     (folder / "kernels" / "__init__.py").write_text("FACTOR = 1.01\n")
-    bad = command(folder, "fuzz", "my_kernel.py", "--seconds", "20", "--seed", "1", "--out", "bad", "--property", "oracle")
+    bad = command(
+        folder,
+        "fuzz",
+        "my_kernel.py",
+        "--seconds",
+        "20",
+        "--seed",
+        "1",
+        "--out",
+        "bad",
+        "--property",
+        "oracle",
+    )
     assert bad.returncode == 1, bad.stdout + bad.stderr
     found = [r for r in read(folder / "bad") if r.verdict == "finding"]
     assert f"verify replay my_kernel.py::mine {found[0].case} " in bad.stdout.replace("'", "")
@@ -111,7 +148,19 @@ def test_a_right_kernel_passes_a_wrong_one_is_replayed(folder: Path) -> None:
 
 def test_ctrl_c_keeps_what_was_measured(folder: Path) -> None:
     run = subprocess.Popen(
-        [sys.executable, "-m", "verify", "fuzz", "my_kernel.py", "--seconds", "500", "--out", "cut", "--device", "cpu"],
+        [
+            sys.executable,
+            "-m",
+            "verify",
+            "fuzz",
+            "my_kernel.py",
+            "--seconds",
+            "500",
+            "--out",
+            "cut",
+            "--device",
+            "cpu",
+        ],
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -1,4 +1,6 @@
-"""Records survive whatever ends a run, a run goes on where it was, and two in one folder do not disturb each other."""
+"""Records survive whatever ends a run, a run goes on where it was, and two in one folder do not
+disturb each other.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +17,27 @@ from verify.errors import VerifyError
 from verify.records.journal import Journal, Record, done, interrupted, read
 from verify.studies.crash_recovery import judged, strike
 
-FUZZ = [sys.executable, "-m", "verify", "fuzz", "naive", "--seed", "1", "--property", "oracle", "--device", "cpu"]
+FUZZ = [
+    sys.executable,
+    "-m",
+    "verify",
+    "fuzz",
+    "naive",
+    "--seed",
+    "1",
+    "--property",
+    "oracle",
+    "--device",
+    "cpu",
+]
 
 
 def test_a_case_that_was_finished_is_read_once(tmp_path: Path) -> None:
     verdicts = ("started", "held", "started", "failed", "started", "started", "finding")
-    lines = [json.dumps({"kernel": "k", "property": "oracle", "case": "c", "verdict": verdict}) for verdict in verdicts]
+    lines = [
+        json.dumps({"kernel": "k", "property": "oracle", "case": "c", "verdict": verdict})
+        for verdict in verdicts
+    ]
     (tmp_path / "main.jsonl").write_text("\n".join(lines) + "\n")
     assert [r.verdict for r in read(tmp_path)] == ["held", "failed", "finding"]
     with (tmp_path / "main.jsonl").open("a") as file:
@@ -29,8 +46,26 @@ def test_a_case_that_was_finished_is_read_once(tmp_path: Path) -> None:
 
 
 def test_a_killed_run_goes_on_without_a_gap_or_a_duplicate(tmp_path: Path) -> None:
-    asked = ["fuzz", "naive", "--cases", "50", "--seed", "1", "--property", "oracle", "--property", "repeat", "--device", "cpu"]
-    subprocess.run([sys.executable, "-m", "verify", *asked, "--out", "whole"], cwd=tmp_path, check=True, capture_output=True)
+    asked = [
+        "fuzz",
+        "naive",
+        "--cases",
+        "50",
+        "--seed",
+        "1",
+        "--property",
+        "oracle",
+        "--property",
+        "repeat",
+        "--device",
+        "cpu",
+    ]
+    subprocess.run(
+        [sys.executable, "-m", "verify", *asked, "--out", "whole"],
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+    )
     struck = strike(str(tmp_path), [*asked, "--out", "killed"], 2, 2.0, random.Random(2))  # noqa: S311 - no secret
     assert judged(tmp_path / "killed") == judged(tmp_path / "whole")
     assert struck
@@ -63,7 +98,9 @@ def test_two_runs_in_one_folder_write_files_of_their_own(tmp_path: Path) -> None
     assert sorted(r.case for r in read(tmp_path)) == ["a", "b", "c"]
     assert done(tmp_path)[0]["k", "oracle"] == {(7, case, "held"): 1 for case in "abc"}
     two.append(Record("k", "oracle", "", "ended", seed=2, seconds=3.0))
-    assert done(tmp_path)[1] == {("k", "oracle", 2): 3.0}  # of the other run, seed 1, this property has not ended
+    assert done(tmp_path)[1] == {
+        ("k", "oracle", 2): 3.0
+    }  # of the other run, seed 1, this property has not ended
     with pytest.raises(VerifyError, match="still going on"):
         interrupted(tmp_path)
     two.ended()

@@ -1,4 +1,6 @@
-"""The cases that are drawn: every pair of options that a kernel takes, lengths around its tiles, a corpus that is tried first."""
+"""The cases that are drawn: every pair of options that a kernel takes, lengths around its tiles, a
+corpus that is tried first.
+"""
 
 from __future__ import annotations
 
@@ -45,9 +47,14 @@ def test_drawn_cases_reach_nearly_all_pairs_and_every_level() -> None:
 
 
 def test_a_kernel_with_buckets_is_drawn_in_their_shapes() -> None:
-    """FlexAttention's: a head dim and a number of heads for each dtype, never a batch of 1, and all else as ever."""
+    """FlexAttention's: a head dim and a number of heads for each dtype, never a batch of 1, and all
+    else as ever.
+    """
     drawn = _drawn(replace(control("tiles of 64 x 64"), bucket=bucket), 100)
-    shapes = {(p.dtype, p.dim_qk, p.dim_v, p.heads_q, p.heads_kv) for p in (case.problem for case in drawn)}
+    shapes = {
+        (p.dtype, p.dim_qk, p.dim_v, p.heads_q, p.heads_kv)
+        for p in (case.problem for case in drawn)
+    }
     assert shapes == {(dtype, dim, dim, *heads) for dtype, (dim, *heads) in SHAPES.items()}
     assert {case.problem.batch for case in drawn} == {2, 3}
     assert len({case.problem.mask for case in drawn}) > 20
@@ -57,8 +64,14 @@ def _drawn(kernel: Kernel, number: int) -> list[Case]:
     found: list[Case] = []
 
     @seeded(1)
-    @settings(max_examples=number, database=None, deadline=None, phases=[Phase.generate], backend="attention-verify",
-              suppress_health_check=list(HealthCheck))  # fmt: skip
+    @settings(
+        max_examples=number,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate],
+        backend="attention-verify",
+        suppress_health_check=list(HealthCheck),
+    )
     @given(cases(kernel, "cpu"))
     def draw(case: Case) -> None:
         found.append(case)
@@ -69,25 +82,47 @@ def _drawn(kernel: Kernel, number: int) -> list[Case]:
 
 def test_a_pair_is_covered_by_a_case_that_has_both() -> None:
     kernel = find("naive")[0]
-    case = Case.parse("b2.h4:2.q5.k9.d8.fp16.window(2,0).as_bool.bias=hqk.softcap=1.0/normal#0@q=bshd")
+    case = Case.parse(
+        "b2.h4:2.q5.k9.d8.fp16.window(2,0).as_bool.bias=hqk.softcap=1.0/normal#0@q=bshd"
+    )
     assert coverage(kernel, "cpu", []) == (0, coverage(kernel, "cpu", [case])[1])
     assert coverage(kernel, "cpu", [case])[0] == len(list(combinations(levels(case), 2)))
 
 
 def test_the_corpus_is_tried_first_and_keeps_what_fails(tmp_path: Path) -> None:
     path, law = tmp_path / "corpus.tsv", PROPERTIES["one-hot"]
-    first = hunt(mutant("one key too many"), law, "cpu", budget=Budget(judged=100), seed=1, corpus=Corpus(path))
+    first = hunt(
+        mutant("one key too many"),
+        law,
+        "cpu",
+        budget=Budget(judged=100),
+        seed=1,
+        corpus=Corpus(path),
+    )
     assert first.finding is not None
     assert Corpus(path).cases("one-key-too-many", "one-hot") == [first.finding[0]]
     assert Corpus(path).cases("one-key-too-many", "ones") == []
     records: list[Record] = []
     again = hunt(
-        mutant("one key too many"), law, "cpu", budget=Budget(judged=100), seed=2, corpus=Corpus(path), record=records.append
+        mutant("one key too many"),
+        law,
+        "cpu",
+        budget=Budget(judged=100),
+        seed=2,
+        corpus=Corpus(path),
+        record=records.append,
     )
     assert again.judged == 0
     assert records[0].case == str(first.finding[0])
-    known = Kernel("known", mutant("one key too many").fn, control("FP8").takes, known=(Known("off", lambda p, device: True),))
+    known = Kernel(
+        "known",
+        mutant("one key too many").fn,
+        control("FP8").takes,
+        known=(Known("off", lambda p, device: True),),
+    )
     hunt(known, law, "cpu", budget=Budget(judged=3), seed=1, corpus=Corpus(path))
-    assert len(Corpus(path).cases("known", "one-hot")) == 1  # what shows a known defect is of interest, too
+    assert (
+        len(Corpus(path).cases("known", "one-hot")) == 1
+    )  # what shows a known defect is of interest, too
     path.write_text(path.read_text() + "one-key-too-many\tone-hot\tof another version\n")
     assert len(Corpus(path).cases("one-key-too-many", "one-hot")) == 1

@@ -1,4 +1,6 @@
-"""What a kernel does not say is found out: every arithmetic that is planted is identified from its outputs alone."""
+"""What a kernel does not say is found out: every arithmetic that is planted is identified from its
+outputs alone.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +25,16 @@ PLANTED = (
 @pytest.mark.parametrize("planted", PLANTED, ids=str)
 def test_a_planted_arithmetic_is_found(planted: Arithmetic) -> None:
     def mine(q, k, v, *, scale: float, problem: Problem):
-        return emulate(problem, Inputs(q, k, v, q.new_zeros(problem.shapes["out"])), planted).out.to(TORCH_DTYPES[problem.dtype])
+        return emulate(
+            problem, Inputs(q, k, v, q.new_zeros(problem.shapes["out"])), planted
+        ).out.to(TORCH_DTYPES[problem.dtype])
 
-    kernel = Kernel("mine", mine, frozenset({"scale", "problem"}), declared=lambda problem, device: forward_only(problem))
+    kernel = Kernel(
+        "mine",
+        mine,
+        frozenset({"scale", "problem"}),
+        declared=lambda problem, device: forward_only(problem),
+    )
     identity = identify(kernel, "cpu")
     assert identity.arithmetic == planted
     assert set(identity.unasked) >= {"dscores", "delta", "spill"}
@@ -40,8 +49,17 @@ def test_the_tile_is_seen() -> None:
         inputs = Inputs(q, k, v, q.new_zeros(problem.shapes["out"]))
         return emulate(problem, inputs, Arithmetic(tile=48)).out.to(TORCH_DTYPES[problem.dtype])
 
-    kernel = Kernel("mine", mine, frozenset({"scale", "problem"}), declared=lambda problem, device: forward_only(problem))
-    seen = {a.field: a.found for a in identify(kernel, "cpu").answers if a.certain and a.field in OBSERVED}
+    kernel = Kernel(
+        "mine",
+        mine,
+        frozenset({"scale", "problem"}),
+        declared=lambda problem, device: forward_only(problem),
+    )
+    seen = {
+        a.field: a.found
+        for a in identify(kernel, "cpu").answers
+        if a.certain and a.field in OBSERVED
+    }
     assert seen == {"tile": 48, "splits": 1}
 
 

@@ -1,4 +1,6 @@
-"""The bundled FlashAttention-2 beyond what the matrix draws: strides, many conjuncts, errors, BF16 in the interpreter."""
+"""The bundled FlashAttention-2 beyond what the matrix draws: strides, many conjuncts, errors, BF16
+in the interpreter.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +31,8 @@ pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 import triton
 import triton.language as tl
 
-from verify.kernels.triton import fa2
+from verify.kernels.triton import fa2, launch
 from verify.kernels.triton import fa2_backward as backward
-from verify.kernels.triton import launch
 from verify.kernels.triton.tiles import INTERPRET
 
 DEVICE = "cpu" if INTERPRET else "cuda"
@@ -62,7 +63,9 @@ def attend(case: Case, x: Inputs) -> tuple[Tensor, ...]:
     return out, lse, *torch.autograd.grad(out, wanted, x.do)
 
 
-@pytest.mark.parametrize("bias", ["", ".bias=hqk"])  # without one all goes through TMA, else through pointers
+@pytest.mark.parametrize(
+    "bias", ["", ".bias=hqk"]
+)  # without one all goes through TMA, else through pointers
 @pytest.mark.parametrize("layout", [transposed, sliced, expanded])
 @pytest.mark.parametrize("name", ["q", "k", "v", "do", "bias"])
 def test_strides_change_no_bit(layout: Callable[[Tensor], Tensor], name: str, bias: str) -> None:
@@ -76,20 +79,33 @@ def test_strides_change_no_bit(layout: Callable[[Tensor], Tensor], name: str, bi
 
 
 @pytest.mark.parametrize(
-    "mask", ["causal_lower_right", "window(9,4)", "blocks(20,3,40)&padding(70,0)", "prefix_lm(50)", "dense(97,1)"]
+    "mask",
+    [
+        "causal_lower_right",
+        "window(9,4)",
+        "blocks(20,3,40)&padding(70,0)",
+        "prefix_lm(50)",
+        "dense(97,1)",
+    ],
 )
 @pytest.mark.parametrize("by_keys", [False, True])
 def test_no_block_is_skipped_that_is_seen(mask: str, *, by_keys: bool) -> None:
-    """A walk leaves out only what is hidden, and only what is visible to all its rows passes as wholly visible."""
+    """A walk leaves out only what is hidden, and only what is visible to all its rows passes as
+    wholly visible.
+    """
     len_q, len_k, tile = 75, 110, (16, 32)
-    table = launch.plan(Mask.parse(mask), 2, len_q, len_k, tile, torch.device("cpu"), by_keys=by_keys)
+    table = launch.plan(
+        Mask.parse(mask), 2, len_q, len_k, tile, torch.device("cpu"), by_keys=by_keys
+    )
     for entry, rows in enumerate(table.tolist()):
         for block, (low, full_low, full_high, high) in enumerate(rows):
             assert low <= full_low <= full_high <= high
             for other in range(-(-(len_q if by_keys else len_k) // tile[not by_keys])):
                 first, second = (other, block) if by_keys else (block, other)
                 seen = [
-                    Mask.parse(mask).sees(q, k, len_q, len_k, batch=2, entry=entry) if k < len_k else False
+                    Mask.parse(mask).sees(q, k, len_q, len_k, batch=2, entry=entry)
+                    if k < len_k
+                    else False
                     for q in range(first * tile[0], min(first * tile[0] + tile[0], len_q))
                     for k in range(second * tile[1], second * tile[1] + tile[1])
                 ]
@@ -98,13 +114,20 @@ def test_no_block_is_skipped_that_is_seen(mask: str, *, by_keys: bool) -> None:
 
 
 def test_a_rule_that_hides_nothing_changes_no_bit() -> None:
-    """Where nothing is hidden another kernel is compiled; at head dim 128 from the same sizes of tiles."""
-    rule, none = (Case.parse(f"b1.h2:1.q40.k128.d128.fp16.{mask}.grads/normal#2") for mask in ("window(-1,-1)", "full"))
+    """Where nothing is hidden another kernel is compiled; at head dim 128 from the same sizes of
+    tiles.
+    """
+    rule, none = (
+        Case.parse(f"b1.h2:1.q40.k128.d128.fp16.{mask}.grads/normal#2")
+        for mask in ("window(-1,-1)", "full")
+    )
     x = none.inputs(DEVICE)
     assert all(torch.equal(a, b) for a, b in zip(attend(rule, x), attend(none, x), strict=True))
 
 
-def test_five_hundred_problems_compile_fewer_than_forty_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_five_hundred_problems_compile_fewer_than_forty_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Counted by what distinguishes compiled kernels, without a launch."""
     kernel, problems, compiled = REGISTRY["triton-fa2"], list[Case](), set[tuple[object, ...]]()
 
@@ -118,7 +141,13 @@ def test_five_hundred_problems_compile_fewer_than_forty_kernels(monkeypatch: pyt
     monkeypatch.setattr(backward, "_rows", collections.defaultdict(lambda: lambda **_: None))
 
     @seed(1)
-    @settings(max_examples=500, deadline=None, database=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
+    @settings(
+        max_examples=500,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate],
+    )
     @given(st.one_of(cases(kernel, DEVICE), cases(kernel, DEVICE, grads=True)))
     def draw(case: Case) -> None:
         if kernel.unsupported(case.problem, DEVICE) is None:
@@ -131,32 +160,58 @@ def test_five_hundred_problems_compile_fewer_than_forty_kernels(monkeypatch: pyt
 
 
 def test_every_kernel_compiles_for_hopper() -> None:
-    """Without a GPU; and none has its products serialised by the assembler, but FP8's where more than a rule changes a score."""
+    """Without a GPU; and none has its products serialised by the assembler, but FP8's where more
+    than a rule changes a score.
+    """
     said = subprocess.run(
-        [sys.executable, "-m", "verify.studies.hopper_compile"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "verify.studies.hopper_compile"],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     lines = [line.split("│") for line in said.splitlines() if line.startswith("│")]
     passes = {line[4].strip() for line in lines}
-    assert passes == {"forward", "keys", "dk", "dv", "rows", "fp8_forward", "fp8_largest", "fp8_narrow"}
-    assert {(line[4].strip(), line[3].strip()) for line in lines if line[8].strip()} <= {("fp8_forward", "general")}
+    assert passes == {
+        "forward",
+        "keys",
+        "dk",
+        "dv",
+        "rows",
+        "fp8_forward",
+        "fp8_largest",
+        "fp8_narrow",
+    }
+    assert {(line[4].strip(), line[3].strip()) for line in lines if line[8].strip()} <= {
+        ("fp8_forward", "general")
+    }
 
 
 @pytest.mark.skipif(INTERPRET, reason="needs a GPU: nothing is compiled for the interpreter")
 def test_one_kernel_serves_all_problems_of_a_size() -> None:
-    """Masks, options, lengths, dims, strides and pointers compile nothing anew: three kinds of three passes, and dO * out."""
+    """Masks, options, lengths, dims, strides and pointers compile nothing anew: three kinds of
+    three passes, and dO * out.
+    """
     functions = (fa2._forward, backward._rows, backward._by_keys, backward._by_rows)
 
     def compiled() -> int:
-        return sum(len(cache[0]) for function in functions for cache in function.device_caches.values())
+        return sum(
+            len(cache[0]) for function in functions for cache in function.device_caches.values()
+        )
 
     before = compiled()
     for n, mask in enumerate(
-        ("full", "causal_upper_left", "window(3,5)&padding(9,64)", "blocks(1,2,30)", "prefix_lm(7)", "dense(50,1)")
+        (
+            "full",
+            "causal_upper_left",
+            "window(3,5)&padding(9,64)",
+            "blocks(1,2,30)",
+            "prefix_lm(7)",
+            "dense(50,1)",
+        )
     ):
         for option in ("", ".bias=hqk", ".bias=alibi", ".softcap=20.0", ".scale=-1.0"):
-            case = Case.parse(
-                f"b2.h4:{2 ** (n % 3)}.q{n + 16 * n}.k{64 + n}.d{1 + 13 * (n % 4)}:64.fp16.{mask}{option}.grads/normal#{n}"
-            )
+            shape = f"b2.h4:{2 ** (n % 3)}.q{n + 16 * n}.k{64 + n}.d{1 + 13 * (n % 4)}:64"
+            case = Case.parse(f"{shape}.fp16.{mask}{option}.grads/normal#{n}")
             call(REGISTRY["triton-fa2"], case.problem, case.inputs(DEVICE))
     assert compiled() - before <= 10
 
@@ -188,7 +243,11 @@ def test_conjunctions_of_many_rules(mask: str, dtype: str) -> None:
 
 
 def tensors(**changes: Tensor) -> dict[str, Tensor]:
-    made = {"q": torch.zeros(1, 6, 3, 8), "k": torch.zeros(1, 2, 5, 8), "v": torch.zeros(1, 2, 5, 8)} | changes
+    made = {
+        "q": torch.zeros(1, 6, 3, 8),
+        "k": torch.zeros(1, 2, 5, 8),
+        "v": torch.zeros(1, 2, 5, 8),
+    } | changes
     return {name: t.to(DEVICE) for name, t in made.items()}
 
 
@@ -196,15 +255,30 @@ def tensors(**changes: Tensor) -> dict[str, Tensor]:
     ("changes", "said"),
     [
         ({"q": torch.zeros(6, 3, 8)}, r"q.shape=\[6, 3, 8\]: 4 dimensions, not 3"),
-        ({"k": torch.zeros(1, 4, 5, 8), "v": torch.zeros(1, 4, 5, 8)}, "heads_q=6, heads_kv=4: heads_q must be a multiple"),
-        ({"v": torch.zeros(1, 2, 4, 8)}, r"k.shape=\[1, 2, 5, 8\]: \[1, 2, 4, 8\]"),
-        ({"k": torch.zeros(1, 2, 5, 8, dtype=torch.float16)}, "k.dtype=torch.float16: torch.float32"),
-        ({"q": torch.zeros(1, 6, 3, 300), "k": torch.zeros(1, 2, 5, 300)}, "dim_qk=300, dim_v=8: at most 256"),
         (
-            {n: torch.zeros(s, dtype=torch.int32) for n, s in {"q": (1, 6, 3, 8), "k": (1, 2, 5, 8), "v": (1, 2, 5, 8)}.items()},
+            {"k": torch.zeros(1, 4, 5, 8), "v": torch.zeros(1, 4, 5, 8)},
+            "heads_q=6, heads_kv=4: heads_q must be a multiple",
+        ),
+        ({"v": torch.zeros(1, 2, 4, 8)}, r"k.shape=\[1, 2, 5, 8\]: \[1, 2, 4, 8\]"),
+        (
+            {"k": torch.zeros(1, 2, 5, 8, dtype=torch.float16)},
+            "k.dtype=torch.float16: torch.float32",
+        ),
+        (
+            {"q": torch.zeros(1, 6, 3, 300), "k": torch.zeros(1, 2, 5, 300)},
+            "dim_qk=300, dim_v=8: at most 256",
+        ),
+        (
+            {
+                n: torch.zeros(s, dtype=torch.int32)
+                for n, s in {"q": (1, 6, 3, 8), "k": (1, 2, 5, 8), "v": (1, 2, 5, 8)}.items()
+            },
             "int32",
         ),
-        ({"mask": torch.zeros(1, 1, 3, 4, dtype=torch.bool)}, r"mask.shape=\[1, 1, 3, 4\]: \[1, 6, 3, 5\], or 1"),
+        (
+            {"mask": torch.zeros(1, 1, 3, 4, dtype=torch.bool)},
+            r"mask.shape=\[1, 1, 3, 4\]: \[1, 6, 3, 5\], or 1",
+        ),
         ({"mask": torch.zeros(1, 1, 3, 5)}, "mask.dtype=torch.float32: torch.bool"),
         ({"slopes": torch.zeros(2)}, r"slopes.shape=\[2\]: \[6\]"),
     ],
@@ -227,18 +301,24 @@ def product(x, y, out, N: tl.constexpr):
     tl.store(out + at, tl.dot(tl.load(x + at), tl.load(y + at)))
 
 
-@pytest.mark.skipif(not INTERPRET, reason="only Triton's interpreter is wrong, and it is off where there is a GPU")
+@pytest.mark.skipif(
+    not INTERPRET, reason="only Triton's interpreter is wrong, and it is off where there is a GPU"
+)
 def test_the_interpreters_bf16_dot_is_still_wrong() -> None:
-    """When this fails, Triton has mended it (wrong in 3.6 to 3.9): take the BF16 detours out of kernels/triton/fa2.py."""
+    """When this fails, Triton has mended it (wrong in 3.6 to 3.9): take the BF16 detours out of
+    kernels/triton/fa2.py.
+    """
     ones, out = torch.ones(16, 16, dtype=torch.bfloat16), torch.zeros(16, 16)
     product[(1,)](ones, ones, out, 16)
     assert not bool((out == 16).all())
 
 
 def test_the_lse_has_a_gradient() -> None:
-    """d lse_i / d bias_ij = p_ij = exp(s_ij - lse_i), here of scores 0; linear in the cotangent (powers of two are exact).
+    """d lse_i / d bias_ij = p_ij = exp(s_ij - lse_i), here of scores 0; linear in the cotangent
+    (powers of two are exact).
 
-    p is off by the exponential and by two roundings of lse log2(e), the constant's and the product's.
+    p is off by the exponential and by two roundings of lse log2(e), the constant's and the
+    product's.
     """
     q, k = torch.zeros(1, 2, 10, 16, device=DEVICE), torch.ones(1, 1, 32, 16, device=DEVICE)
     bias = torch.zeros(1, 2, 10, 32, requires_grad=True, device=DEVICE)

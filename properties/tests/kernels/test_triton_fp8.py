@@ -1,4 +1,6 @@
-"""The bundled FP8 attention beyond what the matrix draws: its quantisation, its scales, what must not leak into them."""
+"""The bundled FP8 attention beyond what the matrix draws: its quantisation, its scales, what must
+not leak into them.
+"""
 
 from __future__ import annotations
 
@@ -59,17 +61,24 @@ def _convert(x, narrow, back, N: tl.constexpr, INTERPRET: tl.constexpr):
 
 @pytest.mark.parametrize("fmt", ["e4m3", "e5m2"])
 def test_eight_bits_are_rounded_to_nearest_even_and_saturate(fmt: str) -> None:
-    """Every value of the format, every midpoint between two, their neighbours, what is too large, NaN."""
+    """Every value of the format, every midpoint between two, their neighbours, what is too large,
+    NaN.
+    """
     kind = formats.EIGHT_BITS[fmt]
     every = torch.arange(256, dtype=torch.uint8).view(kind).double()
     every = every[every.isfinite()].unique()
     between = (every[1:] + every[:-1]) / 2
-    x = torch.cat([every, between, between * (1 + 2**-20), between * (1 - 2**-20), 4 * every]).float()
+    x = torch.cat(
+        [every, between, between * (1 + 2**-20), between * (1 - 2**-20), 4 * every]
+    ).float()
     x = torch.nn.functional.pad(x, (0, 2048 - x.numel()), value=torch.nan).to(DEVICE)
     narrow, back = torch.empty(2048, dtype=kind, device=DEVICE), torch.empty(2048, device=DEVICE)
     _convert[(1,)](x, narrow, back, 2048, INTERPRET)
     want = formats.rounded(x.double(), fmt)
-    assert torch.equal(torch.where(x.isnan(), torch.nan, want).nan_to_num(nan=-1.0), back.double().nan_to_num(nan=-1.0))
+    assert torch.equal(
+        torch.where(x.isnan(), torch.nan, want).nan_to_num(nan=-1.0),
+        back.double().nan_to_num(nan=-1.0),
+    )
 
 
 def by_rows(x: Quantised, name: str, length: int) -> torch.Tensor:
@@ -77,7 +86,11 @@ def by_rows(x: Quantised, name: str, length: int) -> torch.Tensor:
     if name == "v":
         return x.v[..., :length].mT.double() * x.v_scale[:, :, None].double()
     scale = getattr(x, f"{name}_scale").double()
-    scale = scale.repeat_interleave(ROWS, 2)[:, :, :length] if name == "k" and scale.shape[2] > 1 else scale
+    scale = (
+        scale.repeat_interleave(ROWS, 2)[:, :, :length]
+        if name == "k" and scale.shape[2] > 1
+        else scale
+    )
     return getattr(x, name).double() * scale[..., None]
 
 
@@ -91,10 +104,16 @@ def by_rows(x: Quantised, name: str, length: int) -> torch.Tensor:
     ],
 )
 def test_operands_are_what_was_declared(case: str, how: Quantisation) -> None:
-    """Centred and turned, each is as near as its format allows; and on the whole as near as the declared rounding brings it."""
+    """Centred and turned, each is as near as its format allows; and on the whole as near as the
+    declared rounding brings it.
+    """
     parsed = Case.parse(case)
     (x, _, operands), p = made(parsed, how), parsed.problem
-    exact, declared, seen = x.exact(DEVICE), formats.dequantised(p, x, how), seen_keys(p, x.q.device)
+    exact, declared, seen = (
+        x.exact(DEVICE),
+        formats.dequantised(p, x, how),
+        seen_keys(p, x.q.device),
+    )
     for name in ("q", "k", "v"):
         t, was = getattr(exact, name), getattr(declared, name)
         if name != "q":
@@ -107,7 +126,11 @@ def test_operands_are_what_was_declared(case: str, how: Quantisation) -> None:
         if name == "v" and how.values == "columns":
             limit = narrowed(t.abs().mT, how.format, 1).mT
         else:
-            limit = narrowed((t @ turn).abs(), how.format, 0 if name == "v" and how.values == "head" else how.rows)
+            limit = narrowed(
+                (t @ turn).abs(),
+                how.format,
+                0 if name == "v" and how.values == "head" else how.rows,
+            )
         if name == "q" and how.fitted:
             limit = limit + FIT * ((t @ turn).abs() + limit)
         assert bool(((left - t @ turn).abs() <= limit).all()), name
@@ -122,11 +145,17 @@ def test_operands_are_what_was_declared(case: str, how: Quantisation) -> None:
 @pytest.mark.parametrize("how", [fp8.BEST, ALL["fitted"], CHOICES["fp8-e5m2"]], ids=str)
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_a_fitted_row_has_the_length_of_its_shadow(how: Quantisation, dtype: str) -> None:
-    """q^ . q = q . q wherever no limit is in the way, and a factor of 2 in Q is one in its scales, to the bit. Rows of 0 stay."""
+    """q^ . q = q . q wherever no limit is in the way, and a factor of 2 in Q is one in its scales,
+    to the bit. Rows of 0 stay.
+    """
     case = Case.parse(f"b1.h2.q150.k40.d128.{dtype}.full/outliers(0.01,10)#2")
     x, launch, operands = made(case, how)
     q = x.q.double()
-    turn = rotation(128).to(DEVICE) / 128**0.5 if how.rotated else torch.eye(128, dtype=torch.float64, device=DEVICE)
+    turn = (
+        rotation(128).to(DEVICE) / 128**0.5
+        if how.rotated
+        else torch.eye(128, dtype=torch.float64, device=DEVICE)
+    )
     left = by_rows(operands, "q", 150) @ turn.T
     unfitted = quantise(x.q, x.k, x.v, replace(how, fitted=False), launch.dim, None)
     factor = operands.q_scale.double() / unfitted.q_scale.double()
@@ -145,12 +174,21 @@ def test_a_fitted_row_has_the_length_of_its_shadow(how: Quantisation, dtype: str
 
 
 def test_what_rounding_took_from_v_is_given_back_on_average() -> None:
-    """A query of zeros that sees all keys that count gives their mean, to FP32 and the store of the output."""
+    """A query of zeros that sees all keys that count gives their mean, to FP32 and the store of the
+    output.
+    """
     case = Case.parse("b2.h4:2.q70.k300.d72:40.fp16.padding(300,37)/outliers(0.01,10)#1")
     x, p = case.inputs(DEVICE), case.problem
     out, _ = fp8.attention(torch.zeros_like(x.q), x.k, x.v, mask=p.mask, scale=1.0)
-    exact = key_mean(x.v, seen_keys(p, x.q.device)).repeat_interleave(2, 1).expand(out.shape).double()
-    assert bool(((out.double() - exact).abs() <= UNIT["fp16"] * exact.abs() + 300 * UNIT["fp32"] * x.v.abs().max()).all())
+    exact = (
+        key_mean(x.v, seen_keys(p, x.q.device)).repeat_interleave(2, 1).expand(out.shape).double()
+    )
+    assert bool(
+        (
+            (out.double() - exact).abs()
+            <= UNIT["fp16"] * exact.abs() + 300 * UNIT["fp32"] * x.v.abs().max()
+        ).all()
+    )
 
 
 RECIPES = ("normal", "outliers(0.001,10)", "sink", "one_sign", "uniform")
@@ -159,15 +197,27 @@ RECIPES = ("normal", "outliers(0.001,10)", "sink", "one_sign", "uniform")
 @pytest.mark.parametrize("how", ALL.values(), ids=ALL)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_arithmetic_is_as_exact_as_declared(how: Quantisation, recipe: str) -> None:
-    """Against exact attention of the dequantised operands: within the bound of the arithmetic without its quantisation."""
+    """Against exact attention of the dequantised operands: within the bound of the arithmetic
+    without its quantisation.
+    """
     case = Case.parse(f"b1.h2.q128.k300.d64.bf16.full/{recipe}#5")
     x = case.inputs(DEVICE)
     left = formats.dequantised(case.problem, x, how)
-    kernel = Kernel("choice", lambda q, k, v, *, scale: fp8.attention(q, k, v, scale=scale, how=how), frozenset({"scale"}))
+    kernel = Kernel(
+        "choice",
+        lambda q, k, v, *, scale: fp8.attention(q, k, v, scale=scale, how=how),
+        frozenset({"scale"}),
+    )
     exact = float64.exact(case.problem, left)
     arithmetic = replace(fp8.arithmetic(how)(case.problem, DEVICE), quantised=None)
     limits = allowance(case.problem, left, exact, float64.blocks(case.problem, left), arithmetic)
-    compare("out", call(kernel, case.problem, x).out, exact.out, limits["out"], against="exact attention of the operands")
+    compare(
+        "out",
+        call(kernel, case.problem, x).out,
+        exact.out,
+        limits["out"],
+        against="exact attention of the operands",
+    )
 
 
 @pytest.mark.parametrize("how", ALL.values(), ids=ALL)
@@ -175,13 +225,17 @@ def test_v_of_ones_gives_ones_to_the_rounding_of_p(how: Quantisation) -> None:
     """Exactly where V is centred: nothing of it is left to be weighted."""
     case = Case.parse("b1.h2.q40.k200.d64.bf16.padding(130)/normal(3)#1")
     x, p = case.inputs(DEVICE), case.problem
-    out, _ = fp8.attention(x.q, x.k, torch.ones_like(x.v), mask=p.mask, scale=p.softmax_scale, how=how)
+    out, _ = fp8.attention(
+        x.q, x.k, torch.ones_like(x.v), mask=p.mask, scale=p.softmax_scale, how=how
+    )
     off = 0.0 if how.centred else UNIT[how.format] + UNIT["bf16"]
     assert bool(((out.double() - 1).abs() <= off).all())
 
 
 def test_a_query_of_zeros_gives_the_mean_of_what_it_sees() -> None:
-    """P is 1 for every visible key, and V's small integers are exact in e4m3, as is their sum: it shows which keys were seen."""
+    """P is 1 for every visible key, and V's small integers are exact in e4m3, as is their sum: it
+    shows which keys were seen.
+    """
     case = Case.parse("b2.h2.q70.k200.d64.bf16.causal_lower_right&padding(180,3)/normal#1")
     x, p = case.inputs(DEVICE), case.problem
     v = torch.randint(-7, 8, x.v.shape, generator=torch.Generator().manual_seed(1)).to(x.v)
@@ -210,15 +264,23 @@ def test_descales_enter_once() -> None:
 
 @pytest.mark.parametrize("value", [1e30, float("inf"), float("nan")])
 @pytest.mark.parametrize("how", ALL.values(), ids=ALL)
-def test_what_no_query_sees_reaches_neither_scales_nor_means(how: Quantisation, value: float) -> None:
-    """Through padding: as a rule, as booleans, as a bias of -inf. What some other query sees may move a scale: it is declared."""
+def test_what_no_query_sees_reaches_neither_scales_nor_means(
+    how: Quantisation, value: float
+) -> None:
+    """Through padding: as a rule, as booleans, as a bias of -inf. What some other query sees may
+    move a scale: it is declared.
+    """
     case = Case.parse("b2.h2.q70.k150.d64.bf16.padding(100,37)/normal#1")
     x, p = case.inputs(DEVICE), case.problem
     seen = seen_keys(p, x.q.device)
     k, v = (t.masked_fill(~seen, value) for t in (x.k, x.v))
-    hidden = torch.zeros(2, 1, 70, 150, dtype=x.q.dtype, device=DEVICE).masked_fill(~seen.mT, -torch.inf)
+    hidden = torch.zeros(2, 1, 70, 150, dtype=x.q.dtype, device=DEVICE).masked_fill(
+        ~seen.mT, -torch.inf
+    )
     for handed in ({"mask": p.mask}, {"mask": seen.mT.expand(2, 1, 70, 150)}, {"bias": hidden}):
-        clean, dirty = (fp8.attention(x.q, *kv, scale=0.1, how=how, **handed) for kv in ((x.k, x.v), (k, v)))
+        clean, dirty = (
+            fp8.attention(x.q, *kv, scale=0.1, how=how, **handed) for kv in ((x.k, x.v), (k, v))
+        )
         assert torch.equal(clean[0], dirty[0])
         assert torch.equal(clean[1], dirty[1])
         assert bool(clean[0].isfinite().all())

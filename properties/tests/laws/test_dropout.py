@@ -1,4 +1,6 @@
-"""The law of dropout holds for kernels that drop as they should, and every way of dropping wrongly is found."""
+"""The law of dropout holds for kernels that drop as they should, and every way of dropping wrongly
+is found.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,11 @@ def times(p: Tensor, v: Tensor) -> Tensor:
 
 def bernoulli(p: Tensor, keep: float, generator: torch.Generator | None = None) -> Tensor:
     """What is kept; without dropout torch's random state is left alone."""
-    return torch.bernoulli(torch.full(p.shape, keep, dtype=p.dtype), generator=generator) if keep < 1 else torch.ones_like(p)
+    return (
+        torch.bernoulli(torch.full(p.shape, keep, dtype=p.dtype), generator=generator)
+        if keep < 1
+        else torch.ones_like(p)
+    )
 
 
 def right(p: Tensor, v: Tensor, rate: float) -> Tensor:
@@ -88,12 +94,18 @@ def drops_always(p: Tensor, v: Tensor, rate: float) -> Tensor:
 def subject(drop: Callable[[Tensor, Tensor, float], Tensor]) -> Kernel:
     """A kernel that drops in this way: (P [B,H,Q,K], V [B,Hk,K,Dv], p) -> out [B,H,Q,Dv]."""
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None, dropout: float) -> Tensor:
+    def attention(
+        q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None, dropout: float
+    ) -> Tensor:
         p = weights(q.float(), k.float(), scale=scale, mask=mask)
         return drop(p, v.float(), dropout).to(q.dtype)
 
-    arithmetic = Arithmetic(probs="fp32", dscores="fp32", normalized_probs=True, delta="probs", group_sum="input")
-    return Kernel(drop.__name__, attention, frozenset({"scale", "mask", "dropout"}), arithmetic, _has_keys)
+    arithmetic = Arithmetic(
+        probs="fp32", dscores="fp32", normalized_probs=True, delta="probs", group_sum="input"
+    )
+    return Kernel(
+        drop.__name__, attention, frozenset({"scale", "mask", "dropout"}), arithmetic, _has_keys
+    )
 
 
 def _has_keys(problem: Problem, device: str) -> str | None:
@@ -135,7 +147,9 @@ def test_the_right_kernel_is_not_flagged() -> None:
     ids=lambda value: getattr(value, "__name__", ""),
 )
 @pytest.mark.parametrize("seed", [1, 2])
-def test_dropping_wrongly_is_found(drop: Callable[[Tensor, Tensor, float], Tensor], said: str, seed: int) -> None:
+def test_dropping_wrongly_is_found(
+    drop: Callable[[Tensor, Tensor, float], Tensor], said: str, seed: int
+) -> None:
     result = judged(subject(drop), 60, seed)
     assert result.finding is not None
     assert said in result.finding[1].sentence
@@ -147,10 +161,16 @@ def test_a_kernel_without_dropout_is_not_judged() -> None:
 
 
 def test_masks_are_not_called_dependent_for_their_rate() -> None:
-    """FlashAttention compares 8 random bits and keeps 230 / 256 at p = 0.1, not 0.9: that two calls depend does not follow."""
+    """FlashAttention compares 8 random bits and keeps 230 / 256 at p = 0.1, not 0.9: that two calls
+    depend does not follow.
+    """
     generator = torch.Generator().manual_seed(5)
-    one, two = (bernoulli(torch.ones(1, 1, 2000, 2000), 230 / 256, generator).bool() for _ in range(2))
-    seen = law._Weights(0.1, torch.ones(one.shape), torch.zeros(one.shape), torch.ones_like(one), one)
+    one, two = (
+        bernoulli(torch.ones(1, 1, 2000, 2000), 230 / 256, generator).bool() for _ in range(2)
+    )
+    seen = law._Weights(
+        0.1, torch.ones(one.shape), torch.zeros(one.shape), torch.ones_like(one), one
+    )
     law._calls_differ(seen, two)
     with pytest.raises(Finding, match="weights are kept"):
         law._kept_as_often(seen)

@@ -19,7 +19,9 @@ from verify.spec.masks import KINDS
 
 
 def differences(case: Case, inputs: Inputs) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """For each tensor: |float64 oracle - mpmath oracle| and the proved bound of any float64 evaluation."""
+    """For each tensor: |float64 oracle - mpmath oracle| and the proved bound of any float64
+    evaluation.
+    """
     found, true = float64.exact(case.problem, inputs), mpmath_oracle.exact(case.problem, inputs)
     limits = oracle_limit(case.problem, inputs)
     pairs = {}
@@ -34,14 +36,20 @@ def differences(case: Case, inputs: Inputs) -> dict[str, tuple[torch.Tensor, tor
 @settings(max_examples=12, deadline=None, derandomize=True, database=None)
 @given(data=st.data())
 def test_certificate(kind: str, data: st.DataObject) -> None:
-    """mpmath at 50 digits bounds the float64 oracle's error: within the bound that judges kernels, at FP64's unit roundoff."""
+    """mpmath at 50 digits bounds the float64 oracle's error: within the bound that judges kernels,
+    at FP64's unit roundoff.
+    """
     case = data.draw(small_cases(kind))
     for name, (error, limit) in differences(case, case.inputs()).items():
-        assert bool((error <= limit).all()), f"{name} of {case}: {error.max():.1e} > {limit.max():.1e}"
+        assert bool((error <= limit).all()), (
+            f"{name} of {case}: {error.max():.1e} > {limit.max():.1e}"
+        )
 
 
 def test_the_certificate_is_sharp() -> None:
-    """Were the float64 oracle off by a thousandth of an FP32 roundoff, the certificate would say so."""
+    """Were the float64 oracle off by a thousandth of an FP32 roundoff, the certificate would say
+    so.
+    """
     case = Case.parse("b1.h2.q5.k6.d4.fp32.causal_lower_right.grads/normal#1")
     wrong = 1 + UNIT["fp32"] / 1000
     for name, (_, limit) in differences(case, case.inputs()).items():
@@ -51,15 +59,22 @@ def test_the_certificate_is_sharp() -> None:
 
 def test_block_size_changes_nothing_but_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case.parse("b2.h4:2.q37.k29.d8.fp32.window(5,1).bias=hqk.softcap=3.0.grads/normal#1")
-    whole, limits = float64.exact(case.problem, case.inputs()), oracle_limit(case.problem, case.inputs())
+    whole, limits = (
+        float64.exact(case.problem, case.inputs()),
+        oracle_limit(case.problem, case.inputs()),
+    )
     monkeypatch.setitem(float64.BLOCK_ELEMENTS, "cpu", 300)
     for name, limit in limits.items():
-        difference = getattr(float64.exact(case.problem, case.inputs()), name) - getattr(whole, name)
+        difference = getattr(float64.exact(case.problem, case.inputs()), name) - getattr(
+            whole, name
+        )
         assert bool((difference.nan_to_num(nan=0.0).abs() <= 2 * limit).all()), name
 
 
 def test_memory_is_linear_in_the_length() -> None:
-    """8k x 8k with gradients: the scores alone would be 512 MiB; the process's peak grows by far less."""
+    """8k x 8k with gradients: the scores alone would be 512 MiB; the process's peak grows by far
+    less.
+    """
     script = """
 import resource, torch
 from verify.spec.case import Case
@@ -76,11 +91,15 @@ print(peak(2**13) - small)
     assert int(run.stdout) < 8 * 2**26 / 4
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: 32k x 32k with gradients")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a CUDA GPU: 32k x 32k with gradients"
+)
 def test_32k_fits_on_the_gpu() -> None:
     case = Case.parse("b1.h1.q32768.k32768.d64.bf16.causal_lower_right.grads/normal#0")
     torch.cuda.reset_peak_memory_stats()
     exact = float64.exact(case.problem, case.inputs("cuda"))
     assert exact.dq is not None
     assert bool(exact.dq.isfinite().all())
-    assert torch.cuda.max_memory_allocated() < 2 * 8 * 2**30  # a dozen matrices of float64 scores would be 96 GiB
+    assert (
+        torch.cuda.max_memory_allocated() < 2 * 8 * 2**30
+    )  # a dozen matrices of float64 scores would be 96 GiB

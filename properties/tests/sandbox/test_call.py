@@ -1,4 +1,6 @@
-"""How a kernel is called: what it returns is checked, what it does to its inputs is noticed, its errors become findings."""
+"""How a kernel is called: what it returns is checked, what it does to its inputs is noticed, its
+errors become findings.
+"""
 
 from __future__ import annotations
 
@@ -35,11 +37,20 @@ def writes_into_v(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Te
 @pytest.mark.parametrize(
     ("fn", "said"),
     [
-        (raises_on_zero_keys, r"raised IndexError: list index out of range \(.*test_guard.py:\d+\)"),
+        (
+            raises_on_zero_keys,
+            r"raised IndexError: list index out of range \(.*test_guard.py:\d+\)",
+        ),
         (lambda q, k, v: None, "out is a NoneType"),
         (lambda q, k, v: q, r"out has shape \[1, 2, 3, 4\], not \[1, 2, 3, 6\]"),
-        (lambda q, k, v: torch.zeros(1, 2, 3, 6, dtype=torch.float64), "out is torch.float64, its inputs torch.float32"),
-        (lambda q, k, v: (torch.zeros(1, 2, 3, 6), torch.zeros(1, 3, 2)), r"lse has shape \[1, 3, 2\], not \[1, 2, 3\]"),
+        (
+            lambda q, k, v: torch.zeros(1, 2, 3, 6, dtype=torch.float64),
+            "out is torch.float64, its inputs torch.float32",
+        ),
+        (
+            lambda q, k, v: (torch.zeros(1, 2, 3, 6), torch.zeros(1, 3, 2)),
+            r"lse has shape \[1, 3, 2\], not \[1, 2, 3\]",
+        ),
         (writes_into_v, "changed its input v"),
     ],
 )
@@ -70,7 +81,12 @@ def test_calls_can_be_made_between_a_forward_and_its_backward() -> None:
     """As layers of a model make them; what is raised there is not taken for the kernel's."""
     Logged.log.clear()
     logged = Kernel("logged", lambda q, k, v: Logged.apply(q), frozenset())
-    call(logged, CASE.problem, CASE.inputs(), between=lambda: call(logged, CASE.problem, CASE.inputs()))
+    call(
+        logged,
+        CASE.problem,
+        CASE.inputs(),
+        between=lambda: call(logged, CASE.problem, CASE.inputs()),
+    )
     assert Logged.log == ["forward", "forward", "backward", "backward"]
     with pytest.raises(ZeroDivisionError):
         call(logged, CASE.problem, CASE.inputs(), between=lambda: 1 // 0)
@@ -93,7 +109,9 @@ def test_a_kernel_gets_the_keywords_that_it_takes() -> None:
 def test_a_mask_handed_as_float_hides_with_minus_infinity() -> None:
     got: list[torch.Tensor] = []
 
-    def spy(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, bias: torch.Tensor) -> torch.Tensor:
+    def spy(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, bias: torch.Tensor
+    ) -> torch.Tensor:
         got.append(bias)
         return q.new_zeros(CASE.problem.shapes["out"])
 

@@ -1,4 +1,6 @@
-"""Every hostile kernel gets the finding that it deserves, and nobody beside it gets another verdict for it."""
+"""Every hostile kernel gets the finding that it deserves, and nobody beside it gets another verdict
+for it.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,10 @@ FOUND = {
     "repeated-memory": ("oracle", "elements of out share memory"),
     "returns-input": ("oracle", "out lies in the memory of its input q"),
     "one-row-too-far": ("oracle", "wrote outside what it allocated: element 0 after the end"),
-    "index-minus-one": ("oracle", "wrote outside what it allocated: element -1 before the beginning"),
+    "index-minus-one": (
+        "oracle",
+        "wrote outside what it allocated: element -1 before the beginning",
+    ),
     "reads-past-the-end": ("oracle", r"out\[.*nan"),
     "last-tile-unwritten": ("oracle", r"out\[.*nan"),
     "scales-q-in-place": ("oracle", "changed its input q"),
@@ -92,7 +97,9 @@ def test_a_hostile_kernel_gets_its_finding(name: str, hostile: dict[str, Kernel]
     with isolated(f"{FILE}::{name}", hostile[name], run.device, limits) as worker:
         worker.options()
         budget = Budget(judged=60, shrink_seconds=1.0)
-        found = hunt(hostile[name], PROPERTIES[law], run.device, budget=budget, seed=1, judging=worker.judge)
+        found = hunt(
+            hostile[name], PROPERTIES[law], run.device, budget=budget, seed=1, judging=worker.judge
+        )
     assert found.finding is not None
     case, finding = found.finding
     assert re.search(said, finding.sentence), finding.sentence
@@ -104,18 +111,50 @@ def test_what_is_no_offence_is_not_found(name: str, hostile: dict[str, Kernel], 
     with isolated(f"{FILE}::{name}", hostile[name], run.device, LIMITS[run.device]) as worker:
         for law in ("oracle", "repeat", "call-sequence", "memory-growth"):
             budget = Budget(judged=15)
-            found = hunt(hostile[name], PROPERTIES[law], run.device, budget=budget, seed=1, judging=worker.judge)
+            found = hunt(
+                hostile[name],
+                PROPERTIES[law],
+                run.device,
+                budget=budget,
+                seed=1,
+                judging=worker.judge,
+            )
             assert found.finding is None, found.finding
 
 
-def test_the_neighbours_of_hostile_kernels_get_the_verdicts_that_they_get_alone(tmp_path: Path, run: Run) -> None:
-    """One run of pytest in two processes: kernels that crash, hang, fill memory and change settings between two honest ones."""
+def test_the_neighbours_of_hostile_kernels_get_the_verdicts_that_they_get_alone(
+    tmp_path: Path, run: Run
+) -> None:
+    """One run of pytest in two processes: kernels that crash, hang, fill memory and change settings
+    between two honest ones.
+    """
     bad = "segfault sets-dtype leaks endless-loop".split()
     bad += list(GPU) if run.device == "cuda" else []
     honest = ["naive", f"{FILE}::honest"]
-    for folder, targets in (("alone", honest), ("among", [honest[0], *(f"{FILE}::{name}" for name in bad), honest[1]])):
-        command = [sys.executable, "-m", "pytest", "-n", "2", "-q", "-p", "no:cacheprovider", "--import-mode=importlib"]
-        command += ["-p", "verify.pytest_plugin", "-c", "/dev/null", "--noconftest", f"--rootdir={tmp_path}", "--timeout=0"]
+    for folder, targets in (
+        ("alone", honest),
+        ("among", [honest[0], *(f"{FILE}::{name}" for name in bad), honest[1]]),
+    ):
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-n",
+            "2",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "--import-mode=importlib",
+        ]
+        command += [
+            "-p",
+            "verify.pytest_plugin",
+            "-c",
+            "/dev/null",
+            "--noconftest",
+            f"--rootdir={tmp_path}",
+            "--timeout=0",
+        ]
         command += [
             "--device",
             run.device,
@@ -133,9 +172,13 @@ def test_the_neighbours_of_hostile_kernels_get_the_verdicts_that_they_get_alone(
             f"--corpus={tmp_path / folder}.tsv",
             f"{Path(__file__).parents[2] / 'test_conformance.py'}::test_kernel_holds",
         ]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500, check=False)
+        done = subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, timeout=500, check=False
+        )
         assert done.returncode == int(folder == "among"), done.stdout + done.stderr
-    alone, among = (_verdicts(tmp_path / folder, "naive", "honest") for folder in ("alone", "among"))
+    alone, among = (
+        _verdicts(tmp_path / folder, "naive", "honest") for folder in ("alone", "among")
+    )
     assert len(alone) == 16
     assert among == alone
     found = {r.kernel for r in read(tmp_path / "among") if r.verdict == "finding"}

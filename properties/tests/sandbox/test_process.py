@@ -1,4 +1,6 @@
-"""A worker that dies through no fault of its case is replaced and the case judged again; verdicts on determinism are right."""
+"""A worker that dies through no fault of its case is replaced and the case judged again; verdicts
+on determinism are right.
+"""
 
 from __future__ import annotations
 
@@ -83,7 +85,9 @@ def test_a_layout_that_crashes_is_taken_and_the_rest_is_known(target: str) -> No
     kernel = found(target, "fears-packed")
     with isolated(f"{target}::fears-packed", kernel, "cpu") as worker:
         options = worker.options()
-        assert worker.ask("determinism", 2)  # asks what the kernel takes, which the worker after the crash must know
+        assert worker.ask(
+            "determinism", 2
+        )  # asks what the kernel takes, which the worker after the crash must know
         assert {"bhsd", "packed", "bshd"} <= set(options.layouts["q"])
         packed = Case.parse(f"{CASE}@q=packed")
         with pytest.raises(AssertionError, match="ended its process: SIGSEGV"):
@@ -97,7 +101,9 @@ def test_a_worker_that_cannot_start_is_an_error() -> None:
 
 
 def plainly(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None) -> Tensor:
-    out, _ = naive(q, k, v, scale=scale, mask=mask, bias=None, slopes=None, softcap=0.0, dropout=0.0)
+    out, _ = naive(
+        q, k, v, scale=scale, mask=mask, bias=None, slopes=None, softcap=0.0, dropout=0.0
+    )
     return out
 
 
@@ -120,7 +126,12 @@ CALLS = [0]
 
 @pytest.mark.parametrize(
     ("fn", "denied"),
-    [(plainly, ""), (by_batch, "the last batch"), (by_heads, "the last head"), (now_and_then, "the same bits in 20")],
+    [
+        (plainly, ""),
+        (by_batch, "the last batch"),
+        (by_heads, "the last head"),
+        (now_and_then, "the same bits in 20"),
+    ],
 )
 def test_verdicts_on_determinism(fn, denied: str) -> None:
     def forward(problem: Problem, device: str) -> str | None:
@@ -132,5 +143,7 @@ def test_verdicts_on_determinism(fn, denied: str) -> None:
     assert len(rows) == 6
     assert all(question.startswith(denied) for question in said)
     assert bool(said) == bool(denied)
-    assert all(answer.startswith("no: ") and "out[" in answer for _, _, answer in rows if answer != "yes")
+    assert all(
+        answer.startswith("no: ") and "out[" in answer for _, _, answer in rows if answer != "yes"
+    )
     assert broken(kernel, rows, "cpu") == (fn is now_and_then)

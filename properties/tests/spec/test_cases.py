@@ -22,7 +22,11 @@ def test_ids_parse_back(case: Case) -> None:
     assert Case.parse(str(case)) == case
 
 
-@given(scale=st.floats(allow_nan=False, allow_infinity=False), softcap=st.floats(0, 1e300), sigma=st.floats(0, 1e300))
+@given(
+    scale=st.floats(allow_nan=False, allow_infinity=False),
+    softcap=st.floats(0, 1e300),
+    sigma=st.floats(0, 1e300),
+)
 def test_ids_keep_every_float(scale: float, softcap: float, sigma: float) -> None:
     case = Case(Problem(scale=scale, softcap=softcap), Recipe("normal", (sigma,)), 3)
     assert Case.parse(str(case)) == case
@@ -31,7 +35,10 @@ def test_ids_keep_every_float(scale: float, softcap: float, sigma: float) -> Non
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("b1.h6:4.q1.k1.d8.bf16.full/normal#0", "heads_q=6, heads_kv=4: heads_q must be a multiple"),
+        (
+            "b1.h6:4.q1.k1.d8.bf16.full/normal#0",
+            "heads_q=6, heads_kv=4: heads_q must be a multiple",
+        ),
         ("b1.h1.q-1.k1.d8.bf16.full/normal#0", "len_q=-1: a length is 0 or more"),
         ("b0.h1.q1.k1.d8.bf16.full/normal#0", "batch=0: at least 1"),
         ("b1.h1.q1.k1.d8.fp8.full/normal#0", "dtype='fp8': one of"),
@@ -53,7 +60,9 @@ def test_bad_ids_are_one_line_that_names_the_value(text: str, said: str) -> None
 @pytest.mark.parametrize("recipe", sorted(set(RECIPES)))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_recipe_is_finite_in_every_dtype(recipe: str, dtype: str) -> None:
-    problem = Problem(batch=2, heads_q=2, heads_kv=1, len_q=3, len_k=5, dim_qk=4, dim_v=2, dtype=dtype, bias="hqk")
+    problem = Problem(
+        batch=2, heads_q=2, heads_kv=1, len_q=3, len_k=5, dim_qk=4, dim_v=2, dtype=dtype, bias="hqk"
+    )
     inputs = Case(problem, Recipe.parse(recipe), 1).inputs()
     for name in ("q", "k", "v", "do", "bias"):
         tensor = getattr(inputs, name)
@@ -63,12 +72,18 @@ def test_every_recipe_is_finite_in_every_dtype(recipe: str, dtype: str) -> None:
 
 
 def test_a_case_is_the_same_tensors_everywhere() -> None:
-    """Replay depends on it. A change of NumPy's streams would show here: then the ids of old findings mean other tensors."""
+    """Replay depends on it. A change of NumPy's streams would show here: then the ids of old
+    findings mean other tensors.
+    """
     drawn = Case.parse("b1.h1.q3.k4.d2.fp64.full/outliers(0.5,10)#7").draw()
-    digest = hashlib.sha256(b"".join(t.numpy().tobytes() for t in (drawn.q, drawn.k, drawn.v, drawn.do))).hexdigest()
+    digest = hashlib.sha256(
+        b"".join(t.numpy().tobytes() for t in (drawn.q, drawn.k, drawn.v, drawn.do))
+    ).hexdigest()
     assert digest[:16] == "dab793450969d679"
 
 
 def test_draws_do_not_depend_on_the_dtype() -> None:
-    narrow, wide = (Case.parse(f"b1.h1.q3.k4.d2.{dtype}.full/normal#7").draw() for dtype in ("bf16", "fp32"))
+    narrow, wide = (
+        Case.parse(f"b1.h1.q3.k4.d2.{dtype}.full/normal#7").draw() for dtype in ("bf16", "fp32")
+    )
     assert torch.equal(narrow.q, wide.q)

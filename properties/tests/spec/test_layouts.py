@@ -61,5 +61,9 @@ def test_what_a_kernel_leaves_unwritten_or_writes_beside_is_a_finding() -> None:
 
     with pytest.raises(Finding, match="changed memory beside its input k"):
         call(Kernel("beyond", beyond, frozenset()), case.problem, case.inputs())
-    out = call(Kernel("nothing", lambda q, k, v: torch.empty_like(q), frozenset()), case.problem, case.inputs()).out
+    out = call(
+        Kernel("nothing", lambda q, k, v: torch.empty_like(q), frozenset()),
+        case.problem,
+        case.inputs(),
+    ).out
     assert out.isnan().all()

@@ -28,11 +28,18 @@ def test_docstring_pictures_are_what_the_rule_says(name: str) -> None:
 
 
 @given(data=st.data(), batch=st.integers(1, 3), len_q=st.integers(1, 9), len_k=st.integers(1, 9))
-def test_tensors_and_python_integers_agree(data: st.DataObject, batch: int, len_q: int, len_k: int) -> None:
+def test_tensors_and_python_integers_agree(
+    data: st.DataObject, batch: int, len_q: int, len_k: int
+) -> None:
     mask = data.draw(masks(frozenset(KINDS), batch, len_q, len_k))
-    seen = visibility(Problem(batch=batch, len_q=len_q, len_k=len_k, mask=mask), torch.device("cpu"))
+    seen = visibility(
+        Problem(batch=batch, len_q=len_q, len_k=len_k, mask=mask), torch.device("cpu")
+    )
     for b in range(batch):
-        rows = [[mask.sees(q, k, len_q, len_k, batch=batch, entry=b) for k in range(len_k)] for q in range(len_q)]
+        rows = [
+            [mask.sees(q, k, len_q, len_k, batch=batch, entry=b) for k in range(len_k)]
+            for q in range(len_q)
+        ]
         assert seen.expand(batch, 1, len_q, len_k)[b, 0].tolist() == rows
 
 
@@ -41,7 +48,9 @@ def test_composition_is_conjunction(data: st.DataObject, len_q: int, len_k: int)
     a, b = (data.draw(masks(frozenset(KINDS), 1, len_q, len_k)) for _ in range(2))
     for q in range(len_q):
         for k in range(len_k):
-            assert (a & b).sees(q, k, len_q, len_k) == (a.sees(q, k, len_q, len_k) and b.sees(q, k, len_q, len_k))
+            assert (a & b).sees(q, k, len_q, len_k) == (
+                a.sees(q, k, len_q, len_k) and b.sees(q, k, len_q, len_k)
+            )
 
 
 @pytest.mark.parametrize(

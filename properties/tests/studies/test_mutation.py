@@ -1,4 +1,6 @@
-"""The suite finds bugs: every known-wrong kernel is caught by the property it names; correct variants are not accused."""
+"""The suite finds bugs: every known-wrong kernel is caught by the property it names; correct
+variants are not accused.
+"""
 
 from __future__ import annotations
 
@@ -45,11 +47,20 @@ def test_every_mutant_is_a_control_but_for_its_fault() -> None:
     assert {honest(fault) for fault in MUTANTS} <= set(CONTROLS)
 
 
-def test_the_correct_variants_alone_are_judged_by_every_property(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`verify power --seeds 0`: no mutant is hunted; the cases of a variant are shared among its properties."""
+def test_the_correct_variants_alone_are_judged_by_every_property(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`verify power --seeds 0`: no mutant is hunted; the cases of a variant are shared among its
+    properties.
+    """
     monkeypatch.setattr(mutation, "CONTROLS", {"FP8": CONTROLS["FP8"]})
     said = Console(record=True, width=120)
-    assert mutation.run_power([], seeds=range(3, 3), matrix=False, controls=20, out=tmp_path, console=said) == 0
+    assert (
+        mutation.run_power(
+            [], seeds=range(3, 3), matrix=False, controls=20, out=tmp_path, console=said
+        )
+        == 0
+    )
     counted = re.search(r"correct variants: 1, (\d+) cases judged", said.export_text())
     assert counted
     assert 20 <= int(counted[1]) <= len(PROPERTIES)
