@@ -56,7 +56,13 @@ def _attention(q, k, v, *, scale, problem, **scales):
     return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
 
 
-@kernel(name="fa3", supports=_supports, dtypes=("bf16",), layouts=lambda device: ALIGNED)
+@kernel(
+    name="fa3",
+    supports=_supports,
+    dtypes=("bf16",),
+    layouts=lambda device: ALIGNED,
+    vendor="FlashAttention-3",
+)
 def fa3(q, k, v, *, scale, problem):
     """BF16."""
     return _attention(q, k, v, scale=scale, problem=problem)
@@ -70,6 +76,7 @@ def fa3(q, k, v, *, scale, problem):
     supports=_supports_fp8,
     dtypes=("bf16",),
     layouts=lambda device: ALIGNED,
+    vendor="FlashAttention-3",
 )
 def fa3_fp8(q, k, v, *, scale, problem):
     """e4m3, a scale for each head, Q and K rotated."""

@@ -15,9 +15,8 @@ import torch
 import torch._dynamo
 from torch.nn.attention import flex_attention as flex
 
-from verify.registry import Known, kernel
+from verify.registry import KnownIssue, kernel
 from verify.spec.arithmetic import Arithmetic
-from verify.spec.masks import Mask
 from verify.spec.problem import Problem
 
 DIMS = (16, 64, 128)
@@ -46,10 +45,10 @@ The gradient of a bias is stored for every head and batch entry.
 """
 
 
-MORE_VALUES = Known(
+MORE_VALUES = KnownIssue(
     "takes more values than keys, and leaves the rest out (torch 2.11)",
     lambda p, device: True,
-    laws=("reject",),
+    properties=("reject",),
 )
 
 
@@ -81,12 +80,7 @@ def bucket(problem: Problem) -> Problem:
     """
     (dim, heads_q, heads_kv), mask = SHAPES[problem.dtype], problem.mask
     if problem.batch == 1:
-        mask = Mask(
-            tuple(
-                (name, numbers * 2 if name == "padding" else numbers)
-                for name, numbers in mask.parts
-            )
-        )
+        mask = mask.of_entries(lambda numbers: numbers * 2)
     batch = max(2, problem.batch)
     return problem.but(
         dim_qk=dim, dim_v=dim, heads_q=heads_q, heads_kv=heads_kv, batch=batch, mask=mask
@@ -105,9 +99,10 @@ def _compiled():
     name="flex-attention",
     arithmetic=arithmetic,
     supports=supports,
-    known=(MORE_VALUES,),
+    known_issues=(MORE_VALUES,),
     layouts=lambda device: ("bhsd", "bshd"),
     bucket=bucket,
+    vendor="PyTorch",
 )
 def flex_attention(q, k, v, *, scale, mask, bias, slopes, softcap):
     """q [B,H,Q,D], k [B,Hk,K,D], v [B,Hk,K,Dv] of FP32, FP16 or BF16 on a GPU -> (out [B,H,Q,Dv],

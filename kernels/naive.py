@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import torch
 
-from verify.registry import Known, kernel
+from verify.registry import KnownIssue, kernel
 from verify.spec.arithmetic import Arithmetic
 from verify.spec.problem import DTYPES, Problem
 
@@ -24,7 +24,7 @@ def _within_a_tile(terms: int) -> bool:
     return terms % 2 > 0 or (terms > 32 and terms % 32 > 0)
 
 
-NAN_OF_THE_NEXT_ROW = Known(
+NAN_OF_THE_NEXT_ROW = KnownIssue(
     "NaN reaches the row before it, through a BF16 product whose number of terms is odd, or above "
     "32 and no multiple of it: with"
     " AMX a row's last tile takes the first terms of the next row, times 0 (torch 2.13, CPU)",
@@ -33,11 +33,11 @@ NAN_OF_THE_NEXT_ROW = Known(
         and p.dtype == "bf16"
         and (_within_a_tile(p.len_k) or _within_a_tile(p.dim_qk))
     ),
-    laws=("nan",),
+    properties=("nan",),
 )
 
 
-@kernel(arithmetic=standard, dtypes=DTYPES, known=(NAN_OF_THE_NEXT_ROW,))
+@kernel(arithmetic=standard, dtypes=DTYPES, known_issues=(NAN_OF_THE_NEXT_ROW,))
 def naive(q, k, v, *, scale, mask, bias, slopes, softcap, dropout):
     """q [B,H,Q,D], k [B,Hk,K,D], v [B,Hk,K,Dv] of any float dtype -> (out [B,H,Q,Dv], lse [B,H,Q]
     float32).

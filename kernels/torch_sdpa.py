@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from verify.registry import Known, kernel
+from verify.registry import KnownIssue, kernel
 from verify.spec.arithmetic import Arithmetic
 from verify.spec.case import TORCH_DTYPES, has_empty_row
 from verify.spec.layouts import LAYOUTS
@@ -37,7 +37,7 @@ def math_arithmetic(problem: Problem, device: str) -> Arithmetic:
     """All in FP32, but where lengths differ the mask handed over is one bias per batch entry, and
     so is its stored gradient.
     """
-    return replace(IN_FLOAT32, batch_sum="input") if problem.mask.batch_sizes() else IN_FLOAT32
+    return replace(IN_FLOAT32, batch_sum="input") if problem.mask.per_batch else IN_FLOAT32
 
 
 def flash_arithmetic(problem: Problem, device: str) -> Arithmetic:
@@ -57,7 +57,7 @@ BACKENDS: dict[str, tuple[SDPBackend, Arithmetic | Callable[[Problem, str], Arit
     "efficient": (SDPBackend.EFFICIENT_ATTENTION, EFFICIENT),
     "cudnn": (SDPBackend.CUDNN_ATTENTION, CUDNN),
 }
-NO_POSITIVE_SCALE = Known(
+NO_POSITIVE_SCALE = KnownIssue(
     "a scale <= 0 gives NaN: the -inf of hidden or padded keys is multiplied by it (torch 2.11 and "
     "2.13, cuDNN 9.19)",
     lambda p, device: (
@@ -65,47 +65,47 @@ NO_POSITIVE_SCALE = Known(
         and (device == "cuda" or p.mask.names <= {"causal_upper_left", "causal_lower_right"})
     ),
 )
-EMPTY_ROW = Known(
+EMPTY_ROW = KnownIssue(
     "a row without a visible key gives a mean of V, not 0 (cuDNN 9.19)",
     lambda p, device: has_empty_row(p),
 )
-NO_KEYS = Known(
+NO_KEYS = KnownIssue(
     "no key at all and a large q give NaN, not 0: the zero is formed from a sum that overflows "
     "(torch 2.13)",
     lambda p, device: p.len_k == 0 and p.dtype == "fp16",
-    recipes=("constant",),
+    inputs=("constant",),
 )
-LOW_LSE = Known(
+LOW_LSE = KnownIssue(
     "dq is NaN in rows of low LSE where len_k % 128 = 64 (seen at -25 and -86; pytorch issue "
     "196678; cuDNN 9.19)",
     lambda p, device: p.grads and p.len_k % 128 == 64,
-    recipes=("shift", "rising"),
+    inputs=("shift", "rising"),
 )
-SPLIT_KEYS = Known(
+SPLIT_KEYS = KnownIssue(
     "out is several times too large where scores exceed 2^24: the keys are split, the LSE of a "
     "part no longer holds the logarithm"
     " of its row sum, and the parts' weights add up to their number (torch 2.11)",
     lambda p, device: device == "cuda" and p.len_k > 128,
-    recipes=("constant",),
+    inputs=("constant",),
 )
-SWALLOWS_NAN = Known(
+SWALLOWS_NAN = KnownIssue(
     "NaN scores of a row of few keys give 0: the maximum passes over them (torch 2.13, CPU)",
     lambda p, device: device == "cpu",
-    laws=("nan",),
+    properties=("nan",),
 )
-MORE_VALUES = Known(
+MORE_VALUES = KnownIssue(
     "takes more values than keys, and leaves the rest out (torch 2.13, CPU)",
     lambda p, device: device == "cpu",
-    laws=("reject",),
+    properties=("reject",),
 )
-LOW_LSE_SHIFTED = Known(LOW_LSE.what, LOW_LSE.where, laws=("shift-gradients",))
-FINITE_MASK = Known(
+LOW_LSE_SHIFTED = KnownIssue(LOW_LSE.summary, LOW_LSE.applies_to, properties=("shift-gradients",))
+FINITE_MASK = KnownIssue(
     "a hidden key of a large score takes part: what hides is a number that is added, not -inf "
     "(cuDNN 9.19)",
     lambda p, device: True,
-    laws=("no-leak", "no-leak-gradients", "hidden-keys-appended"),
+    properties=("no-leak", "no-leak-gradients", "hidden-keys-appended"),
 )
-LAST_ROW = Known(
+LAST_ROW = KnownIssue(
     "the last row is not always written where it is alone in its block of queries, under a "
     "lower-right causal mask, K or V"
     " expanded over the heads (torch 2.11)",
@@ -114,41 +114,43 @@ LAST_ROW = Known(
     ),
     layouts=("expanded",),
 )
-SOME_GRADIENTS = Known(
+SOME_GRADIENTS = KnownIssue(
     "illegal memory access, or `LSE is not correctly aligned`, in the backward where only some "
     "gradients are asked for and a bias"
     " is given (torch 2.11)",
     lambda p, device: device == "cuda" and p.bias != "none",
-    laws=("gradient-subsets",),
-    crashes=True,
+    properties=("gradient-subsets",),
+    fatal=True,
 )
-ODD_BIAS = Known(
+ODD_BIAS = KnownIssue(
     "misaligned address where a bias starts off 16 bytes, as within a packed buffer (cuDNN 9.19)",
     lambda p, device: p.bias in ("qk", "hqk", "bhqk") and p.len_k % 8 > 0,
     layouts=("packed",),
-    crashes=True,
+    fatal=True,
 )
-EXPANDED = Known(
+EXPANDED = KnownIssue(
     "Q expanded over the heads where d_v is not d: `the stride for the last dimension ... should "
     "be 1 for output_names::O`, or a"
     " segmentation fault (cuDNN 9.19)",
     lambda p, device: p.dim_v != p.dim_qk,
     layouts=("expanded",),
-    crashes=True,
+    fatal=True,
 )
-NAN_ROW = Known(
+NAN_ROW = KnownIssue(
     "NaN in one row of dq, another one each time, not in every call (seen at 1024 queries under a "
     "mask of booleans; cuDNN 9.19)",
     lambda p, device: (
         p.grads and p.len_q >= 1024 and not p.mask.names <= {"full", "causal_upper_left"}
     ),
+    shows_in=0.01,
 )
-NAN_AFTER = Known(
+NAN_AFTER = KnownIssue(
     "NaN in one row of dq in a call that follows one with another layout of dO (seen at 182 "
     "queries, causal; cuDNN 9.19)",
     lambda p, device: p.grads and p.len_q > 128 and p.mask.names != {"full"},
-    laws=("layout-gradients", "cotangent-scaling", "call-sequence-gradients"),
+    properties=("layout-gradients", "cotangent-scaling", "call-sequence-gradients"),
     layouts=("packed",),
+    shows_in=0.01,
 )
 KNOWN = {
     "math": (NO_KEYS,),
@@ -232,7 +234,7 @@ def supports(problem: Problem, device: str, *, backend: str, dropout: float = 0.
         )
         bias.requires_grad_(problem.grads and problem.bias != "none")
     if problem.mask.names != {"full"} and problem.mask_as != "float":
-        rows = problem.batch if problem.mask.batch_sizes() else 1
+        rows = problem.batch if problem.mask.per_batch else 1
         mask = torch.empty((rows, 1, problem.len_q, problem.len_k), dtype=torch.bool, device=device)
     with sdpa_kernel([BACKENDS[backend][0]]), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -277,6 +279,7 @@ for _backend, (_, _arithmetic) in BACKENDS.items():
         arithmetic=_arithmetic,
         supports=functools.partial(supports, backend=_backend),
         dtypes=DTYPES,
-        known=KNOWN.get(_backend, ()),
+        known_issues=KNOWN.get(_backend, ()),
+        vendor="PyTorch",
         layouts=functools.partial(layouts, backend=_backend),
     )

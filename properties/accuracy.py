@@ -9,7 +9,7 @@ from verify.registry import Kernel
 from verify.spec.case import Case
 
 
-@holds()
+@holds(core=True)
 def oracle(kernel: Kernel, case: Case, device: str) -> Verdict:
     """|out - exact| and |lse - exact| are within the bound that the kernel's declared arithmetic
     has on these inputs, and as large and as even as an honest kernel's of that arithmetic."""
@@ -20,7 +20,7 @@ def oracle(kernel: Kernel, case: Case, device: str) -> Verdict:
     )
 
 
-@holds(grads=True)
+@holds(core=True, grads=True)
 def gradients(kernel: Kernel, case: Case, device: str) -> Verdict:
     """|dq - exact|, |dk - exact|, |dv - exact| and |dbias - exact| for a random cotangent are
     within their bounds, and as large and as even as an honest kernel's."""

@@ -16,7 +16,7 @@ from verify.registry import Kernel
 from verify.sandbox.call import Output, call
 from verify.spec.case import Case
 from verify.spec.layouts import laid_out
-from verify.spec.masks import Mask
+from verify.spec.masks import hiding
 
 FAR = 1e4
 """What stands in keys and values that nobody may see."""
@@ -111,11 +111,11 @@ def hidden_keys_appended(kernel: Kernel, case: Case, device: str) -> Verdict:
     """
     known = truth(case, device)
     p, x = known.problem, known.inputs
-    moves = p.bias == "alibi" or bool(p.mask.names & {"causal_lower_right", "window"})
-    if "dense" in p.mask.names:
+    moves = p.bias == "alibi" or "last" in p.mask.anchors
+    if p.mask.matrix:
         return Verdict(unsupported="the mask is another with more keys")
     more = 1 + case.seed % 70
-    rows, mask = more * moves, p.mask & Mask((("padding", (p.len_k,) * p.batch),))
+    rows, mask = more * moves, p.mask & hiding([p.len_k] * p.batch)
     problem = p.but(len_q=p.len_q + rows, len_k=p.len_k + more, mask=mask)
     if not sound(kernel, replace(case, problem=problem), device, "hidden-keys-appended"):
         return Verdict(
@@ -136,7 +136,7 @@ def last_rows(kernel: Kernel, case: Case, device: str) -> Verdict:
     """
     known = truth(case, device)
     p, x = known.problem, known.inputs
-    if not p.mask.names <= {"full", "causal_lower_right", "window", "padding"}:
+    if "first" in p.mask.anchors:
         return Verdict(unsupported="the mask is aligned with the first query")
     n = 1 + case.seed % 3
     if p.len_q <= n:

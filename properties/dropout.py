@@ -92,8 +92,10 @@ def _refusal(kernel: Kernel, case: Case, shown: Case, device: str, rate: float) 
         return why
     if kernel.numerics(shown.problem, device).quantised is not None:
         return "V = identity does not show what quantisation does to another V"
-    known = kernel.known_defect(shown, device, "dropout")
-    return f"known: {known}" if known and not kernel.known_defect(case, device, "dropout") else None
+    issue = kernel.known_issue(shown, device, "dropout")
+    if issue and not kernel.known_issue(case, device, "dropout"):
+        return f"known: {issue.summary}"
+    return None
 
 
 def _nothing_is_dropped(kernel: Kernel, known: Truth, seed: int) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from verify.bounds.constants import Allowance
 from verify.bounds.metrics import same
+from verify.errors import VerifyError
 from verify.reference.compare import compare
 from verify.reference.reference import Truth
 from verify.registry import Kernel
@@ -20,6 +21,7 @@ from verify.sandbox.call import Output, call
 from verify.sandbox.capabilities import options
 from verify.spec.case import Case
 from verify.spec.finding import Finding
+from verify.spec.requirements import NOTHING, Requirements
 
 
 @dataclass
@@ -36,30 +38,25 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Property:
-    """A law, and what its cases must be: without a mask, with one that hides something, without a
-    bias, with gradients; whether it needs the LSE, and which keyword the kernel must take.
-    """
+    """A law of attention, and what it needs of a case and of a kernel."""
 
     name: str
     law: str
     check: Callable[[Kernel, Case, str], Verdict]
-    full_mask: bool = False
-    hides: bool = False
-    no_bias: bool = False
-    grads: bool = False
+    needs: Requirements = NOTHING
+    """What its cases must be."""
     lse: bool = False
+    """The kernel must return an LSE."""
     takes: str = ""
-
-    @property
-    def cases(self) -> dict[str, bool]:
-        """What its cases must be, for `strategies.cases`."""
-        return {name: getattr(self, name) for name in ("full_mask", "hides", "no_bias", "grads")}
+    """The keyword that the kernel must take."""
+    core: bool = False
+    """It compares every element with the exact answer; such properties get a large share."""
 
     def refusal(self, kernel: Kernel, device: str) -> str | None:
-        """Why it cannot be judged on this kernel at all; None where it can."""
+        """Return why it cannot be judged on this kernel at all, or None where it can."""
         if self.takes and self.takes not in kernel.takes:
             return f"takes no `{self.takes}`"
-        return options(kernel, device).refusal(grads=self.grads, lse=self.lse)
+        return options(kernel, device).refusal(grads=self.needs.grads, lse=self.lse)
 
 
 PROPERTIES: dict[str, Property] = {}
@@ -75,23 +72,33 @@ def holds(
     grads: bool = False,
     lse: bool = False,
     takes: str = "",
+    core: bool = False,
     backward: bool = False,
 ) -> Callable[[Callable[..., Verdict]], Callable[..., Verdict]]:
-    """Register a function (kernel, case, device) -> Verdict as a property, by its name; with
-    `backward` also as NAME-gradients, whose cases have gradients.
+    """Register a function (kernel, case, device) -> Verdict as a property, by its name.
+
+    The arguments are the fields of Requirements and of Property. With `backward` it is registered
+    as NAME-gradients, too, whose cases have gradients.
     """
+    needs = Requirements(full_mask=full_mask, hides=hides, no_bias=no_bias, grads=grads)
 
     def register(check: Callable[..., Verdict]) -> Callable[..., Verdict]:
         name = check.__name__.replace("_", "-")
-        law = Property(
-            name, (check.__doc__ or "").strip(), check, full_mask, hides, no_bias, grads, lse, takes
-        )
+        law = Property(name, (check.__doc__ or "").strip(), check, needs, lse, takes, core)
         PROPERTIES[name] = law
         if backward:
-            PROPERTIES[f"{name}-gradients"] = replace(law, name=f"{name}-gradients", grads=True)
+            other = f"{name}-gradients"
+            PROPERTIES[other] = replace(law, name=other, needs=replace(needs, grads=True))
         return check
 
     return register
+
+
+def named(name: str) -> Property:
+    """Return the property of this name. Raises VerifyError for another."""
+    if name not in PROPERTIES:
+        raise VerifyError(f"property {name!r} is unknown: one of {', '.join(PROPERTIES)}")
+    return PROPERTIES[name]
 
 
 def rng(case: Case) -> np.random.Generator:
@@ -108,7 +115,9 @@ def sound(kernel: Kernel, case: Case, device: str, law: str) -> bool:
     """Whether the kernel takes a case that a law has changed, and is not known to be wrong on
     it.
     """
-    return not kernel.unsupported(case.problem, device) and not kernel.defect(case, device, law)
+    return not kernel.unsupported(case.problem, device) and not kernel.known_issue(
+        case, device, law
+    )
 
 
 def answer(kernel: Kernel, known: Truth) -> Output:

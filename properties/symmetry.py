@@ -14,7 +14,7 @@ from verify.reference.reference import about, truth
 from verify.registry import Kernel
 from verify.sandbox.call import call
 from verify.spec.case import TORCH_DTYPES, Case, Inputs, has_empty_row, part, visibility
-from verify.spec.masks import FULL, Mask
+from verify.spec.masks import FULL, Mask, hiding
 from verify.spec.problem import Problem
 
 
@@ -106,9 +106,7 @@ def replicate(kernel: Kernel, case: Case, device: str) -> Verdict:
     problem, x = case.problem, truth(case, device).inputs
     if problem.batch == 1:
         return Verdict(unsupported="one request")
-    mask = Mask(
-        tuple((n, (a[0],) * len(a) if n == "padding" else a) for n, a in problem.mask.parts)
-    )
+    mask = problem.mask.of_entries(lambda arguments: arguments[:1] * len(arguments))
     repeated = replace(
         x,
         **{
@@ -215,7 +213,7 @@ def _equivalent(problem: Problem) -> list[Problem]:
         "causal_lower_right",
     }:
         masks += ["causal_upper_left", "causal_lower_right"]
-    everything = Mask((("padding", (problem.len_k,) * problem.batch),))
+    everything = hiding([problem.len_k] * problem.batch)
     named = [problem.but(mask=m) for m in (*map(Mask.parse, masks), problem.mask & everything)]
     handed = (
         [problem.but(mask_as=form) for form in ("rule", "bool", "float")]

@@ -1,97 +1,51 @@
-"""The pytest side of the runner: options, the matrix kernel x property, GPUs shared among xdist
-workers, the closing tables.
+"""The pytest front end of the engine: options made from RunConfig, the matrix kernel x property as
+tests, GPUs shared among xdist workers, the closing tables. Nothing else here imports pytest.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import time
-from argparse import SUPPRESS
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from verify import environment
+from verify.engine.config import CASES, CORPUS, RunConfig, options
 from verify.errors import VerifyError
-from verify.records.journal import JUDGED as WERE_JUDGED
-from verify.records.journal import Journal, Record, done, read
+from verify.records.events import Ended, Event, FindingShrunk, PropertyFinished
+from verify.records.journal import read
 
 if TYPE_CHECKING:
-    from verify.engine.evaluate import Judging
-    from verify.sandbox.process import Isolated
+    from verify.engine.session import Session
+    from verify.properties.catalogue import Property
 
-JUDGED = {"cpu": 25, "cuda": 40}
-"""Cases judged for each kernel and property in a plain `pytest` run, ..."""
-PATIENCE = 4.0
-"""... or as many as so many seconds allow: an interpreted kernel is slow. The closing table says
-how many it were.
-"""
+RUN: pytest.StashKey[Run] = pytest.StashKey()
+FOLDER: pytest.StashKey[Path] = pytest.StashKey()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Options of a run; the command line of `verify` sets them too."""
+    """Add an option for each field of RunConfig that has one here."""
     group = parser.getgroup("verify", "attention-verify")
-    group.addoption(
-        "--kernel",
-        action="append",
-        metavar="TARGET",
-        help="a kernel's name or path/to/file.py[::name]; default: all bundled",
-    )
-    group.addoption("--property", action="append", metavar="NAME", help="judge only this property")
-    group.addoption(
-        "--device", default=None, help="cpu or cuda; default: cuda where there is a GPU"
-    )
-    group.addoption(
-        "--seconds",
-        type=float,
-        default=None,
-        help="time for the whole kernel x property matrix instead of a number of cases",
-    )
-    group.addoption(
-        "--cases", type=int, default=None, help="cases to judge for each kernel and property"
-    )
-    group.addoption("--draw-seed", type=int, default=0, help="seed of the drawn cases")
-    group.addoption(
-        "--corpus",
-        default=None,
-        metavar="FILE",
-        help="cases to try first; default: .verify/corpus.tsv",
-    )
-    group.addoption(
-        "--in-process",
-        action="store_true",
-        help="call kernels in pytest's own process (for a debugger): a crash ends the run",
-    )
-    group.addoption(
-        "--call-seconds",
-        type=float,
-        default=None,
-        help="a call that takes longer hangs; default: 60",
-    )
-    group.addoption(
-        "--shrink-seconds", type=float, default=20.0, help="for each finding; default: 20"
-    )
-    group.addoption(
-        "--resume",
-        action="store_true",
-        help="what the folder of --records holds is not judged again",
-    )
-    group.addoption("--run", default=None, help=SUPPRESS)
-    group.addoption(
-        "--records",
-        default=None,
-        metavar="DIR",
-        help="where records are appended; default: .verify/runs/<time>",
-    )
+    for option in options():
+        name = option.names["pytest"]
+        if not name:
+            continue
+        settings: dict[str, Any] = {"dest": f"verify_{option.field}", "help": option.text}
+        if option.kind is bool:
+            settings["action"] = "store_true"
+        else:
+            settings |= {"type": option.kind, "metavar": option.metavar, "default": None}
+            settings["action"] = "append" if option.many else "store"
+        group.addoption(name, **settings)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Choose the device before anything imports Triton; give a worker its share of the machine."""
     try:
-        environment.prepare(config.getoption("--device"))
+        environment.prepare(_given(config, "device"))
+        config_of(config)
     except VerifyError as error:
         raise pytest.UsageError(str(error)) from error
     environment.share_machine(os.environ.get("PYTEST_XDIST_WORKER"))
@@ -100,7 +54,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     """`-n auto`: a few workers for each GPU; without a GPU, xdist's own count of cores."""
-    return environment.workers() if config.getoption("--device") != "cpu" else None
+    return environment.workers() if _given(config, "device") != "cpu" else None
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -109,77 +63,67 @@ def pytest_configure_node(node) -> None:
     node.workerinput["records"] = str(_folder(node.config))
 
 
+def _given(config: pytest.Config, field: str) -> Any:
+    return config.getoption(f"verify_{field}", None)
+
+
+def config_of(config: pytest.Config) -> RunConfig:
+    """What this pytest run is asked for. Without --cases or --seconds: so many cases each."""
+    asked = RunConfig.of(lambda option: _given(config, option.field) or None)
+    device = environment.prepare(asked.device or None)
+    if asked.cases is None and asked.seconds is None:
+        asked = asked.but(cases=CASES[device])
+    corpus = config.rootpath / CORPUS if _given(config, "corpus") is None else asked.corpus
+    return asked.but(device=device, records=_folder(config), corpus=corpus)
+
+
+def _folder(config: pytest.Config) -> Path:
+    if FOLDER not in config.stash:
+        given = getattr(config, "workerinput", {}).get("records") or _given(config, "records")
+        now = time.strftime("%Y%m%d-%H%M%S")
+        config.stash[FOLDER] = Path(given or config.rootpath / ".verify" / "runs" / now)
+    return config.stash[FOLDER]
+
+
 class Run:
-    """What tests of one process share: device, kernels, the journal, the corpus."""
+    """The engine's session of one pytest process, and what tests ask of it."""
 
     def __init__(self, config: pytest.Config) -> None:
-        from verify import registry
-        from verify.engine.corpus import Corpus
-        from verify.sandbox.process import Limits
+        from verify.engine.session import Session
 
-        self.device = environment.prepare(config.getoption("--device"))
-        targets = config.getoption("--kernel")
-        if targets:
-            self.kernels = {
-                n: k for t in targets for n, k in registry.named(t, registry.find(t)).items()
-            }
-        else:
-            registry.load_bundled()
-            self.kernels = dict(registry.REGISTRY)
-        self.unavailable = {} if targets else dict(registry.UNAVAILABLE)
-        folder = _folder(config)
-        self.judged, self.ended = done(folder) if config.getoption("--resume") else ({}, {})
-        asked = json.loads(config.getoption("--run") or "null")
-        self.journal = Journal(folder, os.environ.get("PYTEST_XDIST_WORKER", "main"), asked)
-        self.corpus = Corpus(
-            Path(config.getoption("--corpus") or config.rootpath / ".verify" / "corpus.tsv")
+        self.config = config_of(config)
+        self.session: Session = Session(
+            self.config, journal=os.environ.get("PYTEST_XDIST_WORKER", "main")
         )
-        self.progress: Callable[[Record], None] = lambda record: None
-        self.full: VerifyError | None = None
-        self._in_process = config.getoption("--in-process")
-        self._limits = Limits(*filter(None, [config.getoption("--call-seconds")]))
-        self._isolated: Isolated | None = None
+        self.device = self.session.device
+        self.kernels = self.session.kernels
+        self.unavailable = self.session.unavailable
+        self._deadline: float | None = None
+        self._left = 0
 
-    def judging(self, target: str) -> Judging:
-        """Who judges the cases of this kernel: a worker process of its own."""
-        from verify.engine.evaluate import judge
-        from verify.sandbox.process import Isolated
-
-        if self._in_process:
-            return judge
-        if self._isolated is None or self._isolated.target != target:
-            self.close()
-            self._isolated = Isolated(target, self.kernels[target], self.device, self._limits)
-            self._isolated.options()
-        return self._isolated.judge
-
-    def close(self) -> None:
-        """End the worker."""
-        if self._isolated:
-            self._isolated.close()
-        self._isolated = None
-
-    def record(self, record: Record) -> None:
-        """Append a record and show it. Ends the run where it cannot be written: what is measured
-        then would be lost.
+    def search(self, target: str, prop: Property, tests_left: int) -> list[Event]:
+        """Search for a case that breaks a property; the events of it. A time budget is shared among
+        the tests that are left. Ends the run where no record can be written: what is measured then
+        would be lost.
         """
+        from verify.engine.search import Budget
+
+        now = time.monotonic()
+        deadline = None
+        if self.config.seconds is not None:
+            self._deadline = self._deadline or now + self.config.seconds
+            deadline = now + max(0.0, self._deadline - now) / tests_left
+        budget = Budget(self.config.cases, deadline, self.config.shrink_seconds)
         try:
-            self.journal.append(record)
+            return list(self.session.search(target, prop, budget))
         except VerifyError as error:
-            self.full = error
             pytest.exit(str(error))
-        self.progress(record)
 
-
-def pytest_unconfigure(config: pytest.Config) -> None:
-    """End the worker that calls kernels."""
-    if RUN in config.stash:
-        config.stash[RUN].close()
-        config.stash[RUN].journal.close()
-
-
-RUN: pytest.StashKey[Run] = pytest.StashKey()
-FOLDER: pytest.StashKey[Path] = pytest.StashKey()
+    def fails(self, target: str) -> bool:
+        """Whether a finding in this kernel fails the run: not in other people's kernels, unless
+        that was asked for.
+        """
+        return self.config.strict or not self.kernels[target].vendor
 
 
 def run_of(config: pytest.Config) -> Run:
@@ -192,28 +136,27 @@ def run_of(config: pytest.Config) -> Run:
     return config.stash[RUN]
 
 
-def _folder(config: pytest.Config) -> Path:
-    if FOLDER not in config.stash:
-        given = getattr(config, "workerinput", {}).get("records") or config.getoption("--records")
-        config.stash[FOLDER] = Path(
-            given or config.rootpath / ".verify" / "runs" / time.strftime("%Y%m%d-%H%M%S")
-        )
-    return config.stash[FOLDER]
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Write down which pairs of options the kernels take, for the closing table."""
+    if RUN in session.config.stash:
+        for _ in session.config.stash[RUN].session.pairs():
+            pass
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End the workers that call kernels."""
+    if RUN in config.stash:
+        config.stash[RUN].session.close()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """The matrix: every test that asks for `target` and `law` runs for each kernel and property."""
-    if {"target", "law"} <= set(metafunc.fixturenames):
-        from verify.properties.catalogue import PROPERTIES
-
+    """The matrix: a test that asks for `target` and `prop` runs for each kernel and property."""
+    if {"target", "prop"} <= set(metafunc.fixturenames):
         run = run_of(metafunc.config)
-        wanted = metafunc.config.getoption("--property") or list(PROPERTIES)
-        if unknown := [name for name in wanted if name not in PROPERTIES]:
-            raise pytest.UsageError(
-                f"property {unknown[0]!r} is unknown: one of {', '.join(PROPERTIES)}"
-            )
-        pairs = [(t, PROPERTIES[p]) for t in (*run.kernels, *run.unavailable) for p in wanted]
-        metafunc.parametrize(("target", "law"), pairs, ids=[f"{t}-{law.name}" for t, law in pairs])
+        targets = [*run.kernels, *run.unavailable]
+        pairs = [(target, prop) for target in targets for prop in run.session.properties]
+        names = [f"{target}-{prop.name}" for target, prop in pairs]
+        metafunc.parametrize(("target", "prop"), pairs, ids=names)
 
 
 @pytest.fixture(scope="session")
@@ -222,36 +165,52 @@ def run(pytestconfig: pytest.Config) -> Run:
     return run_of(pytestconfig)
 
 
+def judge(run: Run, target: str, prop: Property, request: pytest.FixtureRequest) -> None:
+    """The body of a test of the matrix: the property holds for the kernel on every case that was
+    drawn. Fails with a finding; in other people's kernels it is reported as an expected failure.
+    Skips with the reason where nothing could be judged.
+    """
+    from verify.engine.evaluate import replay_command
+    from verify.spec.case import Case
+
+    if target in run.unavailable:
+        pytest.skip(f"{target} is unavailable: {run.unavailable[target]}")
+    for event in run.search(target, prop, _tests_left(request)):
+        if isinstance(event, FindingShrunk):
+            replay = replay_command(target, prop, Case.parse(event.case))
+            text = f"{event.kernel} breaks {prop.name}: {event.reason}\n{replay}"
+            if run.fails(target):
+                pytest.fail(text, pytrace=False)
+            pytest.xfail(f"{run.kernels[target].vendor}'s: {text}")
+        if isinstance(event, PropertyFinished) and event.ended is Ended.NO_TIME:
+            pytest.skip(f"{target}: no time")
+        if isinstance(event, PropertyFinished) and event.ended is Ended.UNSUPPORTED:
+            pytest.skip(f"{target}: {event.reason or 'no case could be judged'}")
+
+
+def _tests_left(request: pytest.FixtureRequest) -> int:
+    """Tests of the matrix from this one on (in one process)."""
+    name = request.node.originalname
+    items = [item for item in request.session.items if getattr(item, "originalname", "") == name]
+    return len(items) - items.index(request.node)
+
+
 def pytest_report_header(config: pytest.Config) -> list[str]:
     """Everything that can change a number."""
-    facts = environment.describe(config.getoption("--device") or environment.prepare())
+    facts = environment.describe(_given(config, "device") or environment.prepare())
     return ["verify: " + ", ".join(f"{name} {value}" for name, value in facts.items())]
 
 
-def covered(run: Run, records: list[Record]) -> Iterator[str]:
-    """For each kernel, how many pairs of its options the judged cases had."""
-    from verify.generation.pairwise import coverage
-    from verify.spec.case import Case
-
-    for target, kernel in run.kernels.items():
-        judged = {r.case for r in records if r.kernel == kernel.name and r.verdict in WERE_JUDGED}
-        if judged:
-            run.judging(target)  # knows what the kernel takes
-            had, all_pairs = coverage(kernel, run.device, map(Case.parse, judged))
-            yield (
-                f"{kernel.name}: pairs of options judged: {had} of {all_pairs} "
-                f"({100 * had / all_pairs:.0f} %)"
-            )
-
-
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
-    """Kernel x property, and what each kernel does not support with the reason."""
+    """Kernel x property, what was found in other people's kernels, what was not judged and why."""
+    from verify.engine.coverage import pairs_judged
     from verify.reports.terminal import show_run
 
-    if FOLDER in config.stash and config.stash[FOLDER].is_dir():
+    folder = config.stash.get(FOLDER, None)
+    if folder is not None and folder.is_dir():
         terminalreporter.write_sep("=", "attention-verify")
-        records = list(read(config.stash[FOLDER]))
-        show_run(records, write=terminalreporter.write_line)
-        for line in covered(run_of(config), records):
+        events = list(read(folder))
+        show_run(events, write=terminalreporter.write_line)
+        for line in pairs_judged(events):
             terminalreporter.write_line(line)
-        terminalreporter.write_line(f"records: {config.stash[FOLDER]}")
+        terminalreporter.write_line(f"records: {folder}")

@@ -28,7 +28,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from verify.errors import VerifyError
 from verify.spec.arithmetic import FLASH, Arithmetic
@@ -47,40 +47,103 @@ Stages = Callable[..., dict[str, Callable[[], Any]]]
 
 
 @dataclass(frozen=True)
-class Known:
-    """A known defect of a kernel: what it is, with its source, which problems can show it, on which
-    families of inputs, by which properties and in which layouts of some tensor (any, if none is
-    named). They are judged all the same; what they break there is counted as known, and a defect
-    that no longer shows is reported.
+class KnownIssue:
+    """A defect of a kernel that is known, and the cases that can show it.
+
+    Such cases are tested all the same: what breaks there is counted as a known issue, and one that
+    no longer shows is reported. The names in it are checked when a run begins
+    (properties/catalogue.py), since a misspelt one would hide a finding, or make one.
     """
 
-    what: str
-    where: Callable[[Problem, str], bool]
-    recipes: tuple[str, ...] = ()
-    laws: tuple[str, ...] = ()
+    summary: str
+    """One sentence: what goes wrong, with the versions in which it was seen."""
+    applies_to: Callable[[Problem, str], bool]
+    """Whether a problem can show it on a device ("cpu", "cuda")."""
+    inputs: tuple[str, ...] = ()
+    """Names of input distributions that show it; any where none is named."""
+    properties: tuple[str, ...] = ()
+    """Names of properties that show it; any where none is named."""
     layouts: tuple[str, ...] = ()
-    crashes: bool = False
-    """It takes the process along: such a case is not run."""
+    """Layouts of some tensor that show it; any where none is named."""
+    fatal: bool = False
+    """It ends or spoils the process: such a case is not run."""
+    shows_in: float = 0.05
+    """The least share of such cases that show it: how long one must look before it is missed."""
+    tracker: str = ""
+    """The address of its report."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.shows_in <= 1:
+            raise VerifyError(f"known issue: shows_in={self.shows_in}: above 0 and at most 1")
+
+    def covers(self, case: Case, device: str, prop: str) -> bool:
+        """Whether this case of this property can show it."""
+        return (
+            (not self.properties or prop in self.properties)
+            and (not self.inputs or case.recipe.name in self.inputs)
+            and (not self.layouts or any(layout in self.layouts for _, layout in case.layouts))
+            and self.applies_to(case.problem, device)
+        )
+
+
+class Declared(TypedDict, total=False):
+    """What `@kernel(...)` takes besides `name`: the fields of Kernel that its author declares."""
+
+    arithmetic: Arithmetic | Callable[[Problem, str], Arithmetic]
+    supports: Supports | None
+    dtypes: tuple[str, ...]
+    empty_row: str
+    known_issues: tuple[KnownIssue, ...]
+    vendor: str
+    stages: Stages | None
+    tiles: tuple[int, ...]
+    layouts: Callable[[str], tuple[str, ...]] | None
+    bucket: Callable[[Problem], Problem] | None
+    largest: Callable[[str], int | None]
 
 
 @dataclass(frozen=True, eq=False)
 class Kernel:
-    """A registered kernel. `origin` is file:line; `declared(problem, device)` returns None, or why
-    it is not supported; where it takes a keyword `dropout`, it is told of dropout, too."""
+    """A registered kernel. Raises VerifyError for a dtype or an `empty_row` that does not exist."""
 
     name: str
     fn: Callable[..., Any]
     takes: frozenset[str]
+    """The keywords that it takes."""
     arithmetic: Arithmetic | Callable[[Problem, str], Arithmetic] = FLASH
-    declared: Supports | None = None
+    """Its numerics, or a function of (problem, device)."""
+    supports: Supports | None = None
+    """(problem, device) -> None, or one sentence that says why not; one that takes a keyword
+    `dropout` is told of dropout, too."""
     dtypes: tuple[str, ...] = USUAL
     empty_row: str = "zero"
-    known: tuple[Known, ...] = ()
-    origin: str = ""
+    """What a row without a visible key gives: "zero" or "nan"."""
+    known_issues: tuple[KnownIssue, ...] = ()
+    vendor: str = ""
+    """Whose it is, where it is not the user's nor bundled: what breaks is reported as theirs."""
     stages: Stages | None = None
+    """Called like the kernel; gives the parts that `verify bench` times apart."""
     tiles: tuple[int, ...] = ()
+    """Sizes of blocks that it works in: lengths around them are tried more often."""
     layouts: Callable[[str], tuple[str, ...]] | None = None
+    """(device) -> those of spec/layouts.py that may be tried at all: what it refuses with an
+    exception need not be left out, what crashes it must."""
     bucket: Callable[[Problem], Problem] | None = None
+    """The problem that is drawn in another's place, of few shapes, if each is compiled apart."""
+    largest: Callable[[str], int | None] = lambda device: None
+    """(device) -> the most scores (batch * heads_q * len_q * len_k) that a case may have, where
+    that is fewer than usual."""
+    origin: str = ""
+    """Where it is defined: file:line."""
+
+    def __post_init__(self) -> None:
+        if wrong := [d for d in self.dtypes if d not in DTYPES]:
+            known = ", ".join(DTYPES)
+            raise VerifyError(
+                f"kernel {self.name!r}: dtypes={self.dtypes!r}: {wrong[0]!r} is none of {known}"
+            )
+        if self.empty_row not in ("zero", "nan"):
+            raise VerifyError(f"kernel {self.name!r}: empty_row={self.empty_row!r}: zero or nan")
 
     def numerics(self, problem: Problem, device: str) -> Arithmetic:
         """The arithmetic declared for this problem on this device."""
@@ -90,26 +153,9 @@ class Kernel:
             else self.arithmetic(problem, device)
         )
 
-    def defect(self, case: Case, device: str, law: str) -> Known | None:
-        """What is known to be wrong with this kernel on such a case of this property."""
-        possible = (
-            k
-            for k in self.known
-            if law in (k.laws or (law,)) and case.recipe.name in (k.recipes or (case.recipe.name,))
-        )
-        ways = {way for _, way in case.layouts}
-        return next(
-            (
-                k
-                for k in possible
-                if (not k.layouts or ways & {*k.layouts}) and k.where(case.problem, device)
-            ),
-            None,
-        )
-
-    def known_defect(self, case: Case, device: str, law: str) -> str:
-        """The same in words; empty where nothing is."""
-        return found.what if (found := self.defect(case, device, law)) else ""
+    def known_issue(self, case: Case, device: str, prop: str) -> KnownIssue | None:
+        """Return the known issue that this case of this property can show, or None."""
+        return next((i for i in self.known_issues if i.covers(case, device, prop)), None)
 
     def unsupported(self, problem: Problem, device: str, *, dropout: float = 0.0) -> str | None:
         """Why this kernel can't do this problem on this device ("cpu", "cuda"), with this dropout;
@@ -129,14 +175,12 @@ class Kernel:
         for keyword, needed in needs:
             if needed and keyword not in self.takes:
                 return f"takes no `{keyword}`"
-        if self.declared is None:
+        if self.supports is None:
             return None
-        told = (
-            {"dropout": dropout}
-            if dropout and "dropout" in inspect.signature(self.declared).parameters
-            else {}
-        )
-        return self.declared(problem, device, **told)
+        told = "dropout" in inspect.signature(self.supports).parameters
+        if dropout and told:
+            return self.supports(problem, device, dropout=dropout)
+        return self.supports(problem, device)
 
 
 REGISTRY: dict[str, Kernel] = {}
@@ -149,65 +193,28 @@ def kernel(
     /,
     *,
     name: str | None = None,
-    arithmetic: Arithmetic | Callable[[Problem, str], Arithmetic] = FLASH,
-    supports: Supports | None = None,
-    dtypes: tuple[str, ...] = USUAL,
-    empty_row: str = "zero",
-    known: tuple[Known, ...] = (),
-    stages: Stages | None = None,
-    tiles: tuple[int, ...] = (),
-    layouts: Callable[[str], tuple[str, ...]] | None = None,
-    bucket: Callable[[Problem], Problem] | None = None,
+    **declared: Unpack[Declared],
 ) -> Any:
     """Register a kernel; usable bare or with arguments. Returns the function unchanged.
-    `arithmetic` is a value or a function of (problem, device). `supports(problem, device)` returns
-    None or one sentence that says why not; one that takes a keyword `dropout` is also asked with
-    dropout in force. `empty_row` is what a row without a visible key gives: "zero" or "nan".
-    `known` lists known defects: a run stays green with them in sight. `stages`, called like the
-    kernel, gives the parts that `verify bench` times apart. `tiles`: sizes of blocks that the
-    kernel works in; lengths around them are tried more often. `layouts(device)`: those of
-    verify/spec/layouts.py that may be tried at all (what it refuses with an exception need not be
-    left out, what crashes it must). `bucket(problem)`: the one that is drawn in its place, of few
-    shapes, if each is compiled apart. Raises VerifyError for an unknown keyword in the signature or
-    a name already taken.
+
+    name: default: the function's, with - for _. What else may be declared are fields of Kernel:
+    arithmetic, supports, dtypes, empty_row, known_issues, vendor, stages, tiles, layouts, bucket,
+    largest. Raises VerifyError for anything else, for an unknown keyword in the function's
+    signature, or for a name already taken.
     """
+    if unknown := declared.keys() - Declared.__annotations__.keys():
+        takes = ", ".join(("name", *Declared.__annotations__))
+        raise VerifyError(f"@kernel({min(unknown)}=...): unknown; it takes {takes}")
     if fn is None:
-        half: Any = functools.partial(
-            kernel, name=name, arithmetic=arithmetic, supports=supports, dtypes=dtypes, known=known
-        )
-        return functools.partial(
-            half, empty_row=empty_row, stages=stages, tiles=tiles, layouts=layouts, bucket=bucket
-        )
+        return functools.partial(kernel, name=name, **declared)
     label = name or getattr(fn, "__name__", "kernel").replace("_", "-")
-    takes = _keywords(fn, label)
-    if wrong := [d for d in dtypes if d not in DTYPES]:
-        raise VerifyError(
-            f"kernel {label!r}: dtypes={dtypes!r}: {wrong[0]!r} is none of {', '.join(DTYPES)}"
-        )
-    if empty_row not in ("zero", "nan"):
-        raise VerifyError(f"kernel {label!r}: empty_row={empty_row!r}: zero or nan")
     origin = _origin(fn)
+    registered = Kernel(label, fn, _keywords(fn, label), origin=origin, **declared)
     other = REGISTRY.get(label)
     if other and other.origin != origin:
-        raise VerifyError(
-            f"kernel {label!r} is registered twice: {other.origin} and {origin}; give one another "
-            "name="
-        )
-    REGISTRY[label] = Kernel(
-        label,
-        fn,
-        takes,
-        arithmetic,
-        supports,
-        tuple(dtypes),
-        empty_row,
-        known,
-        origin,
-        stages,
-        tiles,
-        layouts,
-        bucket,
-    )
+        places = f"{other.origin} and {origin}"
+        raise VerifyError(f"kernel {label!r} is registered twice: {places}; give one another name=")
+    REGISTRY[label] = registered
     return fn
 
 

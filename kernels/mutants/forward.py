@@ -13,7 +13,7 @@ from torch import Tensor
 
 from verify.kernels.mutants.memory import CHANCE, STATE, Memory
 from verify.kernels.mutants.simulator import Program
-from verify.spec.masks import Mask
+from verify.spec.masks import KINDS, Mask
 
 
 class OddColumn(Program):
@@ -139,7 +139,9 @@ class DiagonalOfPadded(Program):
     def visible(self, rows: Tensor, keys: Tensor) -> Tensor:
         """By another offset for every entry."""
         lengths = [
-            torch.tensor(numbers) for name, numbers in self.problem.mask.parts if name == "padding"
+            torch.tensor(numbers)
+            for name, numbers in self.problem.mask.parts
+            if KINDS[name].per_batch
         ]
         if self.mask is None or not lengths:
             return super().visible(rows, keys)
@@ -154,14 +156,11 @@ class ZeroIsAll(Program):
 
     def visible(self, rows: Tensor, keys: Tensor) -> Tensor:
         """With every key of such an entry."""
-        p, old = self.problem, self.problem.mask.parts
-        new = tuple(
-            (name, tuple(n or p.len_k for n in numbers) if name == "padding" else numbers)
-            for name, numbers in old
-        )
-        if self.mask is None or new == old:
+        p = self.problem
+        new = p.mask.of_entries(lambda numbers: [n or p.len_k for n in numbers])
+        if self.mask is None or new == p.mask:
             return super().visible(rows, keys)
-        return Program.visible(replace(self, mask=_by_rule(self, Mask(new), p.len_k)), rows, keys)
+        return Program.visible(replace(self, mask=_by_rule(self, new, p.len_k)), rows, keys)
 
 
 class Early(Memory):

@@ -49,7 +49,7 @@ def as_rules(problem: Problem, mask: torch.Tensor | None) -> Mask | torch.Tensor
     """The rules where the problem leaves the choice and Triton has all of them (not `dense`), else
     the boolean tensor.
     """
-    return problem.mask if problem.mask_as == "rule" and "dense" not in problem.mask.names else mask
+    return problem.mask if problem.mask_as == "rule" and not problem.mask.matrix else mask
 
 
 def checked(
@@ -67,7 +67,7 @@ def checked(
     they do not belong together or kernel `name` does not support it.
     """
     rules = mask if isinstance(mask, Mask) else FULL
-    if "dense" in rules.names:
+    if rules.matrix:
         raise VerifyError(
             f"{name}: mask={mask}: dense is not a rule for Triton; hand it over as a boolean tensor"
         )

@@ -25,7 +25,7 @@ from verify.kernels.triton.tiles import (
     SOFTCAP,
     WHOLE,
 )
-from verify.spec.masks import KINDS, Mask
+from verify.spec.masks import KINDS, Mask, full
 from verify.spec.problem import Problem
 
 RUNTIME = [
@@ -36,7 +36,7 @@ RUNTIME += "batch heads group blocks len_q len_k dim_qk dim_v flags".split()
 """Arguments on whose values (1, a multiple of 16) Triton must not specialise, for each kind would
 compile the kernel anew.
 """
-_RULES = tuple(kind.rule for name, kind in KINDS.items() if name not in ("full", "dense"))
+_RULES = tuple(kind.rule for kind in KINDS.values() if not kind.matrix and kind.rule is not full)
 FAR = 2**30
 """An integer of a mask beyond it says no more than it does, and its sum with a position stays
 within int32.
@@ -131,7 +131,7 @@ def plan(
     (first, last + 1), the last + 1 with anything visible. From the mask's own rule at every
     position, the way of FlexAttention's create_block_mask.
     """
-    entries = batch if mask.batch_sizes() else 1
+    entries = batch if mask.per_batch else 1
     across, down = triton.cdiv(len_k, tile[1]), triton.cdiv(len_q, tile[0])
     k = torch.arange(across * tile[1], device=device, dtype=torch.int32)
     some, every = [], []

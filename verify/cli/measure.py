@@ -1,6 +1,4 @@
-"""The commands that measure and write tables: report, bench, power, record. They are commands of
-verify/cli/main.py's app.
-"""
+"""The commands that measure and write tables: report, bench, power, record."""
 
 from __future__ import annotations
 
@@ -10,19 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from verify import environment
-from verify.reports.pages import WIDTH
-
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-console = Console(highlight=False)
-if (
-    console.width < WIDTH
-):  # a narrow terminal or a pipe: long lines wrap there, cells must not be cut
-    console = Console(highlight=False, width=WIDTH)
-
-Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is a GPU")]
+from verify.cli.app import Device, Kernels, app, console, plain
 
 
 @app.command()
@@ -38,9 +26,7 @@ def report(
     section: Annotated[
         list[str] | None, typer.Option(help="only this table of the report; may be repeated")
     ] = None,
-    kernel: Annotated[
-        list[str] | None, typer.Option(help="only this kernel (name or file); may be repeated")
-    ] = None,
+    kernel: Kernels = None,
     dtype: Annotated[
         list[str] | None, typer.Option(help="fp16, bf16, fp32; may be repeated")
     ] = None,
@@ -83,9 +69,7 @@ def report(
 @app.command()
 def bench(
     *,
-    kernel: Annotated[
-        list[str] | None, typer.Option(help="only this kernel (name or file); may be repeated")
-    ] = None,
+    kernel: Kernels = None,
     dim: Annotated[
         list[int] | None,
         typer.Option(min=1, help="head dim; default 64, 128, 256; may be repeated"),
@@ -161,9 +145,7 @@ def power(
 @app.command()
 def record(
     *,
-    kernel: Annotated[
-        list[str] | None, typer.Option(help="only this kernel (name or file); may be repeated")
-    ] = None,
+    kernel: Kernels = None,
     update: Annotated[
         bool, typer.Option("--update", help="write the figures into the record of this machine")
     ] = False,
@@ -172,11 +154,8 @@ def record(
     """Compare every kernel's RMSE with the record of this machine and its versions. Exit code 1
     where one is WORSE.
     """
-    for library in (
-        "OMP",
-        "OPENBLAS",
-        "MKL",
-    ):  # sums split among threads end in other digits; read when NumPy loads
+    for library in ("OMP", "OPENBLAS", "MKL"):
+        # sums split among threads end in other digits; read when NumPy loads
         os.environ[f"{library}_NUM_THREADS"] = "1"
     device = environment.prepare(device)
     from verify import registry
@@ -195,13 +174,10 @@ def record(
     changes = baseline.compare(recorded, now, names)
     console.print(import_module("verify.reports.terminal").changed(machine, changes))
     if reasons:
-        console.print(
-            f"no figures: {'; '.join(f'{why} ({count})' for why, count in reasons.items())}",
-            markup=False,
-        )
+        plain(f"no figures: {'; '.join(f'{why} ({count})' for why, count in reasons.items())}")
     if update:
         baseline.update(baseline.FILE, machine, names, now)
-        console.print(f"written: {baseline.FILE}; review it with `git diff`", markup=False)
+        plain(f"written: {baseline.FILE}; review it with `git diff`")
         return
     console.print("nothing was written; the same command with --update records these figures")
     raise typer.Exit(int(any(change.mark == "WORSE" for change in changes)))

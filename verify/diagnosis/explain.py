@@ -21,12 +21,12 @@ from verify.spec.case import Case, Inputs, visibility
 from verify.spec.finding import Finding
 from verify.spec.problem import Problem
 
-__all__ = ["explain", "script", "shown"]
+__all__ = ["explain", "script", "show"]
 SMALL = 8
 """Tensors of at most this many rows and columns are shown."""
 
 
-def explain(kernel: Kernel, case: Case, law: str, device: str) -> list[str]:
+def explain(kernel: Kernel, device: str, case: Case, law: str) -> list[str]:
     """Facts about a case that breaks this law, one a line: what is wrong and what is right, where,
     and the likely stage.
     """
@@ -45,8 +45,12 @@ def explain(kernel: Kernel, case: Case, law: str, device: str) -> list[str]:
     return lines + (_told(trial) if trial.wrong else _elsewhere(law))
 
 
-def shown(kernel: Kernel, case: Case, device: str) -> Iterator[str]:
-    """The mask and the tensors of a small case, the exact output and the kernel's."""
+def show(kernel: Kernel, device: str, case: Case) -> list[str]:
+    """The mask and the tensors of a small case, the exact output and the kernel's, as text."""
+    return list(_shown(kernel, case, device))
+
+
+def _shown(kernel: Kernel, case: Case, device: str) -> Iterator[str]:
     p, known = case.problem, truth(case, device)
     if max(p.len_q, p.len_k, p.dim_qk, p.dim_v, p.batch * p.heads_q) > SMALL:
         return
@@ -201,7 +205,7 @@ def _where(trial: Trial, name: str) -> Iterator[str]:
 def _edge(trial: Trial, word: str, at: tuple[int, ...]) -> str:
     """What the mask leaves of this row or key."""
     p = trial.known.problem
-    cpu, entry = torch.device("cpu"), at[0] if p.mask.batch_sizes() else 0
+    cpu, entry = torch.device("cpu"), at[0] if p.mask.per_batch else 0
     seen = (
         visibility(p, cpu, slice(at[2], at[2] + 1))[entry, 0, 0]
         if word == "row"

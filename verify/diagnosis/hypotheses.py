@@ -22,10 +22,9 @@ from verify.spec.arithmetic import ROUNDED
 from verify.spec.case import Inputs, visibility
 from verify.spec.finding import Finding
 from verify.spec.layouts import laid_out
-from verify.spec.masks import FULL, KINDS, Mask
+from verify.spec.masks import FULL, KINDS, Mask, hiding
 from verify.spec.problem import Problem
 
-EXCHANGED = {"causal_upper_left": "causal_lower_right", "causal_lower_right": "causal_upper_left"}
 LN2 = math.log(2.0)
 NARROWER = ("tf32", "fp16", "bf16")
 STEPS = 8
@@ -75,11 +74,9 @@ def _empty_rows(trial: Trial, name: str) -> list[str]:
 
 def _other_masks(p: Problem, x: Inputs) -> Iterator[Other]:
     parts = p.mask.parts
-    exchanged = Mask(tuple((EXCHANGED.get(name, name), args) for name, args in parts))
+    exchanged = p.mask.mirrored
     yield f"the mask's alignment ({{}} is that of {exchanged})", p.but(mask=exchanged), x
-    same = Mask(
-        tuple((name, args[:1] * p.batch if name == "padding" else args) for name, args in parts)
-    )
+    same = p.mask.of_entries(lambda args: args[:1] * p.batch)
     yield "the mask's batch entry ({} is that of entry 0's for all)", p.but(mask=same), x
     for n, (name, args) in enumerate(parts):
         rest = Mask(parts[:n] + parts[n + 1 :] or FULL.parts)
@@ -97,7 +94,7 @@ def _other_masks(p: Problem, x: Inputs) -> Iterator[Other]:
 
 def _tails(trial: Trial, p: Problem, x: Inputs) -> Iterator[Other]:
     for n in trial.ends(p.len_k):
-        mask = p.mask & Mask((("padding", (n,) * p.batch),))
+        mask = p.mask & hiding([n] * p.batch)
         yield (
             f"the tail of the keys ({{}} is that of the first {n} of {p.len_k})",
             p.but(mask=mask),

@@ -30,7 +30,7 @@ LITERAL = 64
 """Tensors of at most so many elements are written as numbers, larger ones as compressed bytes."""
 
 
-def script(kernel: Kernel, case: Case, device: str, *, deadly: bool = False) -> str:
+def script(kernel: Kernel, device: str, case: Case, deadly: bool = False) -> str:  # noqa: FBT001, FBT002 (a task's arguments)
     """A Python script that shows this case with torch and the kernel alone; it exits 1 where an
     element is farther off than the kernel's declared arithmetic may be, else 0. `deadly`: the
     kernel does not survive the case, and is not called.

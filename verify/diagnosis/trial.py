@@ -175,7 +175,7 @@ def ample(trial: Trial) -> Trial | None:
     case = replace(
         trial.case,
         problem=problem,
-        recipe=NORMAL if trial.case.recipe.name == "integers" else trial.case.recipe,
+        recipe=NORMAL if trial.case.recipe.family.whole else trial.case.recipe,
     )
     costly = (
         p.batch * p.heads_q * problem.len_q * problem.len_k > SCORES_AT_MOST[trial.known.device]

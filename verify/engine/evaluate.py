@@ -1,49 +1,43 @@
-"""One case under one property: what is judged, what is known to be wrong, what is not run at
-all.
-"""
+"""One case of one property: what is judged, what is a known issue, what is not run at all."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
 from typing import Any
 
 from verify.properties.catalogue import Property
-from verify.records.journal import Record
+from verify.properties.property import Verdict
+from verify.records.events import WRONG_OUTPUTS, CaseFinished, Outcome
 from verify.registry import Kernel
 from verify.spec.case import Case
 from verify.spec.finding import Finding
 
-Judging = Callable[[Kernel, Property, Case, str], Record]
-"""As `judge`."""
 
-
-def judge(kernel: Kernel, law: Property, case: Case, device: str) -> Record:
-    """Check one law on one case; raises Finding where it is broken, unless by a known defect."""
-    reason = kernel.unsupported(case.problem, device)
-    if reason:
-        return recorded(kernel, law, case, "unsupported", reason)
-    defect = kernel.defect(case, device, law.name)
-    if defect and defect.crashes:
-        return recorded(kernel, law, case, "unsupported", f"not run: {defect.what}")
-    known = defect.what if defect else ""
+def evaluate(kernel: Kernel, device: str, prop: Property, case: Case) -> CaseFinished:
+    """Check one property on one case. Raises Finding where it is broken by no known issue."""
+    if reason := kernel.unsupported(case.problem, device):
+        return finished(kernel, prop, case, Outcome.UNSUPPORTED, reason=reason)
+    issue = kernel.known_issue(case, device, prop.name)
+    if issue and issue.fatal:
+        reason = f"not run: {issue.summary}"
+        return finished(kernel, prop, case, Outcome.UNSUPPORTED, reason=reason)
+    known = issue.summary if issue else ""
     try:
-        verdict = law.check(kernel, case, device)
+        verdict = prop.check(kernel, case, device)
     except Finding as finding:
-        if known:
-            return recorded(
-                kernel, law, case, "known", finding.sentence, known=known, measured=finding.measured
-            )
-        raise
+        if not known:
+            raise
+        measured = finding.measured
+        outcome, reason = Outcome.KNOWN_ISSUE, finding.sentence
+        return finished(kernel, prop, case, outcome, reason=reason, known=known, measured=measured)
     if verdict.unsupported:
-        return recorded(kernel, law, case, "unsupported", verdict.unsupported)
-    blind = len(verdict.blind_to) == 3  # zeros, mean(V) and a wrong scale would all have passed
-    name = "uninformative" if blind else "held"
-    return recorded(
+        return finished(kernel, prop, case, Outcome.UNSUPPORTED, reason=verdict.unsupported)
+    saw_nothing = set(verdict.blind_to) == set(WRONG_OUTPUTS)
+    return finished(
         kernel,
-        law,
+        prop,
         case,
-        name,
+        Outcome.INCONCLUSIVE if saw_nothing else Outcome.PASSED,
         known=known,
         blind_to=verdict.blind_to,
         bitwise=verdict.bitwise,
@@ -51,15 +45,20 @@ def judge(kernel: Kernel, law: Property, case: Case, device: str) -> Record:
     )
 
 
-def replay_command(target: str, law: Property, case: Case) -> str:
-    """The one line that shows a finding again. `target` is a kernel's name, or
-    path/to/file.py::name.
-    """
-    return f"verify replay {shlex.quote(target)} {shlex.quote(str(case))} --property {law.name}"
+def check(kernel: Kernel, device: str, prop: Property, case: Case) -> Verdict:
+    """Check one property on one case, known issues or not. Raises Finding where it is broken."""
+    return prop.check(kernel, case, device)
 
 
-def recorded(
-    kernel: Kernel, law: Property, case: Case, verdict: str, reason: str = "", **rest: Any
-) -> Record:
-    """A record of one case."""
-    return Record(kernel.name, law.name, str(case), verdict, reason, **rest)
+def finished(
+    kernel: Kernel, prop: Property, case: Case, outcome: Outcome, **rest: Any
+) -> CaseFinished:
+    """The event of one case."""
+    return CaseFinished(
+        kernel=kernel.name, property=prop.name, case=str(case), outcome=outcome, **rest
+    )
+
+
+def replay_command(target: str, prop: Property, case: Case) -> str:
+    """The one line that shows a finding again. `target`: a kernel's name, or path/file.py::name."""
+    return f"verify replay {shlex.quote(target)} {shlex.quote(str(case))} --property {prop.name}"

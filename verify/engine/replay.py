@@ -15,100 +15,78 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, files
 from typing import Any
 
-from rich.console import Console
-
+from verify.diagnosis.explain import show
+from verify.engine.evaluate import check
+from verify.engine.explanation import Run, why
 from verify.errors import VerifyError
-from verify.properties.catalogue import PROPERTIES, Property
-from verify.registry import Kernel, named
+from verify.properties.catalogue import Property
+from verify.registry import Kernel
 from verify.sandbox.process import isolated
 from verify.spec.case import Case
 from verify.spec.finding import Finding
-from verify.spec.masks import FULL
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 """Of compute-sanitizer (docs.nvidia.com/compute-sanitizer)."""
 
 
-def run_replay(
-    target: str,
-    kernels: list[Kernel],
-    case: Case,
-    law: str,
-    device: str,
-    console: Console,
-    *,
-    here: bool,
-) -> int:
-    """Judge one case; print its tensors where they are small. Returns 0 where the law holds, 1
-    where it is broken. here: in this process, for a debugger.
+Write = Callable[[str], None]
 
-    Raises VerifyError for an unknown property, several kernels, or a case that the kernel does not
-    support.
+
+def replay(
+    target: str,
+    kernels: dict[str, Kernel],
+    device: str,
+    prop: Property,
+    case: Case,
+    write: Write,
+    *,
+    in_process: bool = False,
+) -> bool:
+    """Judge one case; write its tensors where they are small, what was found, and why, a line at a
+    time. Return whether the property holds.
+
+    Raises VerifyError for several kernels, or a case that the kernel or the property does not take.
     """
-    prop, (kernel, *others) = named_law(law), kernels
-    if others:
-        raise VerifyError(
-            f"{target}: registers {len(kernels)} kernels; name one: "
-            f"{', '.join(named(target, kernels))}"
-        )
-    if prop.grads and not case.problem.grads:
-        case = replace(case, problem=case.problem.but(grads=True))
-    if prop.full_mask and case.problem.mask != FULL:
-        raise VerifyError(
-            f"property {law!r} holds without a mask only; the case has {case.problem.mask}"
-        )
+    if len(kernels) > 1:
+        names = ", ".join(kernels)
+        raise VerifyError(f"{target}: registers {len(kernels)} kernels; name one: {names}")
+    ((alone, kernel),) = kernels.items()
+    case = replace(case, problem=prop.needs.met_by(case.problem))
+    if refusal := prop.needs.refusal(case.problem):
+        raise VerifyError(f"property {prop.name!r} {refusal}")
     if reason := kernel.unsupported(case.problem, device):
         raise VerifyError(f"{kernel.name} does not support {case.problem}: {reason}")
-    if here:
-        from verify.sandbox.worker import TASKS  # noqa: PLC0415
-
-        return _replay(
-            lambda task, *arguments: TASKS[task](kernel, device, *arguments),
-            kernel,
-            case,
-            law,
-            console,
-        )
-    with isolated(target, kernel, device) as worker:
-        return _replay(worker.ask, kernel, case, law, console)
+    if in_process:
+        return _replayed(partial(_here, kernel, device), kernel, prop, case, write)
+    with isolated(alone, kernel, device) as worker:
+        return _replayed(worker.run, kernel, prop, case, write)
 
 
-def _replay(ask: Callable[..., Any], kernel: Kernel, case: Case, law: str, console: Console) -> int:
-    plain = partial(console.print, markup=False, soft_wrap=True)
+def _here(kernel: Kernel, device: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(kernel, device, *arguments)
+
+
+def _replayed(run: Run, kernel: Kernel, prop: Property, case: Case, write: Write) -> bool:
     try:
-        for line in ask("show", str(case)):
-            plain(line)
-        verdict = ask("check", law, str(case))
+        for line in run(show, case):
+            write(line)
+        verdict = run(check, prop, case)
     except Finding as finding:
-        plain(f"{kernel.name} breaks {law}: {finding.sentence}")
-        for line in why(ask, case, law):
-            plain(line)
-        return 1
+        write(f"{kernel.name} breaks {prop.name}: {finding.sentence}")
+        for number, line in enumerate(why(run, case, prop)):
+            write(f"  {'' if number else 'why':7} {line}")
+        return False
+    if verdict.unsupported:
+        write(f"{prop.name} is not judged: {verdict.unsupported}")
+        return True
     blind = f"; it could not have told: {', '.join(verdict.blind_to)}" if verdict.blind_to else ""
-    plain(
-        f"{law} is not judged: {verdict.unsupported}"
-        if verdict.unsupported
-        else f"{kernel.name}: {law} holds{blind}"
-    )
-    return 0
-
-
-def why(ask: Callable[..., Any], case: Case, law: str) -> list[str]:
-    """What explains a finding, as lines to print; it must not hide the finding, whatever it runs
-    into itself.
-    """
-    try:
-        lines = ask("explain", str(case), law)
-    except Finding as finding:
-        lines = [f"the call itself: {finding.sentence}"]
-    except Exception as error:
-        lines = [f"not explained: {type(error).__name__}: {error}"]
-    return [f"  {'' if number else 'why':7} {line}" for number, line in enumerate(lines)]
+    write(f"{kernel.name}: {prop.name} holds{blind}")
+    return True
 
 
 def run_sanitized(tool: str, target: str, case: Case, law: str) -> int:
     """The same under a tool of compute-sanitizer, which prints what it sees. Returns 1 where it
-    sees anything, or as run_replay.
+    sees anything, or the property is broken.
 
     Every tensor is an allocation of its own then: within torch's pools the tool could not tell one
     from the next. Raises VerifyError for an unknown tool, or where compute-sanitizer is not
@@ -116,24 +94,11 @@ def run_sanitized(tool: str, target: str, case: Case, law: str) -> int:
     """
     if tool not in TOOLS:
         raise VerifyError(f"sanitizer {tool!r} is unknown: one of {', '.join(TOOLS)}")
-    again = [
-        sys.executable,
-        "-m",
-        "verify",
-        "replay",
-        target,
-        str(case),
-        "--property",
-        law,
-        "--device",
-        "cuda",
-        "--in-process",
-    ]
-    command, apart = (
-        [_sanitizer(), "--tool", tool, "--error-exitcode", "1", *again],
-        {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-    )
-    return int(subprocess.run(command, check=False, env=os.environ | apart).returncode != 0)  # noqa: S603
+    again = [sys.executable, "-m", "verify", "replay", target, str(case), "--in-process"]
+    again += ["--property", law, "--device", "cuda"]
+    command = [_sanitizer(), "--tool", tool, "--error-exitcode", "1", *again]
+    apart = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return int(subprocess.run(command, check=False, env=apart).returncode != 0)  # noqa: S603
 
 
 def _sanitizer() -> str:
@@ -147,10 +112,3 @@ def _sanitizer() -> str:
     raise VerifyError(
         "compute-sanitizer is not on PATH, nor installed by: pip install nvidia-cuda-sanitizer-api"
     )
-
-
-def named_law(name: str) -> Property:
-    """The property of this name. Raises VerifyError for another."""
-    if name not in PROPERTIES:
-        raise VerifyError(f"property {name!r} is unknown: one of {', '.join(PROPERTIES)}")
-    return PROPERTIES[name]

@@ -1,28 +1,41 @@
-"""The engine: Hypothesis draws cases for one kernel and one property until enough were judged or
-the time is up.
+"""The search for a case that breaks one property of one kernel, as a coroutine.
+
+Hypothesis draws cases and shrinks the one that fails; whoever runs the search judges them. The
+search asks for one outcome at a time, so that several searches can go on at once, and the cases of
+a seed depend neither on who judges them, nor on time, nor on how many others there are.
 """
 
 from __future__ import annotations
 
-import re
+import queue
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, TypeAlias
 
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as seeded
-from hypothesis.database import DirectoryBasedExampleDatabase
 from hypothesis.errors import Flaky
 from hypothesis.internal.conjecture.providers import AVAILABLE_PROVIDERS, HypothesisProvider
 
+from verify.engine.config import SHRINK_SECONDS
 from verify.engine.corpus import Corpus
-from verify.engine.evaluate import Judging, judge, recorded
+from verify.engine.evaluate import evaluate, finished
 from verify.generation.strategies import cases
 from verify.properties.catalogue import Property
-from verify.records.journal import VERDICTS, Drawn, Record
+from verify.records.events import (
+    CaseFinished,
+    CaseStarted,
+    Ended,
+    Event,
+    FindingShrunk,
+    Outcome,
+    PropertyFinished,
+)
+from verify.records.journal import Drawn
 from verify.registry import Kernel
 from verify.spec.case import Case
 from verify.spec.finding import Finding
@@ -30,7 +43,7 @@ from verify.spec.finding import Finding
 CHUNK = 50
 """Cases that Hypothesis draws at a time; a new chunk has a new seed."""
 CHUNKS_IN_VAIN = 40
-"""After so many chunks without a single judged case the kernel is taken to support none."""
+"""After so many chunks without another judged case there are taken to be no more."""
 SEED_STEP = 7919
 """Between the seeds of chunks, so that runs with neighbouring seeds do not repeat each other."""
 
@@ -42,9 +55,9 @@ class Independent(HypothesisProvider):
     options. Shrinking is Hypothesis's own.
     """
 
-    def _maybe_draw_constant(self, *arguments: Any, **keywords: Any) -> None:
-        """None: the constants that Hypothesis reads in loaded modules would make a seed's cases
-        depend on what is loaded.
+    def _maybe_draw_constant(self, *arguments: object, **keywords: object) -> None:
+        """Return None: the constants that Hypothesis reads in loaded modules would make a seed's
+        cases depend on what is loaded.
         """
 
 
@@ -54,26 +67,19 @@ AVAILABLE_PROVIDERS[BACKEND] = Independent
 
 @dataclass(frozen=True)
 class Budget:
-    """When to stop: after this many judged cases or seconds, whichever comes first; and how long to
-    shrink.
+    """When to stop: after this many judged cases, or at this time of time.monotonic(), whichever
+    comes first; and how long to shrink.
     """
 
     judged: int | None = None
-    seconds: float | None = None
-    shrink_seconds: float = 20.0
+    deadline: float | None = None
+    shrink_seconds: float = SHRINK_SECONDS
 
-
-@dataclass
-class Hunt:
-    """What a hunt found: judged cases, why others were not, and the smallest case that breaks the
-    law.
-    """
-
-    judged: int = 0
-    unsupported: dict[str, int] = field(default_factory=dict)
-    finding: tuple[Case, Finding] | None = None
-    shown: dict[str, Case] = field(default_factory=dict)
-    """the first case that showed each known defect"""
+    @classmethod
+    def of(cls, judged: int | None, seconds: float | None, shrink_seconds: float) -> Budget:
+        """The budget of a search that begins now and may take so many seconds."""
+        deadline = None if seconds is None else time.monotonic() + seconds
+        return cls(judged, deadline, shrink_seconds)
 
 
 class _Enough(BaseException):
@@ -82,196 +88,355 @@ class _Enough(BaseException):
     """
 
 
-def hunt(
-    kernel: Kernel,
-    law: Property,
-    device: str,
-    *,
-    budget: Budget,
-    seed: int,
-    record: Callable[[Record], None] = lambda r: None,
-    corpus: Corpus | None = None,
-    judging: Judging | None = None,
-    done: Mapping[Drawn, int] | None = None,
-) -> Hunt:
-    """Try to break a law, first with the cases of the corpus that broke it once. Stops at the first
-    failing case, shrunk, which the corpus then keeps, as it does the first that shows a known
-    defect; every judged case is recorded as it is judged.
-
-    judging: who judges a case, Isolated.judge say; default: `judge`, in this process. done: the
-    cases that were judged before this hunt was interrupted (records.done); they count and are not
-    judged again.
-    """
-    hunter, chunk, start = (
-        _Hunter(kernel, law, device, budget, record, judging or judge, done or {}),
-        0,
-        time.monotonic(),
-    )
-    hunter.replay(corpus.cases(kernel.name, law.name) if corpus else [])
-    while (
-        hunter.found.finding is None
-        and not hunter.over()
-        and (hunter.found.judged or chunk < CHUNKS_IN_VAIN)
-    ):
-        hunter.seed = seed + SEED_STEP * chunk
-        try:
-            _chunk(hunter, database=corpus.path.parent / "hypothesis" if corpus else None)
-        except (Finding, _Enough):
-            pass
-        except Flaky:
-            hunter.doubt()
-        chunk += 1
-    if hunter.found.finding is not None:
-        case, finding = hunter.found.finding
-        record(hunter.record_of(case, "finding", finding.sentence, measured=finding.measured))
-    if corpus:
-        for case in (
-            *hunter.found.shown.values(),
-            *([hunter.found.finding[0]] if hunter.found.finding else []),
-        ):
-            corpus.add(kernel.name, law.name, case)
-    record(
-        Record(
-            kernel.name,
-            law.name,
-            "",
-            "ended",
-            seed=seed,
-            seconds=round(time.monotonic() - start, 2),
-        )
-    )
-    return hunter.found
+Answer = CaseFinished | Finding
+"""What judging a case gives."""
+Inbox: TypeAlias = "queue.SimpleQueue[tuple[Search, Case | None, Any]]"
+"""What searches ask for: (search, case, None), or (search, None, None) at the end of one."""
 
 
-class _Hunter:
-    """Judges the cases that Hypothesis draws, keeps the smallest that fails, and knows when to
-    stop.
+class Search:
+    """A search that is stepped from outside: `resume`, take the case from `inbox`, `judged`, and
+    again, until `inbox` has no case.
+
+    The corpus's cases of this kernel and property are asked about first; then Hypothesis draws. It
+    ends at the first case that fails, shrunk. `completed`: cases that were judged before a run was
+    interrupted; they count and are not asked about again.
     """
 
     def __init__(
         self,
         kernel: Kernel,
-        law: Property,
+        prop: Property,
         device: str,
+        *,
         budget: Budget,
-        record: Callable[[Record], None],
-        judging: Judging,
-        done: Mapping[Drawn, int],
+        seed: int,
+        kept: Sequence[Case] = (),
+        completed: Mapping[Drawn, int] | None = None,
+        inbox: Inbox | None = None,
     ) -> None:
-        self.kernel, self.law, self.device, self.budget, self.record = (
-            kernel,
-            law,
-            device,
-            budget,
-            record,
+        self.kernel = kernel
+        self.prop = prop
+        self.device = device
+        self.budget = budget
+        self.run_seed = seed
+        self.inbox: Inbox = inbox if inbox is not None else queue.SimpleQueue()
+        self.finding: tuple[Case, Finding] | None = None
+        self.shown: dict[str, Case] = {}
+        """The first case that showed each known issue."""
+        self.unsupported: Counter[str] = Counter()
+        self.tested = 0
+        """Cases that were judged."""
+        self.asked = 0
+        """Cases that were handed out, unsupported ones among them."""
+        self.seconds = 0.0
+        """Spent in drawing, judging and shrinking."""
+        self.ended = False
+        self._worst: tuple[Case, Finding] | None = None
+        self._shrinking_since: float | None = None
+        self._kept = kept
+        self._left = Counter(completed or {})
+        self._seed: int | None = None
+        self._answers: queue.SimpleQueue[Answer | None] = queue.SimpleQueue()
+        self._answer: Answer | None = None
+        self._broken: BaseException | None = None
+        self._thread: threading.Thread | None = None
+        self._since = 0.0
+
+    # ---- the side of whoever runs it
+
+    @property
+    def shrinking(self) -> bool:
+        """Whether a case failed."""
+        return self._shrinking_since is not None
+
+    def resume(self) -> None:
+        """Hand the last answer over and draw on, in a thread of the search's own: (self, case), or
+        (self, None) at its end, comes into the inbox.
+        """
+        self._since = time.monotonic()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, daemon=True)
+            self._thread.start()
+        else:
+            self._answers.put(self._answer)
+
+    def started(self, case: Case) -> CaseStarted:
+        """The event of a case that is about to be judged."""
+        self.asked += 1
+        return CaseStarted(
+            kernel=self.kernel.name, property=self.prop.name, case=str(case), seed=self._seed
         )
-        self.seed: int | None
-        self.judging, self.done, self.seed = judging, Counter(done), None
-        self.found, self.start, self.shrinking_since = Hunt(), time.monotonic(), 0.0
+
+    def judged(self, case: Case, answer: Answer, seconds: float) -> CaseFinished | None:
+        """Take what judging a case gave; return its event, or None while a case is shrunk."""
+        self._answer = answer
+        now = time.monotonic()
+        self.seconds += now - self._since
+        self._since = now
+        if isinstance(answer, Finding):
+            return self._failed(case, answer, seconds)
+        if self.shrinking:
+            return None
+        event = replace(answer, seed=self._seed, seconds=round(seconds, 4))
+        self._count(event)
+        if event.outcome is Outcome.KNOWN_ISSUE:
+            self.shown.setdefault(event.known, case)
+        return event
+
+    def finish(self) -> Iterator[FindingShrunk | PropertyFinished]:
+        """The events that end it. Raises what broke the search itself."""
+        self.seconds += time.monotonic() - self._since if self._since else 0.0
+        self.ended = True
+        if self._broken is not None:
+            raise self._broken
+        if self.finding is not None and self._worst is not None:
+            case, finding = self.finding
+            yield FindingShrunk(
+                kernel=self.kernel.name,
+                property=self.prop.name,
+                case=str(case),
+                reason=finding.sentence,
+                measured=finding.measured,
+                seed=self._seed,
+                worst=str(self._worst[0]),
+                worst_reason=self._worst[1].sentence,
+            )
+        yield self.ending(self._why())
+
+    def ending(self, ended: Ended) -> PropertyFinished:
+        """The last event of the search."""
+        return PropertyFinished(
+            kernel=self.kernel.name,
+            property=self.prop.name,
+            ended=ended,
+            reason="; ".join(self.unsupported) if ended is Ended.UNSUPPORTED else "",
+            judged=self.tested,
+            seconds=round(self.seconds, 2),
+            seed=self.run_seed,
+        )
+
+    def close(self) -> None:
+        """Let its thread end."""
+        self.ended = True
+        if self._thread is not None and self._thread.is_alive():
+            self._answers.put(None)
 
     def over(self) -> bool:
         """Whether enough was judged or the time is up."""
-        spent = (
-            self.budget.seconds is not None and time.monotonic() - self.start > self.budget.seconds
-        )
-        return spent or (self.budget.judged is not None and self.found.judged >= self.budget.judged)
+        late = self.budget.deadline is not None and time.monotonic() > self.budget.deadline
+        return late or (self.budget.judged is not None and self.tested >= self.budget.judged)
 
-    def attempt(self, case: Case) -> None:
-        """Judge one case; raises its Finding, which Hypothesis then shrinks."""
-        if self.shrinking_since:
-            if time.monotonic() - self.shrinking_since > self.budget.shrink_seconds:
+    def _why(self) -> Ended:
+        if self.finding is not None:
+            return Ended.FINDING
+        if self.budget.judged is not None and self.tested >= self.budget.judged:
+            return Ended.CASES
+        late = self.budget.deadline is not None and time.monotonic() > self.budget.deadline
+        if late:
+            return Ended.TIME if self.tested else Ended.NO_TIME
+        return Ended.EXHAUSTED if self.tested else Ended.UNSUPPORTED
+
+    def _failed(self, case: Case, finding: Finding, seconds: float) -> CaseFinished | None:
+        first = not self.shrinking
+        if first:
+            self._shrinking_since = time.monotonic()
+        if self._worst is None or _violation(finding) > _violation(self._worst[1]):
+            self._worst = case, finding
+        if self.finding is None or _size(case) <= _size(self.finding[0]):
+            self.finding = case, finding
+        if not first or self._left[self._seed, str(case), Outcome.FAILED]:
+            return None
+        event = finished(
+            self.kernel,
+            self.prop,
+            case,
+            Outcome.FAILED,
+            reason=finding.sentence,
+            measured=finding.measured,
+        )
+        return replace(event, seed=self._seed, seconds=round(seconds, 4))
+
+    def _count(self, event: CaseFinished) -> None:
+        if event.outcome is Outcome.UNSUPPORTED:
+            self.unsupported[event.reason] += 1
+        else:
+            self.tested += 1
+
+    # ---- the side of Hypothesis: a thread of its own, of which one step runs at a time
+
+    def _run(self) -> None:
+        try:
+            self._search()
+        except _Enough:
+            pass
+        except BaseException as error:
+            self._broken = error
+        self.inbox.put((self, None, None))
+
+    def _search(self) -> None:
+        for case in self._kept:
+            try:
+                self._attempt(case)
+            except Finding:
+                return  # it is small already
+        chunk = in_vain = 0
+        while self.finding is None and not self.over() and in_vain < CHUNKS_IN_VAIN:
+            before = self.tested
+            self._seed = self.run_seed + SEED_STEP * chunk
+            try:
+                draw(self._attempt, self.kernel, self.prop, self.device, seed=self._seed)
+            except Finding:
+                pass
+            except Flaky:
+                self._doubt()
+            chunk += 1
+            in_vain = 0 if self.tested > before else in_vain + 1
+
+    def _attempt(self, case: Case) -> None:
+        """Ask for the outcome of one case; raise its Finding, which Hypothesis then shrinks."""
+        if self._shrinking_since is not None:
+            if time.monotonic() - self._shrinking_since > self._shrink_seconds():
                 raise _Enough
         elif self.over():
             raise _Enough
-        else:
-            before = next((v for v in VERDICTS if self.done[self.seed, str(case), v]), "")
-            if before and before != "failed":
-                self.done[self.seed, str(case), before] -= 1
-                _count(self.found, self.record_of(case, before))
-                return
-        self.record(self.record_of(case, "started"))
-        start = time.monotonic()
-        try:
-            judged = self.judging(self.kernel, self.law, case, self.device)
-            judged = replace(judged, seed=self.seed, seconds=round(time.monotonic() - start, 4))
-        except Finding as finding:
-            self._keep(case, finding)
-            raise
-        if not self.shrinking_since:
-            _count(self.found, judged)
-            self.record(judged)
-            if judged.verdict == "known":
-                self.found.shown.setdefault(judged.known, case)
+        elif before := self._known_outcome(case):
+            self._count(finished(self.kernel, self.prop, case, before))
+            return
+        self.inbox.put((self, case, None))
+        answer = self._answers.get()
+        if answer is None:
+            raise _Enough
+        if isinstance(answer, Finding):
+            raise answer
 
-    def record_of(self, case: Case, verdict: str, reason: str = "", **rest: Any) -> Record:
-        """A record of this hunt."""
-        return replace(
-            recorded(self.kernel, self.law, case, verdict, reason, **rest), seed=self.seed
-        )
+    def _shrink_seconds(self) -> float:
+        return self.budget.shrink_seconds
 
-    def replay(self, kept: list[Case]) -> None:
-        """Judge these first; they are small already."""
-        for case in kept:
-            try:
-                self.attempt(case)
-            except (Finding, _Enough):
-                return
+    def _known_outcome(self, case: Case) -> Outcome | None:
+        """The outcome that is on record for a case, which then counts as judged once more."""
+        for outcome in Outcome:
+            key = self._seed, str(case), outcome
+            if outcome is not Outcome.FAILED and self._left[key] > 0:
+                self._left[key] -= 1
+                return outcome
+        return None
 
-    def _keep(self, case: Case, finding: Finding) -> None:
-        if not self.shrinking_since:
-            self.shrinking_since = time.monotonic()
-            if not self.done[self.seed, str(case), "failed"]:
-                self.record(
-                    self.record_of(case, "failed", finding.sentence, measured=finding.measured)
-                )
-        if self.found.finding is None or _size(case) <= _size(self.found.finding[0]):
-            self.found.finding = (case, finding)
-
-    def doubt(self) -> None:
-        """The same case broke the law and held: the kernel is not deterministic, or remembers
+    def _doubt(self) -> None:
+        """The same case broke the property and held: the kernel is not deterministic, or remembers
         earlier calls.
         """
-        if self.found.finding is not None:
-            case, finding = self.found.finding
-            self.found.finding = (
-                case,
-                Finding(f"not every time: {finding.sentence}", measured=finding.measured),
-            )
+        if self.finding is not None:
+            case, finding = self.finding
+            sentence = f"not every time: {finding.sentence}"
+            self.finding = case, Finding(sentence, measured=finding.measured)
 
 
-def _chunk(hunter: _Hunter, *, database: Path | None) -> None:
-    """Draw and judge CHUNK cases. Hypothesis keeps what fails in its own database, in a folder of
-    this kernel and property.
+def draw(
+    attempt: Callable[[Case], None], kernel: Kernel, prop: Property, device: str, *, seed: int
+) -> None:
+    """Hand CHUNK cases of this seed to `attempt`; where it raises Finding, the smallest case that
+    does, and the Finding comes out.
     """
-    law, folder = (
-        hunter.law,
-        database and database / re.sub(r"\W", "_", hunter.kernel.name) / hunter.law.name,
-    )
-    config = settings(
+
+    @seeded(seed)
+    @settings(
         max_examples=CHUNK,
-        database=DirectoryBasedExampleDatabase(folder) if folder else None,
+        database=None,
         deadline=None,
-        phases=[Phase.reuse, Phase.generate, Phase.shrink],
+        phases=[Phase.generate, Phase.shrink],
         suppress_health_check=list(HealthCheck),
         report_multiple_bugs=False,
         print_blob=False,
         backend=BACKEND,
     )
+    @given(cases(kernel, device, prop.needs))
+    def one_chunk(case: Case) -> None:
+        attempt(case)
 
-    @seeded(hunter.seed)
-    @config
-    @given(cases(hunter.kernel, hunter.device, **law.cases))
-    def attempt(case: Case) -> None:
-        hunter.attempt(case)
-
-    attempt()
+    one_chunk()
 
 
-def _count(state: Hunt, record: Record) -> None:
-    if record.verdict == "unsupported":
-        state.unsupported[record.reason] = state.unsupported.get(record.reason, 0) + 1
-    else:
-        state.judged += 1
+def search(
+    kernel: Kernel,
+    prop: Property,
+    device: str,
+    *,
+    budget: Budget,
+    seed: int,
+    corpus: Corpus | None = None,
+    evaluate_case: Callable[[Property, Case], CaseFinished] | None = None,
+    completed: Mapping[Drawn, int] | None = None,
+) -> Iterator[Event]:
+    """Run one search to its end; the events of it, as they happen.
+
+    evaluate_case: judges a case, raising Finding; default: `evaluate`, in this process. The corpus
+    keeps the finding, and the first case that shows each known issue.
+    """
+    evaluate_case = evaluate_case or partial(evaluate, kernel, device)
+    kept = corpus.cases(kernel.name, prop.name) if corpus else []
+    one = Search(kernel, prop, device, budget=budget, seed=seed, kept=kept, completed=completed)
+    try:
+        while True:
+            one.resume()
+            _, case, _ = one.inbox.get()
+            if case is None:
+                break
+            yield one.started(case)
+            event = one.judged(case, *timed(evaluate_case, prop, case))
+            if event:
+                yield event
+        yield from one.finish()
+    finally:
+        one.close()
+    if corpus:
+        keep(corpus, one)
+
+
+def timed(
+    evaluate_case: Callable[[Property, Case], CaseFinished], prop: Property, case: Case
+) -> tuple[Answer, float]:
+    """(what judging a case gives, the seconds that it takes)"""
+    start = time.monotonic()
+    try:
+        answer: Answer = evaluate_case(prop, case)
+    except Finding as finding:
+        answer = finding
+    return answer, time.monotonic() - start
+
+
+def keep(corpus: Corpus, one: Search) -> None:
+    """Add what a search found to the corpus."""
+    found = [one.finding[0]] if one.finding else []
+    for case in (*one.shown.values(), *found):
+        corpus.add(one.kernel.name, one.prop.name, case)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the events of one search come to."""
+
+    judged: int
+    finding: FindingShrunk | None
+    ended: Ended
+    reason: str
+
+    @classmethod
+    def of(cls, events: Iterator[Event]) -> Result:
+        """Run through the events of `search`."""
+        finding: FindingShrunk | None = None
+        for event in events:
+            if isinstance(event, FindingShrunk):
+                finding = event
+        if not isinstance(event, PropertyFinished):
+            raise TypeError(f"{event}: a search ends with PropertyFinished")
+        return cls(event.judged, finding, event.ended, event.reason)
+
+
+def _violation(finding: Finding) -> float:
+    """Error / allowed, where the finding is of one element."""
+    allowed = finding.measured.get("allowed", 0.0)
+    return finding.measured.get("error", 0.0) / allowed if allowed else 0.0
 
 
 def _size(case: Case) -> tuple[int, int, int]:

@@ -1,333 +1,352 @@
-"""`verify fuzz` and `verify resume`: the pytest runner on one kernel with a progress display and a
-summary of findings.
+"""The engine: one loop over kernels and properties. It emits events; front ends consume them.
+
+`run(config)` is all of `verify fuzz`; a `Session` also judges one property of one kernel at a time,
+as pytest's matrix does. Every event is in the journal before anybody sees it.
 """
 
 from __future__ import annotations
 
-import functools
-import json
-import os
-import shlex
-import signal
+import queue
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from functools import partial
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import pytest
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-from verify import environment, properties, pytest_plugin
-from verify.engine.evaluate import replay_command
-from verify.engine.replay import named_law, why
-from verify.engine.search import SEED_STEP
-from verify.errors import VerifyError
+from verify import environment, registry
+from verify.engine.config import RunConfig
+from verify.engine.corpus import Corpus
+from verify.engine.evaluate import evaluate, replay_command
+from verify.engine.explanation import why, write_script
+from verify.engine.rounds import Rounds
+from verify.engine.search import (
+    SEED_STEP,
+    Answer,
+    Budget,
+    Inbox,
+    Search,
+    keep,
+    search,
+    timed,
+)
+from verify.engine.workers import Workers
+from verify.generation.pairwise import covering_rows
 from verify.inspection import conventions
-from verify.properties.catalogue import PROPERTIES
-from verify.records.journal import JUDGED, Record, done, interrupted, read, writable
-from verify.registry import Kernel, find, named
-from verify.reports.terminal import show_run
-from verify.sandbox.process import CALL_SECONDS, Isolated, Limits, isolated
+from verify.properties.catalogue import PROPERTIES, Property, check_known_issues, named
+from verify.records.events import (
+    CaseFinished,
+    Ended,
+    Event,
+    FindingExplained,
+    FindingShrunk,
+    KernelInspected,
+    PairsTaken,
+    PropertyFinished,
+    RunFinished,
+    RunStarted,
+)
+from verify.records.journal import Drawn, Journal, cases, completed
+from verify.registry import Kernel
+from verify.sandbox.capabilities import known, options
+from verify.sandbox.process import Limits
 from verify.spec.case import Case
 from verify.spec.finding import Finding
+from verify.spec.requirements import NOTHING
+
+MOST_WORKERS = 8
+"""Idle worker processes are kept up to so many, if the run needs no more."""
+E = TypeVar("E", bound=Event)
 
 
-class _Display:
-    """A pytest plugin: gives the run a progress bar in place of pytest's own output."""
+def run(config: RunConfig) -> Iterator[Event]:
+    """Run what the configuration asks for, to its end or until the iterator is closed."""
+    with Session(config) as session:
+        yield from session.run()
 
-    def __init__(self, console: Console, seconds: float | None) -> None:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[counts]}"),
-        )
-        self.progress = Progress(*columns, console=console, transient=True)
-        self.task = self.progress.add_task("fuzzing", total=seconds, counts="")
-        self.start, self.judged, self.findings = time.monotonic(), 0, 0
-        self.broken: list[str] = []
-        self.hunted = 0.0
-        self.covered: Callable[[list[Record]], Iterator[str]] = lambda records: iter(())
+
+def resolve(targets: tuple[str, ...]) -> tuple[dict[str, Kernel], dict[str, str]]:
+    """(the kernels of some targets, each by a target that finds it alone; for those that cannot be
+    imported, why). Without targets: all that are bundled or installed.
+
+    Raises VerifyError for an unknown target, or a known issue with an unknown name in it.
+    """
+    if targets:
+        found = {n: k for t in targets for n, k in registry.named(t, registry.find(t)).items()}
+        unavailable: dict[str, str] = {}
+    else:
+        registry.load_bundled()
+        found, unavailable = dict(registry.REGISTRY), dict(registry.UNAVAILABLE)
+    for kernel in found.values():
+        check_known_issues(kernel)
+    return found, unavailable
+
+
+class Session:
+    """What the searches of one process share: device, kernels, workers, journal, corpus.
+
+    Raises VerifyError for an unknown kernel or property, or a folder that cannot be written.
+    """
+
+    def __init__(self, config: RunConfig, *, journal: str = "main", resumed: bool = False) -> None:
+        """journal: the name of this process's file. resumed: nothing on record is done again."""
+        self.device = environment.prepare(config.device or None)
+        folder = config.records or new_folder()
+        self.config = config.but(device=self.device, records=folder)
+        self.folder = folder
+        self.kernels, self.unavailable = resolve(config.targets)
+        self.properties = [named(name) for name in config.properties or PROPERTIES]
+        self.resumed = resumed
+        before = completed(folder) if resumed else ({}, {})
+        self._judged: Mapping[tuple[str, str], Counter[Drawn]] = before[0]
+        self._ended = before[1]
+        self.journal = Journal(folder, journal)
+        self.corpus = Corpus(config.corpus)
+        limits = Limits(config.call_seconds, processes=max(config.workers, Limits().processes))
+        most = max(config.workers, min(len(self.kernels), MOST_WORKERS))
+        self.workers = Workers(self.device, limits, most)
         self.interrupted = False
-        self.run: pytest_plugin.Run | None = None
+        self._drawn: set[str] = set()
+        """Targets of which cases without requirements were drawn: their pairs are known."""
+        self._described_once: set[str] = set()
 
-    def pytest_collection_finish(self, session: pytest.Session) -> None:
-        self.run = pytest_plugin.run_of(session.config)
-        self.run.progress, self.covered = (
-            self.show,
-            functools.partial(pytest_plugin.covered, self.run),
-        )
+    def __enter__(self) -> Session:
+        return self
 
-    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
-        """A run that came to its end is not resumed."""
-        if exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
-            pytest_plugin.run_of(session.config).journal.ended()
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """A failure that is no finding is a defect of this project or of its installation: shown,
-        never swallowed.
+    def close(self) -> None:
+        """End the workers, leave the journal."""
+        self.workers.stop.set()
+        self.workers.close()
+        self.journal.close()
+
+    def stop(self) -> None:
+        """Ask a run to end; safe in a signal handler."""
+        self.workers.stop.set()
+
+    # ---- one property of one kernel
+
+    def search(self, target: str, prop: Property, budget: Budget) -> Iterator[Event]:
+        """Search for a case of this kernel that breaks this property. Nothing is judged where it
+        ended before a run was resumed.
         """
-        self.hunted += report.duration if report.passed and report.when == "call" else 0.0
-        if report.failed and ("verdict", "finding") not in report.user_properties:
-            self.broken.append(report.longreprtext)
-
-    def interrupt(self, *signal_and_frame: object) -> None:
-        """Ctrl-C. Remembered as well as raised: one that arrives inside a garbage collector's
-        callback is swallowed there.
-        """
-        self.interrupted = True
-        raise KeyboardInterrupt
-
-    def show(self, record: Record) -> None:
-        """A case was judged."""
-        if self.interrupted:
-            raise KeyboardInterrupt
-        self.judged += record.verdict in JUDGED
-        self.findings += record.verdict == "finding"
-        counts = (
-            f"{record.kernel} {record.property}: {self.judged} judged, {self.findings} findings"
+        kernel = self.kernels[target]
+        self.learn(target)
+        if target not in self._described_once:
+            self._described_once.add(target)
+            yield self._emit(self._described(target))
+        if (kernel.name, prop.name, self.config.seed) in self._ended:
+            return
+        if refused := self._refused(kernel, prop):
+            yield self._emit(refused)
+            return
+        self._note(target, prop)
+        events = search(
+            kernel,
+            prop,
+            self.device,
+            budget=budget,
+            seed=self.config.seed,
+            corpus=self.corpus,
+            evaluate_case=partial(self._evaluate, target),
+            completed=self._judged.get((kernel.name, prop.name)),
         )
-        self.progress.update(self.task, completed=time.monotonic() - self.start, counts=counts)
+        for event in events:
+            yield self._emit(event)
 
-
-def run_fuzz(
-    target: str,
-    kernels: Sequence[Kernel],
-    device: str,
-    *,
-    seconds: float | None,
-    cases: int | None = None,
-    seed: int,
-    laws: list[str],
-    folder: Path,
-    console: Console,
-    call_seconds: float = CALL_SECONDS,
-    resumed: bool = False,
-) -> int:
-    """Fuzz through pytest; print the summary whatever ended the run. Returns the exit code: 0, or 1
-    with findings.
-
-    seconds, for all properties together, or cases for each. resumed: what is on record in the
-    folder is not judged again. Raises VerifyError for an unknown property or a folder that cannot
-    be written.
-    """
-    for law in laws:
-        named_law(law)
-    writable(folder)
-    asked: dict[str, Any] = {
-        "target": str(Path(target).resolve()) if ".py" in target else target,
-        "device": device,
-        "seconds": seconds,
-        "cases": cases,
-        "seed": seed,
-        "laws": laws,
-        "call_seconds": call_seconds,
-    }
-    left = (
-        None if seconds is None else max(1.0, seconds - (_spent(folder, seed) if resumed else 0.0))
-    )
-    for name, kernel in named(target, kernels).items():
-        with isolated(name, kernel, device, Limits(call_seconds)) as worker:
-            console.print(conventions.table(kernel, _conventions(worker)))
-    display = _Display(console, left)
-    how = [f"--run={json.dumps(asked)}", *["--resume"] * resumed]
-    arguments = [*_arguments(folder, **asked | {"target": target, "seconds": left}), *how]
-    start = time.monotonic()
-    if _pytest(display, arguments, folder) == pytest.ExitCode.INTERRUPTED:
-        console.print(
-            "interrupted; what follows was measured before; verify resume "
-            f"{shlex.quote(str(folder))} goes on"
-        )
-    names = {kernel.name for kernel in kernels}
-    records = [record for record in read(folder) if record.kernel in names]
-    _summary(
-        records,
-        target,
-        kernels,
-        device,
-        time.monotonic() - start,
-        folder,
-        console,
-        Limits(call_seconds),
-    )
-    speed = (
-        [] if resumed else [_throughput(records, display.hunted)]
-    )  # the records are of several runs, the time of the last
-    for line in (*speed, *display.covered(records)):
-        console.print(line, markup=False)
-    judged = any(r.verdict in JUDGED for r in records)
-    return int(not judged or any(r.verdict in ("failed", "finding") for r in records))
-
-
-def _pytest(display: _Display, arguments: list[str], folder: Path) -> int:
-    """Its exit code: of a run that ended, with findings or without, or was interrupted. Raises
-    VerifyError for any other end.
-    """
-    handler = signal.signal(signal.SIGINT, display.interrupt)
-    try:
-        with display.progress:
-            code = pytest.main(arguments, plugins=[display])
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    if display.run and display.run.full:
-        raise display.run.full
-    if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.INTERRUPTED):
-        raise VerifyError(
-            f"the run broke off (pytest: {pytest.ExitCode(code).name}); what was measured is in "
-            f"{folder}"
-        )
-    if display.broken:
-        ours = (
-            "the run broke off by itself, which is a defect of attention-verify; please report it"
-        )
-        raise VerifyError(f"{ours}:\n{display.broken[0]}")
-    return code
-
-
-def _arguments(
-    folder: Path,
-    *,
-    target: str,
-    device: str,
-    seconds: float | None,
-    cases: int | None,
-    seed: int,
-    laws: list[str],
-    call_seconds: float,
-) -> list[str]:
-    """Pytest's, for what `verify resume` would be told of a run."""
-    matrix_test = Path(properties.__file__).parent / "test_conformance.py"
-    arguments = [
-        f"{matrix_test}::test_kernel_holds",
-        "-p",
-        "verify.pytest_plugin",
-        "-p",
-        "no:terminal",
-        "-p",
-        "no:cacheprovider",
-    ]
-    arguments += [
-        "--import-mode=importlib",
-        "--noconftest",
-        "-c",
-        os.devnull,
-        f"--rootdir={folder}",
-        "--kernel",
-        target,
-    ]
-    arguments += [
-        f"--draw-seed={seed}",
-        f"--records={folder}",
-        f"--device={device}",
-        f"--call-seconds={call_seconds}",
-    ]
-    arguments += [
-        f"--corpus={Path('.verify') / 'corpus.tsv'}",
-        f"--seconds={seconds}" if seconds else f"--cases={cases}",
-    ]
-    return arguments + [f"--property={law}" for law in laws]
-
-
-def run_resume(folder: Path, console: Console) -> int:
-    """Go on with the interrupted runs of a folder, one after another, each as it was asked for.
-    Returns as run_fuzz.
-
-    Raises VerifyError where there is none, one is still going on, or a kernel is no longer found.
-    """
-    codes = [0]
-    for run in interrupted(folder):
-        environment.prepare(run["device"])
-        kernels = find(run["target"])
-        console.print(f"resumed: {run['target']}, seed {run['seed']}, {run['device']}")
-        codes.append(run_fuzz(kernels=kernels, folder=folder, console=console, resumed=True, **run))
-    return max(codes)
-
-
-def _spent(folder: Path, seed: int) -> float:
-    """Seconds that the runs of a folder with this seed have hunted."""
-    _, ended = done(folder)
-    mine = (r for r in read(folder) if r.seed is not None and (r.seed - seed) % SEED_STEP == 0)
-    rest = (r.seconds or 0.0 for r in mine if (r.kernel, r.property, seed) not in ended)
-    return sum(spent for (*_, of), spent in ended.items() if of == seed) + sum(rest)
-
-
-def _conventions(worker: Isolated) -> list[tuple[str, str]]:
-    try:
-        worker.options()
-        return worker.ask("conventions")
-    except Finding as finding:
-        return [("calls", finding.sentence)]
-
-
-def _throughput(records: list[Record], hunted: float) -> str:
-    """Of the properties without a finding: shrinking is not part of it. `hunted`: seconds that they
-    took in all.
-    """
-    found = {(r.kernel, r.property) for r in records if r.verdict in ("failed", "finding")}
-    mine = [r for r in records if (r.kernel, r.property) not in found]
-    judged, judging = sum(r.verdict in JUDGED for r in mine), sum(r.seconds or 0.0 for r in mine)
-    if not judged or not hunted:
-        return "throughput: nothing was judged"
-    rest = max(0.0, 1 - judging / hunted)
-    return (
-        f"throughput: {judged / hunted:.1f} cases a second; {100 * rest:.0f} % of the time went "
-        "into drawing and bookkeeping"
-    )
-
-
-def _summary(
-    records: list[Record],
-    target: str,
-    kernels: Sequence[Kernel],
-    device: str,
-    spent: float,
-    folder: Path,
-    console: Console,
-    limits: Limits,
-) -> None:
-    judged = sum(r.verdict in JUDGED for r in records)
-    show_run(
-        records,
-        write=functools.partial(console.print, markup=False, soft_wrap=True),
-        width=console.width,
-    )
-    shown = {
-        (r.kernel, r.property): r for r in records if r.verdict in ("failed", "finding")
-    }  # the shrunk one comes last
-    for number, record in enumerate(shown.values(), 1):
-        name, kernel = next(
-            (n, k) for n, k in named(target, kernels).items() if k.name == record.kernel
-        )
-        law, case = PROPERTIES[record.property], Case.parse(record.case)
-        stage = "" if record.verdict == "finding" else " (not shrunk: interrupted)"
-        console.print(
-            f"\n[bold]finding {number}[/bold]: {record.kernel} breaks {record.property}{stage}"
-        )
-        console.print(f"  law     {' '.join(law.law.split())}", markup=False)
-        console.print(f"  case    {case}", markup=False)
-        console.print(f"  what    {record.reason}", markup=False, soft_wrap=True)
-        with isolated(name, kernel, device, limits) as worker:
-            for line in why(worker.ask, case, law.name):
-                console.print(line, markup=False, soft_wrap=True)
-            written = _write_script(worker, case, folder / f"finding-{number}.py")
-        console.print(f"  script  {written}", markup=False, soft_wrap=True)
-        console.print(f"  replay  {replay_command(name, law, case)}", markup=False, soft_wrap=True)
-    verdict = f"{len(shown)} findings" if shown else "no finding" if judged else "NOTHING JUDGED"
-    console.print(
-        f"\n{', '.join(k.name for k in kernels)}: {verdict} in {judged} judged cases, {spent:.0f} "
-        f"s; records in {folder}"
-    )
-
-
-def _write_script(worker: Isolated, case: Case, path: Path) -> str:
-    """Write the script that shows a finding. Returns its path, or why there is none."""
-    try:
+    def learn(self, target: str) -> None:
+        """Find out what a kernel takes, once, in its worker."""
+        kernel = self.kernels[target]
+        if known(kernel, self.device):
+            return
+        if self.config.in_process:
+            options(kernel, self.device)
+            return
+        worker = self.workers.borrow(target, kernel)
         try:
-            text = worker.ask("script", str(case), False)
-        except Finding:
-            text = worker.ask("script", str(case), True)
-        path.write_text(text, encoding="utf-8")
-    except Exception as error:
-        return f"none: {type(error).__name__}: {error}"
-    return str(path)
+            worker.options()
+        finally:
+            self.workers.give_back(worker)
+
+    # ---- all of them
+
+    def run(self) -> Iterator[Event]:
+        """Judge every property of every kernel, in rounds, and explain what is found."""
+        start = time.monotonic()
+        facts = environment.describe(self.device)
+        yield self._emit(RunStarted(config=self.config.to_json(), environment=facts))
+        for target in self.kernels:
+            yield self._emit(self._inspect(target))
+        inbox: Inbox = queue.SimpleQueue()
+        searches, refused = self._searches(inbox)
+        for refusal in refused:
+            yield self._emit(refusal)
+        numbers = count(1)
+        for event in self._rounds(searches, inbox):
+            yield self._emit(event)
+            if isinstance(event, FindingShrunk):
+                yield self._emit(self._explain(event.kernel, event.property, event.case, numbers))
+        self.interrupted = self.workers.stop.is_set()
+        self.workers.stop.clear()
+        for one in searches:
+            if not one.ended:
+                yield from self._break_off(one, numbers)
+        yield from self.pairs()
+        spent = round(time.monotonic() - start, 2)
+        yield self._emit(RunFinished(interrupted=self.interrupted, seconds=spent))
+
+    def _inspect(self, target: str) -> KernelInspected:
+        try:
+            self.learn(target)
+            found = self._in_worker(target, conventions.rows)
+        except Finding as finding:
+            found = [("calls", finding.sentence)]
+        return self._described(target, conventions=found)
+
+    def pairs(self) -> Iterator[PairsTaken]:
+        """The pairs of options of every kernel of which this process drew cases."""
+        for target in sorted(self._drawn):
+            kernel = self.kernels[target]
+            rows = covering_rows(kernel, self.device)
+            yield self._emit(PairsTaken(kernel=kernel.name, rows=rows))
+
+    def _note(self, target: str, prop: Property) -> None:
+        if prop.needs == NOTHING:
+            self._drawn.add(target)
+
+    def _described(self, target: str, **found: Any) -> KernelInspected:
+        kernel = self.kernels[target]
+        issues = {
+            issue.summary: {"shows_in": issue.shows_in, "tracker": issue.tracker}
+            for issue in kernel.known_issues
+        }
+        return KernelInspected(
+            kernel=kernel.name,
+            target=target,
+            origin=kernel.origin,
+            vendor=kernel.vendor,
+            issues=issues,
+            **found,
+        )
+
+    def _searches(self, inbox: Inbox) -> tuple[list[Search], list[PropertyFinished]]:
+        """(a search for each property of each kernel; the events of those that cannot be judged)"""
+        seconds = self._seconds_left()
+        deadline = None if seconds is None else time.monotonic() + seconds
+        budget = Budget(self.config.cases, deadline, self.config.shrink_seconds)
+        found, refused = [], []
+        for target, kernel in self.kernels.items():
+            for prop in self.properties:
+                about = kernel.name, prop.name
+                if (*about, self.config.seed) in self._ended:
+                    continue
+                if refusal := self._refused(kernel, prop):
+                    refused.append(refusal)
+                    continue
+                self._note(target, prop)
+                found.append(
+                    Search(
+                        kernel,
+                        prop,
+                        self.device,
+                        budget=budget,
+                        seed=self.config.seed,
+                        kept=self.corpus.cases(*about),
+                        completed=self._judged.get(about),
+                        inbox=inbox,
+                    )
+                )
+        return found, refused
+
+    def _refused(self, kernel: Kernel, prop: Property) -> PropertyFinished | None:
+        reason = prop.refusal(kernel, self.device)
+        if not reason:
+            return None
+        return PropertyFinished(
+            kernel=kernel.name,
+            property=prop.name,
+            ended=Ended.UNSUPPORTED,
+            reason=reason,
+            seed=self.config.seed,
+        )
+
+    def _seconds_left(self) -> float | None:
+        """Of the time that was asked for, without what earlier parts of a resumed run took."""
+        if self.config.seconds is None:
+            return None
+        spent = sum(
+            event.seconds or 0.0
+            for event in (self._on_record() if self.resumed else ())
+            if event.seed is not None and (event.seed - self.config.seed) % SEED_STEP == 0
+        )
+        return max(1.0, self.config.seconds - spent)
+
+    def _on_record(self) -> Iterator[CaseFinished]:
+        return cases(self.folder)
+
+    def _rounds(self, searches: list[Search], inbox: Inbox) -> Iterator[Event]:
+        """The events of all searches, as they happen."""
+        targets = {kernel.name: target for target, kernel in self.kernels.items()}
+
+        def judge(one: Search, case: Case) -> tuple[Answer, float]:
+            return timed(partial(self._evaluate, targets[one.kernel.name]), one.prop, case)
+
+        threads = 0 if self.config.in_process else self.config.workers
+        rounds = Rounds(searches, inbox, judge, self.workers.stop, threads)
+        for event in rounds.run():
+            if isinstance(event, Search):
+                yield from event.finish()
+                keep(self.corpus, event)
+            else:
+                yield event
+
+    def _break_off(self, one: Search, numbers: Iterator[int]) -> Iterator[Event]:
+        """The events of a search that the end of the run cut short."""
+        one.close()
+        if one.finding:
+            case = str(one.finding[0])
+            yield self._emit(self._explain(one.kernel.name, one.prop.name, case, numbers))
+        yield self._emit(one.ending(Ended.INTERRUPTED))
+
+    def _explain(
+        self, kernel_name: str, prop_name: str, case_id: str, numbers: Iterator[int]
+    ) -> FindingExplained:
+        target = next(t for t, kernel in self.kernels.items() if kernel.name == kernel_name)
+        prop, case = named(prop_name), Case.parse(case_id)
+        ask = partial(self._in_worker, target)
+        path = self.folder / f"finding-{next(numbers)}.py"
+        return FindingExplained(
+            kernel=kernel_name,
+            property=prop_name,
+            case=case_id,
+            why=why(ask, case, prop),
+            script=write_script(ask, case, path),
+            replay=replay_command(target, prop, case),
+        )
+
+    # ---- in a worker, or here
+
+    def _evaluate(self, target: str, prop: Property, case: Case) -> CaseFinished:
+        return self._in_worker(target, evaluate, prop, case)
+
+    def _in_worker(self, target: str, function: Any, *arguments: Any) -> Any:
+        kernel = self.kernels[target]
+        if self.config.in_process:
+            return function(kernel, self.device, *arguments)
+        worker = self.workers.borrow(target, kernel)
+        try:
+            return worker.run(function, *arguments)
+        finally:
+            self.workers.give_back(worker)
+
+    def _emit(self, event: E) -> E:
+        self.journal.append(event)
+        return event
+
+
+def new_folder() -> Path:
+    """A folder for the records of a run that begins now."""
+    return Path(".verify") / "runs" / time.strftime("%Y%m%d-%H%M%S")

@@ -16,8 +16,9 @@ from allpairspy import AllPairs
 from verify.registry import Kernel
 from verify.sandbox.capabilities import PLAIN, Options, options
 from verify.spec.case import ARRANGED, Case
-from verify.spec.masks import Mask
+from verify.spec.masks import FULL, KINDS, TWO, Mask, ways
 from verify.spec.problem import Problem
+from verify.spec.requirements import NOTHING, Requirements
 
 Row = dict[str, str]
 ARRAYS = 6
@@ -26,25 +27,6 @@ the first, which takes turns.
 """
 ODD_SCALES = (0.0, -0.3, 1e-3)
 """No scale that anybody asks for, and yet legal."""
-SLIDING = "sliding"
-"""A window that ends at the diagonal, as most models' do, and which many kernels have a path
-for.
-"""
-EXAMPLES = {
-    "full": "full",
-    "causal_upper_left": "causal_upper_left",
-    "causal_lower_right": "causal_lower_right",
-    "window": "window(3,1)",
-    SLIDING: "window(3,0)",
-    "prefix_lm": "prefix_lm(3)",
-    "padding": "padding(5)",
-    "blocks": "blocks(4,5)",
-    "dense": "dense(60,1)",
-    "two": "causal_lower_right&padding(5)",
-}
-"""A mask of each kind; `two`: two of them at once."""
-USUAL = ("causal_lower_right", "two")
-"""The masks that models use most."""
 
 
 def levels(case: Case) -> Row:
@@ -53,7 +35,7 @@ def levels(case: Case) -> Row:
     names = [name for name, _ in case.layouts]
     return {
         "dtype": p.dtype,
-        "mask": _kind(p.mask),
+        "mask": p.mask.way,
         "mask_as": p.mask_as,
         "bias": p.bias,
         "softcap": "softcap" if p.softcap else "none",
@@ -72,30 +54,34 @@ def levels(case: Case) -> Row:
     }
 
 
-def _kind(mask: Mask) -> str:
-    (name, arguments), *others = mask.parts
-    return "two" if others else SLIDING if name == "window" and arguments[1] == 0 else name
+def example(way: str) -> Mask:
+    """A mask of this way of drawing; of a conjunction, the one that models use most."""
+    if way != TWO:
+        return Mask.parse(ways()[way][1].example)
+    of = [(KINDS[name], drawn) for name, drawn in ways().values()]
+    diagonal = next(drawn for kind, drawn in of if kind.anchor == "last")
+    lengths = next(drawn for kind, drawn in of if kind.per_batch)
+    return Mask.parse(diagonal.example) & Mask.parse(lengths.example)
 
 
-def _parameters(
-    taken: Options, *, full_mask: bool, hides: bool, no_bias: bool, grads: bool
-) -> dict[str, list[str]]:
+def _parameters(taken: Options, needs: Requirements) -> dict[str, list[str]]:
     t = taken.taken
-    kinds = {name for mask in t["mask"] for name in mask.names}
-    has = {"two": len(kinds) > 2, SLIDING: "window" in kinds}
-    masks = ["full"] if full_mask else [k for k in EXAMPLES if has.get(k, k in kinds)]
+    masks = [mask.way for mask in t["mask"]]
+    masks += [TWO] * (len({name for mask in t["mask"] for name in mask.names}) > 2)
+    plain = FULL.way
+    if needs.full_mask:
+        masks = [plain]
+    if needs.hides:
+        masks = [way for way in masks if way != plain] or [plain]
+    left_out = {"do": not needs.grads, "bias": needs.no_bias}
     arranged = [
-        name
-        for name in ARRANGED
-        if len(taken.layouts[name]) > 1
-        and (name != "do" or grads)
-        and (name != "bias" or not no_bias)
+        name for name in ARRANGED if len(taken.layouts[name]) > 1 and not left_out.get(name, False)
     ]
     return {
         "dtype": list(t["dtype"]),
-        "mask": [m for m in masks if not (hides and m == "full")] or ["full"],
+        "mask": masks,
         "mask_as": list(t["mask_as"]) or ["rule"],
-        "bias": ["none"] if no_bias else list(t["bias"]),
+        "bias": ["none"] if needs.no_bias else list(t["bias"]),
         "softcap": ["none"] + ["softcap"] * any(t["softcap"]),
         "scale": ["default"] + ["given", "odd"] * (len(t["scale"]) > 1),
         "heads": ["several", "one"] + ["grouped"] * any(q > k for q, k in t["heads"]),
@@ -107,30 +93,23 @@ def _parameters(
 
 
 @lru_cache(maxsize=256)
-def rows(
-    kernel: Kernel,
-    device: str,
-    *,
-    full_mask: bool = False,
-    hides: bool = False,
-    no_bias: bool = False,
-    grads: bool = False,
-) -> tuple[Row, ...]:
+def rows(kernel: Kernel, device: str, needs: Requirements = NOTHING) -> tuple[Row, ...]:
     """Covering arrays: every pair of levels that the kernel takes together is in one of the
     rows.
     """
     taken = options(kernel, device)
-    parameters = _parameters(taken, full_mask=full_mask, hides=hides, no_bias=no_bias, grads=grads)
+    parameters = _parameters(taken, needs)
     names = list(parameters)
 
     def legal(values: list[str]) -> bool:
         row = dict(zip(names, values, strict=False))
-        if row.get("mask") == "full" and row.get("mask_as", "rule") != "rule":
+        if row.get("mask") == FULL.way and row.get("mask_as", "rule") != "rule":
             return False
         if row.get("layout") == "bias" and row.get("bias", "none") in ("none", "alibi"):
             return False
         return (
-            len(values) < 2 or kernel.unsupported(_problem(row, taken, grads=grads), device) is None
+            len(values) < 2
+            or kernel.unsupported(_problem(row, taken, grads=needs.grads), device) is None
         )
 
     found: list[Row] = [
@@ -146,7 +125,8 @@ def rows(
 
 def _usual(row: Row) -> bool:
     """Rows that come twice: what models use most, and ALiBi where its heads differ."""
-    return row["mask"] in USUAL or (row["bias"] == "alibi" and row["heads"] != "one")
+    common = {TWO, *(name for name, (_, drawn) in ways().items() if drawn.common)}
+    return row["mask"] in common or (row["bias"] == "alibi" and row["heads"] != "one")
 
 
 def _turned(values: list[str], by: int) -> list[str]:
@@ -161,13 +141,13 @@ def _problem(row: Row, taken: Options, *, grads: bool) -> Problem:
         if row.get("heads") == "grouped"
         else (2, 2)
     )
-    mask = Mask.parse(EXAMPLES[row.get("mask", "full")])
+    mask = example(row.get("mask", FULL.way))
     return PLAIN.but(
         dtype=row["dtype"],
         heads_q=heads[0],
         heads_kv=heads[1],
         mask=mask,
-        mask_as=row.get("mask_as", "rule") if row.get("mask", "full") != "full" else "rule",
+        mask_as=row.get("mask_as", "rule") if mask != FULL else "rule",
         bias=row.get("bias", "none"),
         softcap=next((c for c in taken.taken["softcap"] if c), 0.0)
         if row.get("softcap") == "softcap"
@@ -186,7 +166,19 @@ def _pairs(row: Row) -> set[tuple[tuple[str, str], tuple[str, str]]]:
     return set(combinations(sorted(row.items()), 2))
 
 
-def coverage(kernel: Kernel, device: str, cases: Iterable[Case]) -> tuple[int, int]:
-    """(pairs of levels that these cases have had, pairs that the kernel takes at all)"""
-    wanted = set().union(*(_pairs(row) for row in rows(kernel, device)))
-    return len(wanted & set().union(*(_pairs(levels(case)) for case in cases))), len(wanted)
+def covering_rows(kernel: Kernel, device: str) -> list[Row]:
+    """Few rows that hold every pair of levels that the kernel takes together."""
+    had: set[tuple[tuple[str, str], tuple[str, str]]] = set()
+    found = []
+    for row in rows(kernel, device):
+        if new := _pairs(row) - had:
+            had |= new
+            found.append(row)
+    return found
+
+
+def coverage(covering: Iterable[Row], cases: Iterable[Case]) -> tuple[int, int]:
+    """(pairs of levels that these cases have had, pairs that there are in these rows)"""
+    wanted = set().union(*map(_pairs, covering))
+    had = set().union(*(_pairs(levels(case)) for case in cases))
+    return len(wanted & had), len(wanted)

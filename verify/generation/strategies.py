@@ -9,20 +9,21 @@ sizes, uneven pairs, GQA, alignment, composed masks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import product
 from typing import Any
 
 from hypothesis import strategies as st
 
-from verify.generation.pairwise import ODD_SCALES, SLIDING, Row, rows
+from verify.generation.pairwise import ODD_SCALES, Row, rows
 from verify.registry import Kernel
 from verify.sandbox.capabilities import options, plain_problem
 from verify.spec.arithmetic import Arithmetic, Quantisation
 from verify.spec.case import Case
-from verify.spec.inputs import Recipe
-from verify.spec.masks import FULL, Mask
+from verify.spec.inputs import Recipe, Stress, drawn_from
+from verify.spec.masks import FULL, KINDS, TWO, Kind, Mask, ways
 from verify.spec.problem import Problem
+from verify.spec.requirements import NOTHING, Requirements
 
 LENGTHS = (
     1,
@@ -57,26 +58,7 @@ LENGTHS = (
 FEW = 8
 """The first so many of LENGTHS see little: they come up a fifth as often."""
 LONG = (441, 503, 512, 600, 1001, 1024, 2047)
-SIDES = (0, 1, 2, 7, 17, 63, 64, 65, 130)
-"""How far a window reaches; one that reaches over all keys hides nothing."""
 BATCHES = (2, 3)
-RECIPES = (
-    "integers normal normal normal uniform normal(5) normal(0.1) outliers(0.01,10) one_sign sink "
-    "hot_channel(30) shift(90) ties"
-    " constant(1000) shift(-90) tiny shift(1e4) constant(133120) rising(30) rising(-30) "
-    "outliers(0.01,10) one_sign one_sign sink"
-    " tiny growing tiny uniform one_sign hot_channel(30) uneven_heads normal(5) uneven_heads "
-    "one_sign normal normal"
-).split()
-"""Hypothesis likes the first and the last: those that tell little (equal scores, overflow,
-underflow) stand between.
-"""
-OF_SCALES = "hot_channel(30) uneven_heads growing growing".split()
-"""What no scale can take that is shared too widely, or found too early: several times as often for
-kernels that quantise.
-"""
-OF_DELTA = 4 * ["one_sign"]
-"""dP and delta are large and nearly cancel: twice as often in laws of gradients."""
 USED = {
     "mask": 7,
     "mask_as": 4,
@@ -99,61 +81,32 @@ SCORES_AT_MOST = {"cpu": 2**17, "cuda": 2**23}
 @st.composite
 def masks(
     draw: Callable[..., Any],
-    kinds: frozenset[str],
+    names: frozenset[str],
     batch: int,
     len_q: int,
     len_k: int,
     *,
     two: bool = False,
 ) -> Mask:
-    """One of these kinds with arguments that matter at these lengths, or two of them composed: half
-    the time any two, else, as models have it, a diagonal and padding; shrinks to `full`.
+    """One of these ways of drawing a mask (spec/masks.py), or two of them composed: half the time
+    any two, else, as models have it, a diagonal and lengths; shrinks to the first.
     """
-    wanted = [k for k in _KIND_ORDER if k in kinds] or ["full"]
+    wanted = [name for name in ways() if name in names] or [FULL.way]
     if not two:
         return draw(_part(draw(st.sampled_from(wanted)), batch, len_q, len_k))
     pairs = list(product(wanted, wanted))
-    usual = [(a, b) for a, b in pairs if a in _DIAGONAL and b == "padding"]
+    usual = [(a, b) for a, b in pairs if _kind(a).anchor == "last" and _kind(b).per_batch]
     one, other = draw(st.sampled_from(pairs + usual * (len(pairs) // max(1, len(usual)))))
     return draw(_part(one, batch, len_q, len_k)) & draw(_part(other, batch, len_q, len_k))
 
 
-_KIND_ORDER = (
-    "full",
-    "causal_upper_left",
-    "causal_lower_right",
-    "padding",
-    SLIDING,
-    "window",
-    "prefix_lm",
-    "blocks",
-    "dense",
-)
-_DIAGONAL = ("causal_lower_right", SLIDING, "window")
+def _kind(way: str) -> Kind:
+    return KINDS[ways()[way][0]]
 
 
-def _part(name: str, batch: int, len_q: int, len_k: int) -> st.SearchStrategy[Mask]:
-    arguments = _arguments(name, batch, len_q, len_k)
-    return arguments.map(lambda a: Mask((("window", (a[0], 0)) if name == SLIDING else (name, a),)))
-
-
-def _arguments(name: str, batch: int, len_q: int, len_k: int) -> st.SearchStrategy[tuple[int, ...]]:
-    if name == "padding":
-        return st.lists(st.integers(0, len_k), min_size=batch, max_size=batch).map(tuple)
-    if name in ("window", SLIDING):
-        side = st.sampled_from(
-            [-1, *2 * [side for side in SIDES if side < len_k - 1], max(len_k - 1, 0)]
-        )
-        return st.tuples(side, side)
-    if name == "prefix_lm":
-        return st.tuples(st.integers(0, len_k))
-    if name == "blocks":
-        return st.lists(st.integers(1, max(1, min(len_q, len_k))), min_size=1, max_size=4).map(
-            tuple
-        )
-    if name == "dense":
-        return st.tuples(st.sampled_from([50, 90, 10, 1]), st.integers(0, 3))
-    return st.just(())
+def _part(way: str, batch: int, len_q: int, len_k: int) -> st.SearchStrategy[Mask]:
+    name, drawn = ways()[way]
+    return drawn.arguments(batch, len_q, len_k).map(lambda arguments: Mask(((name, arguments),)))
 
 
 def _lengths(kernel: Kernel, device: str) -> st.SearchStrategy[int]:
@@ -182,10 +135,7 @@ def problems(
     kernel: Kernel,
     device: str,
     row: Row,
-    *,
-    full_mask: bool = False,
-    hides: bool = False,
-    grads: bool = False,
+    needs: Requirements = NOTHING,
 ) -> Problem:
     """A problem that follows a row in part. Every choice is drawn whether it is used or not, the
     mask last, so that shrinking one of them leaves the others as they are; a combination of three
@@ -203,7 +153,8 @@ def problems(
         len_q, len_k = _as_row(row["lengths"], len_q, len_k)
     used["bias"] |= row["layout"] == "bias"
     used["heads"] |= used["bias"] and row["bias"] == "alibi"  # a slope for each head
-    used["batch"] |= used["mask"] and row["mask"] == "padding"  # a length for each entry
+    alone = row["mask"] if used["mask"] and row["mask"] != TWO else FULL.way
+    used["batch"] |= _kind(alone).per_batch  # an argument for each entry
     several = draw(st.sampled_from(BATCHES))
     batch = several if used["batch"] and row["batch"] == "several" else 1
     kinds = {
@@ -226,13 +177,9 @@ def problems(
         draw(st.sampled_from(usual)),
         draw(st.sampled_from(odd)),
     )
-    every = frozenset(name for mask in taken["mask"] for name in mask.names)
-    allowed = _kinds(row["mask"] if used["mask"] else "full", every, hides=hides)
-    mask = (
-        FULL
-        if full_mask
-        else draw(masks(allowed, batch, len_q, len_k, two=used["mask"] and row["mask"] == "two"))
-    )
+    allowed = _allowed(row["mask"] if used["mask"] else FULL.way, taken["mask"], needs)
+    two = used["mask"] and row["mask"] == TWO
+    mask = FULL if needs.full_mask else draw(masks(allowed, batch, len_q, len_k, two=two))
     return Problem(
         batch=batch,
         heads_q=heads[0],
@@ -249,13 +196,15 @@ def problems(
         bias=row["bias"] if used["bias"] else "none",
         scale={"given": given, "odd": strange}.get(row["scale"]) if used["scale"] else None,
         softcap=cap if used["softcap"] and row["softcap"] == "softcap" else 0.0,
-        grads=grads,
+        grads=needs.grads,
     )
 
 
-def _kinds(kind: str, every: frozenset[str], *, hides: bool) -> frozenset[str]:
-    """Kinds of masks that a row's may be of; one that hides something where it must."""
-    return every - {"full"} if kind == "two" or (kind == "full" and hides) else frozenset({kind})
+def _allowed(way: str, taken: Iterable[Mask], needs: Requirements) -> frozenset[str]:
+    """Ways of drawing that a row's mask may be of; one that hides something where it must."""
+    if way == TWO or (way == FULL.way and needs.hides):
+        return frozenset(mask.way for mask in taken) - {FULL.way}
+    return frozenset({way})
 
 
 def _as_row(way: str, len_q: int, len_k: int) -> tuple[int, int]:
@@ -284,39 +233,29 @@ def _affordable(
 
 @st.composite
 def cases(
-    draw: Callable[..., Any],
-    kernel: Kernel,
-    device: str,
-    *,
-    full_mask: bool = False,
-    hides: bool = False,
-    no_bias: bool = False,
-    grads: bool = False,
+    draw: Callable[..., Any], kernel: Kernel, device: str, needs: Requirements = NOTHING
 ) -> Case:
     """A whole case for this kernel on this device ("cpu", "cuda")."""
-    row = draw(
-        st.sampled_from(
-            rows(kernel, device, full_mask=full_mask, hides=hides, no_bias=no_bias, grads=grads)
-        )
-    )
-    quantises = kernel.numerics(plain_problem(kernel, device), device).quantised is not None
-    recipes = RECIPES + 2 * OF_SCALES * quantises + OF_DELTA * grads
-    recipe, seed = Recipe.parse(draw(st.sampled_from(recipes))), draw(st.integers(0, 999))
-    problem = draw(problems(kernel, device, row, full_mask=full_mask, hides=hides, grads=grads))
+    row = draw(st.sampled_from(rows(kernel, device, needs)))
+    hard_on: list[Stress] = ["delta"] if needs.grads else []
+    if kernel.numerics(plain_problem(kernel, device), device).quantised is not None:
+        hard_on.append("scales")
+    recipe = Recipe.parse(draw(st.sampled_from(drawn_from(*hard_on))))
+    seed = draw(st.integers(0, 999))
+    problem = draw(problems(kernel, device, row, needs))
     problem = kernel.bucket(problem) if kernel.bucket else problem
-    ways = {
-        name: draw(st.sampled_from(taken))
-        for name, taken in options(kernel, device).layouts.items()
-    }
-    mine = [
-        n
-        for n in ways
-        if n in problem.shapes and (n != "do" or grads) and row["layout"] in ("several", n)
+    taken = options(kernel, device).layouts
+    chosen = {name: draw(st.sampled_from(layouts)) for name, layouts in taken.items()}
+    arranged = [
+        name
+        for name in chosen
+        if name in problem.shapes
+        and (name != "do" or needs.grads)
+        and row["layout"] in ("several", name)
     ]
     used = draw(st.integers(1, 8)) > 8 - USED["layout"]
-    return Case(
-        problem, recipe, seed, tuple((n, ways[n]) for n in mine if used and ways[n] != "bhsd")
-    )
+    layouts = tuple((n, chosen[n]) for n in arranged if used and chosen[n] != "bhsd")
+    return Case(problem, recipe, seed, layouts)
 
 
 QUANTISED = (

@@ -18,6 +18,7 @@ from verify.bounds.expected import Expectation
 from verify.bounds.metrics import distance
 from verify.bounds.proved import allowance
 from verify.oracles import certified, emulator, float64, formats
+from verify.records.events import WRONG_OUTPUTS
 from verify.spec.arithmetic import ROUNDED, Arithmetic
 from verify.spec.case import Case, Inputs
 from verify.spec.problem import Problem
@@ -134,22 +135,17 @@ class Truth:
         return torch.cat(parts, 2)
 
     def blind_to(self, limits: Mapping[str, Allowance], expected: Expectation | None) -> list[str]:
-        """Which of three wrong kernels this case would let pass: all zeros, the mean of the visible
-        V, a scale 5 % off.
-        """
+        """Return those of WRONG_OUTPUTS that this case would let pass."""
         p, limit = self.problem, limits["out"].limit
-        wrong = {
-            "zeros": lambda: torch.zeros_like(self.exact.out),
-            "mean(V)": lambda: (
-                float64.exact(
-                    p.but(scale=0.0, bias="none", softcap=0.0, grads=False), self.inputs
-                ).out
-            ),
-            "scale*1.05": lambda: (
-                float64.exact(p.but(scale=1.05 * p.softmax_scale, grads=False), self.inputs).out
-            ),
-        }
-        return [name for name, make in wrong.items() if not self._rejects(make(), limit, expected)]
+        flat = p.but(scale=0.0, bias="none", softcap=0.0, grads=False)
+        steep = p.but(scale=1.05 * p.softmax_scale, grads=False)
+        wrong = (
+            lambda: torch.zeros_like(self.exact.out),
+            lambda: float64.exact(flat, self.inputs).out,
+            lambda: float64.exact(steep, self.inputs).out,
+        )
+        outputs = zip(WRONG_OUTPUTS, wrong, strict=True)
+        return [name for name, make in outputs if not self._rejects(make(), limit, expected)]
 
     def _rejects(self, out: Tensor, limit: Tensor, expected: Expectation | None) -> bool:
         beyond = bool((distance(out, self.exact.out) > limit).any())

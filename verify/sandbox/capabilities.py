@@ -14,7 +14,7 @@ from verify.sandbox.call import call
 from verify.spec.case import ARRANGED, Case
 from verify.spec.finding import Finding
 from verify.spec.layouts import LAYOUTS
-from verify.spec.masks import Mask
+from verify.spec.masks import Mask, ways
 from verify.spec.problem import Problem
 
 DIMS = (1, 2, 3, 4, 8, 16, 24, 32, 40, 64, 72, 80, 96, 128, 192, 256)
@@ -62,25 +62,30 @@ class Options:
 
 
 def _masks() -> tuple[Mask, ...]:
-    texts = "full causal_upper_left causal_lower_right window(3,1)"
-    texts += " prefix_lm(3) padding(5) blocks(4,5) dense(60,1)"
-    return tuple(Mask.parse(text) for text in texts.split())
+    """One of each way in which a mask is drawn."""
+    return tuple(Mask.parse(drawn.example) for _, drawn in ways().values())
 
 
-CHOICES: dict[str, tuple[Any, ...]] = {
+OPTIONS: dict[str, tuple[Any, ...]] = {
     "dtype": ("fp32", "fp16", "bf16", "fp64"),
     "dim_qk": DIMS,
     "dim_v": DIMS,
     "heads": HEADS,
     "len_q": (0, 1, 17),
     "len_k": (0, 1, 17),
-    "mask": _masks(),
+    "mask": (),
     "mask_as": ("rule", "bool", "float"),
     "bias": ("none", "bhqk", "hqk", "qk", "alibi"),
     "scale": SCALES,
     "softcap": (0.0, 1.0, 30.0),
     "grads": (False, True),
 }
+"""Values of each option that a kernel is asked about; masks are those of spec/masks.py."""
+
+
+def choices() -> dict[str, tuple[Any, ...]]:
+    """Every value of every option that a kernel is asked about."""
+    return OPTIONS | {"mask": _masks()}
 
 
 PLAIN = Problem(
@@ -94,7 +99,7 @@ _FOUND: dict[tuple[Kernel, str], Options] = {}
 def options(kernel: Kernel, device: str) -> Options:
     """What a kernel takes; probed once, here, unless another process has."""
     if (kernel, device) not in _FOUND:
-        learn(kernel, device, probe(kernel, device, partial(tries, kernel, device=device)))
+        learn(kernel, device, probe(kernel, device, partial(tries, kernel, device)))
     return _FOUND[kernel, device]
 
 
@@ -108,7 +113,7 @@ def learn(kernel: Kernel, device: str, found: Options) -> None:
     _FOUND[kernel, device] = found
 
 
-def tries(kernel: Kernel, case: Case, *, device: str) -> tuple[str, bool]:
+def tries(kernel: Kernel, device: str, case: Case) -> tuple[str, bool]:
     """(what is wrong with a call on this case, or nothing; whether it returns an LSE)"""
     try:
         return "", call(kernel, case.problem, case.inputs(device)).lse is not None
@@ -122,9 +127,10 @@ def probe(kernel: Kernel, device: str, tries: Callable[[Case], tuple[str, bool]]
     it does something worse, it is.
     """
     taken: dict[str, tuple[Any, ...]] = {}
-    refused: dict[str, dict[str, str]] = {name: {} for name in CHOICES}
+    asked = choices()
+    refused: dict[str, dict[str, str]] = {name: {} for name in asked}
     plain = PLAIN
-    for name, values in CHOICES.items():
+    for name, values in asked.items():
         kept = []
         for value in values:
             reason = kernel.unsupported(_changed(plain, name, value), device)

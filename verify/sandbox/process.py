@@ -13,27 +13,27 @@ import re
 import signal
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 
 from verify import environment
+from verify.environment import CALL_SECONDS
 from verify.errors import VerifyError
-from verify.properties.catalogue import Property
-from verify.records.journal import Record
 from verify.registry import Kernel
-from verify.sandbox.capabilities import Options, known, learn, options, probe
+from verify.sandbox.capabilities import Options, known, learn, options, probe, tries
 from verify.spec.case import Case
 from verify.spec.finding import Finding
 
-CALL_SECONDS = 60.0
-"""A call of a kernel that takes longer hangs; it includes compilation."""
+P = ParamSpec("P")
+T = TypeVar("T")
 START_SECONDS = 300.0
 """To import torch and load a kernel's file."""
 LATE = (2.0, 10.0)
@@ -50,41 +50,53 @@ SAID = 64 * 1024
 """Bytes of a worker's output that are read after its end."""
 
 
+def _xdist_processes() -> int:
+    return int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+
+
 @dataclass(frozen=True)
 class Limits:
     """What one call may take: seconds, and bytes of host memory of its process."""
 
     seconds: float = CALL_SECONDS
     memory: int | None = None
-    """None: its share of the machine"""
+    """None: its share of the machine."""
+    processes: int = field(default_factory=_xdist_processes)
+    """So many workers share the machine."""
 
     @property
     def bytes(self) -> int:
         """The limit of memory."""
-        return self.memory or int(
-            SHARE
-            * os.sysconf("SC_PHYS_PAGES")
-            * os.sysconf("SC_PAGE_SIZE")
-            / int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-        )
+        whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return self.memory or int(SHARE * whole / self.processes)
+
+
+class Interrupted(Exception):
+    """Somebody asked the run to stop while a worker was busy."""
 
 
 class Isolated:
-    """The worker process of one kernel: started when it is needed, replaced when it is gone. Not
-    for several threads.
+    """The worker process of one kernel: started when it is needed, replaced when it is gone. It
+    serves one thread at a time.
     """
 
     def __init__(
-        self, target: str, kernel: Kernel, device: str, limits: Limits | None = None
+        self,
+        target: str,
+        kernel: Kernel,
+        device: str,
+        limits: Limits | None = None,
+        stop: threading.Event | None = None,
     ) -> None:
-        """`target`: what registry.find finds this kernel by, alone."""
-        self.target, self.kernel, self.device, self._limits, self._slowest = (
-            target,
-            kernel,
-            device,
-            limits or Limits(),
-            0.0,
-        )
+        """target: what registry.find finds this kernel by, alone. stop: once it is set, a call that
+        is under way is left with Interrupted.
+        """
+        self.target = target
+        self.kernel = kernel
+        self.device = device
+        self._limits = limits or Limits()
+        self._stop = stop or threading.Event()
+        self._slowest = 0.0
         self._worker: _Worker | None = None
 
     def options(self) -> Options:
@@ -92,39 +104,36 @@ class Isolated:
         is one that it takes.
         """
         if not known(self.kernel, self.device):
-            learn(self.kernel, self.device, probe(self.kernel, self.device, self._tries))
-            self.ask(
-                "learn", known(self.kernel, self.device)
-            )  # else it would try it all again, and crash again
+            found = probe(self.kernel, self.device, self._tries)
+            learn(self.kernel, self.device, found)
+            self.run(learn, found)  # else it would try it all again, and crash again
         return options(self.kernel, self.device)
 
-    def judge(self, kernel: Kernel, law: Property, case: Case, device: str) -> Record:
-        """As engine.judge, in the worker. Raises Finding, also where the worker does not survive
-        it.
-        """
-        return self.ask("judge", law.name, str(case))
+    def run(
+        self, function: Callable[Concatenate[Kernel, str, P], T], *arguments: P.args, **_: P.kwargs
+    ) -> T:
+        """Return function(kernel, device, *arguments) as the worker computes it.
 
-    def ask(self, task: str, *arguments: Any) -> Any:
-        """What the worker's function of this name returns. Raises the Finding that it raises, or
-        that the worker's end is.
+        The function is a module's own: it is pickled by name. Raises the Finding that it raises, or
+        that the worker's end is; Interrupted; RuntimeError for any other exception.
         """
         for last in (False, True):
             try:
                 start = time.monotonic()
-                answer = self._running().ask(task, arguments, self._limits)
+                answer = self._running().run(function, arguments, self._limits, self._stop)
                 self._slowest = max(self._slowest, time.monotonic() - start)
                 return answer
             except _Gone as gone:
                 self.close()
-                if (
-                    gone.late
-                ):  # while this is shrunk, a call that hangs must not take a minute each time
-                    self._limits = replace(
-                        self._limits,
-                        seconds=min(self._limits.seconds, LATE[0] + LATE[1] * self._slowest),
-                    )
+                if gone.late:
+                    # while this is shrunk, a call that hangs must not take a minute each time
+                    shorter = min(self._limits.seconds, LATE[0] + LATE[1] * self._slowest)
+                    self._limits = replace(self._limits, seconds=shorter)
                 if last or not gone.doubtful:
                     raise Finding(gone.sentence, measured=gone.measured) from gone
+            except Interrupted:
+                self.close()
+                raise
         raise AssertionError
 
     def close(self) -> None:
@@ -134,19 +143,18 @@ class Isolated:
             self._worker = None
 
     def _running(self) -> _Worker:
-        if (
-            self._worker is not None and not self._worker.alive
-        ):  # killed from outside between two cases
-            self.close()
+        if self._worker is not None and not self._worker.alive:
+            self.close()  # it was killed from outside between two cases
         if self._worker is None:
+            options = known(self.kernel, self.device)
             self._worker = _Worker(
-                self.target, self.kernel.name, self.device, known(self.kernel, self.device)
+                self.target, self.kernel.name, self.device, options, self._limits.processes
             )
         return self._worker
 
     def _tries(self, case: Case) -> tuple[str, bool]:
         try:
-            return self.ask("tries", str(case))
+            return self.run(tries, case)
         except Finding as finding:
             return finding.sentence, False
 
@@ -178,9 +186,11 @@ class _Gone(Exception):
 class _Worker:
     """One process, and what is seen of it from outside."""
 
-    def __init__(self, target: str, name: str, device: str, options: Options | None) -> None:
+    def __init__(
+        self, target: str, name: str, device: str, options: Options | None, processes: int
+    ) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["verify.sandbox.worker"])
+        context.set_forkserver_preload(_loaded())
         self.asked = 0
         self._connection, theirs = context.Pipe()
         self._since = context.RawArray("d", 1)
@@ -194,7 +204,7 @@ class _Worker:
             name,
             device,
             options,
-            _settings(device),
+            _settings(device, processes),
         )
         self._process = context.Process(target=_serve, args=arguments, daemon=True)
         self._process.start()
@@ -213,14 +223,20 @@ class _Worker:
         """Whether it waits for a task."""
         return self._process.is_alive()
 
-    def ask(self, task: str, arguments: tuple[Any, ...], limits: Limits) -> Any:
-        """What its function of this name returns. Raises Finding, or _Gone where it must be
+    def run(
+        self,
+        function: Callable[..., Any],
+        arguments: tuple[Any, ...],
+        limits: Limits,
+        stop: threading.Event,
+    ) -> Any:
+        """What the function returns. Raises Finding, Interrupted, or _Gone where it must be
         replaced.
         """
         self.asked += 1
         try:
-            self._connection.send((task, arguments))
-            kind, *rest = self._reply(limits, None)
+            self._connection.send((function, arguments))
+            kind, *rest = self._reply(limits, None, stop)
         except (EOFError, ConnectionError) as error:
             self._process.join(END_SECONDS)
             code = self._process.exitcode
@@ -231,7 +247,7 @@ class _Worker:
         if kind == "value":
             return rest[0]
         if kind == "broken":
-            raise RuntimeError(f"in the worker of {task}{arguments}:\n{rest[0]}")
+            raise RuntimeError(f"in the worker, {function.__name__}{arguments}:\n{rest[0]}")
         sentence, measured, lost = rest
         full = "OutOfMemory" in sentence and self.asked > 1  # earlier calls may have left little
         if lost or full:
@@ -245,8 +261,12 @@ class _Worker:
         self._connection.close()
         self._log.unlink(missing_ok=True)
 
-    def _reply(self, limits: Limits, deadline: float | None) -> tuple[Any, ...]:
+    def _reply(
+        self, limits: Limits, deadline: float | None, stop: threading.Event | None = None
+    ) -> tuple[Any, ...]:
         while not wait([self._connection], TICK):
+            if stop and stop.is_set():
+                raise Interrupted
             since, now, held = self._since[0], time.monotonic(), environment.held(self._process.pid)
             if since and now - since > limits.seconds:
                 raise _Gone(f"did not return within {limits.seconds:g} s{self._stuck()}", late=True)
@@ -283,14 +303,20 @@ def _serve(*arguments: Any) -> None:
     serve(*arguments)
 
 
-def _settings(device: str) -> dict[str, Any]:
+def _loaded() -> list[str]:
+    """What the server imports before it forks: what of this project is imported here, whatever the
+    worker is asked for; not what it is that calls a worker, and no kernel, which a worker's device
+    decides about.
+    """
+    apart = ("verify.cli", "verify.kernels", "verify.pytest_plugin", "verify.studies")
+    here = [n for n in sys.modules if n.startswith("verify.") and not n.startswith(apart)]
+    return ["verify.sandbox.worker", *here]
+
+
+def _settings(device: str, processes: int) -> dict[str, Any]:
     """What a worker takes over of this process."""
     gpu = torch.cuda.current_device() if device == "cuda" else 0
-    return {
-        "threads": torch.get_num_threads(),
-        "gpu": gpu,
-        "sharing": int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")),
-    }
+    return {"gpu": gpu, "sharing": processes}
 
 
 def _ending(code: int | None) -> str:

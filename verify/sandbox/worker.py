@@ -1,5 +1,5 @@
-"""The process in which a kernel is called (isolation.py): it does what it is asked, task after
-task, until its pipe closes.
+"""The process in which a kernel is called (process.py). It runs the functions that it is handed,
+one after another, until its pipe closes; it does not know what they are for.
 """
 
 from __future__ import annotations
@@ -21,14 +21,9 @@ from typing import Any
 import torch
 
 from verify import environment, registry
-from verify.diagnosis.explain import explain, script, shown
-from verify.engine.evaluate import judge
-from verify.inspection import conventions, determinism
-from verify.properties.catalogue import PROPERTIES
 from verify.registry import Kernel
 from verify.sandbox import call
-from verify.sandbox.capabilities import Options, learn, tries
-from verify.spec.case import Case
+from verify.sandbox.capabilities import Options, learn
 from verify.spec.finding import Finding
 
 PRINTED = 1 << 20
@@ -37,23 +32,6 @@ is less.
 """
 PARENT_DIED = 1
 """prctl's PR_SET_PDEATHSIG."""
-TASKS: dict[str, Callable[..., Any]] = {
-    "judge": lambda kernel, device, law, case: judge(
-        kernel, PROPERTIES[law], Case.parse(case), device
-    ),
-    "check": lambda kernel, device, law, case: PROPERTIES[law].check(
-        kernel, Case.parse(case), device
-    ),
-    "learn": learn,
-    "tries": lambda kernel, device, case: tries(kernel, Case.parse(case), device=device),
-    "show": lambda kernel, device, case: list(shown(kernel, Case.parse(case), device)),
-    "explain": lambda kernel, device, case, law: explain(kernel, Case.parse(case), law, device),
-    "script": lambda kernel, device, case, deadly: script(
-        kernel, Case.parse(case), device, deadly=deadly
-    ),
-    "conventions": conventions.rows,
-    "determinism": determinism.verdicts,
-}
 
 
 def serve(
@@ -66,22 +44,21 @@ def serve(
     options: Options | None,
     settings: dict[str, Any],
 ) -> None:
-    """Load the kernel, say "ready", then answer (task, arguments) with what TASKS makes of them."""
+    """Load the kernel, say "ready", then answer each (function, arguments) with what the function
+    makes of (kernel, device, *arguments).
+    """
     output = _settle(log)
     try:
         environment.prepare(device)
-        torch.set_num_threads(settings["threads"])
+        torch.set_num_threads(1)  # workers with more would fight for the cores
         if device == "cuda":
             torch.cuda.set_device(settings["gpu"])
             torch.cuda.set_per_process_memory_fraction(1 / settings["sharing"])
-            torch.ones(16, 16, device=device) @ torch.ones(
-                16, 16, device=device
-            )  # no kernel's call is charged for the start
+            warm = torch.ones(16, 16, device=device)
+            torch.mm(warm, warm)  # no kernel's call is charged for the start
             torch.cuda.synchronize()
-        kernel, path = (
-            next(k for k in registry.find(target) if k.name == name),
-            target.partition("::")[0],
-        )
+        kernel = next(k for k in registry.find(target) if k.name == name)
+        path = target.partition("::")[0]
         if path.endswith(".py"):  # what registers it, wherever its function is defined
             kernel = replace(kernel, origin=f"{Path(path).resolve()}:1")
     except Exception:
@@ -117,14 +94,14 @@ def _settle(log: str) -> int:
 
 
 def _answer(
-    kernel: Kernel, device: str, task: str, arguments: tuple[Any, ...], output: int
+    kernel: Kernel, device: str, task: Callable[..., Any], arguments: tuple[Any, ...], output: int
 ) -> tuple[Any, ...]:
     """("value", it), ("broken", traceback) where this project is at fault, ("finding", sentence,
     measured, is the GPU lost?).
     """
     sentence, measured, value, trace = "", {}, None, ""
     try:
-        value = TASKS[task](kernel, device, *arguments)
+        value = task(kernel, device, *arguments)
     except Finding as finding:
         sentence, measured = finding.sentence, finding.measured
     except KeyboardInterrupt:  # nobody's Ctrl-C comes here

@@ -14,7 +14,6 @@ import torch
 from verify.errors import VerifyError
 from verify.spec.inputs import NORMAL, Recipe
 from verify.spec.layouts import LAYOUTS, laid_out
-from verify.spec.masks import Mask
 from verify.spec.problem import EXAMPLE, Problem
 
 TORCH_DTYPES = {
@@ -122,13 +121,13 @@ class Case:
         """
         problem, rng = self.problem, np.random.Generator(np.random.Philox(self.seed))
         q, k, v = self.recipe.draw(rng, problem)
-        whole = self.recipe.name == "integers"
+        family = self.recipe.family
         rest: dict[str, torch.Tensor] = {}
         for name in ("do", "bias"):
             if name in problem.shapes:
                 drawn = rng.standard_normal(problem.shapes[name])
-                drawn = np.abs(drawn) if name == "do" and self.recipe.name == "one_sign" else drawn
-                rest[name] = torch.from_numpy(np.round(drawn) if whole else drawn)
+                drawn = np.abs(drawn) if name == "do" and family.one_sign else drawn
+                rest[name] = torch.from_numpy(np.round(drawn) if family.whole else drawn)
         if problem.bias == "alibi":
             rest["slopes"] = torch.from_numpy(alibi_slopes(problem.heads_q))
         return Inputs(torch.from_numpy(q), torch.from_numpy(k), torch.from_numpy(v), **rest)
@@ -174,7 +173,7 @@ def part(problem: Problem, x: Inputs, entries: slice, key_heads: slice) -> tuple
         bias,
         slopes,
     )
-    mask = Mask(tuple((n, a[entries] if n == "padding" else a) for n, a in problem.mask.parts))
+    mask = problem.mask.of_entries(lambda arguments: arguments[entries])
     return problem.but(
         batch=len(batch), heads_q=len(kept) * problem.group, heads_kv=len(kept), mask=mask
     ), inputs
@@ -189,7 +188,7 @@ def visibility(problem: Problem, device: torch.device, rows: slice | None = None
     rows = rows or slice(0, problem.len_q)
     q = torch.arange(rows.start, rows.stop, device=device)[:, None]
     k = torch.arange(problem.len_k, device=device)[None, :]
-    per_entry = bool(problem.mask.batch_sizes())
+    per_entry = problem.mask.per_batch
 
     def lift(integers: Sequence[int]) -> torch.Tensor | int:
         return (

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -19,6 +20,59 @@ from verify.errors import VerifyError
 from verify.spec.problem import Problem
 
 Triple = tuple[np.ndarray, np.ndarray, np.ndarray]
+Stress = Literal["scales", "delta"]
+"""What some inputs are hard on: scales that are shared or found too early, as kernels that quantise
+have them; dP and delta, which are large and nearly cancel, in gradients.
+"""
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """A family of inputs, with everything that others need of it."""
+
+    values: Callable[..., Triple]
+    """(rng, problem, *params) -> (q, k, v) in float64"""
+    drawn: Mapping[str, int]
+    """How many times, among all, each of these texts is in the list that cases are drawn from."""
+    stresses: Mapping[Stress, int]
+    """So many times more for kernels that have what it is hard on."""
+    whole: bool
+    """Values are whole numbers; bias and cotangent are then, too."""
+    one_sign: bool
+    """V has one sign; the cotangent then has one, too, so that delta = rowsum(dO * O) is large."""
+
+
+DISTRIBUTIONS: dict[str, Distribution] = {}
+
+
+def distribution(
+    drawn: Mapping[str, int],
+    *,
+    stresses: Mapping[Stress, int] | None = None,
+    whole: bool = False,
+    one_sign: bool = False,
+) -> Callable[[Callable[..., Triple]], Callable[..., Triple]]:
+    """Register a family of inputs by its function's name. Arguments: Distribution's fields."""
+
+    def register(values: Callable[..., Triple]) -> Callable[..., Triple]:
+        family = Distribution(values, drawn, stresses or {}, whole, one_sign)
+        DISTRIBUTIONS[values.__name__] = family
+        return values
+
+    return register
+
+
+def drawn_from(*hard_on: Stress) -> list[str]:
+    """The texts that a case's distribution is drawn from, each as often as it should come up.
+
+    A failing case shrinks to the first. hard_on: what the kernel and the property have of it.
+    """
+    return [
+        text
+        for family in DISTRIBUTIONS.values()
+        for text, times in family.drawn.items()
+        for _ in range(times + sum(family.stresses.get(stress, 0) for stress in hard_on))
+    ]
 
 
 def _each(problem: Problem, draw: Callable[[tuple[int, ...]], np.ndarray]) -> Triple:
@@ -26,6 +80,7 @@ def _each(problem: Problem, draw: Callable[[tuple[int, ...]], np.ndarray]) -> Tr
     return draw(shapes["q"]), draw(shapes["k"]), draw(shapes["v"])
 
 
+@distribution({"integers": 1}, whole=True)
 def integers(rng: np.random.Generator, problem: Problem) -> Triple:
     """Whole numbers -3 ... 3: exact in every format; the family a failing case shrinks to, so that
     it can be checked by hand.
@@ -33,16 +88,19 @@ def integers(rng: np.random.Generator, problem: Problem) -> Triple:
     return _each(problem, lambda shape: rng.integers(-3, 4, shape).astype(np.float64))
 
 
+@distribution({"normal": 5, "normal(5)": 2, "normal(0.1)": 1})
 def normal(rng: np.random.Generator, problem: Problem, sigma: float = 1.0) -> Triple:
     """N(0, sigma^2): what everybody tests with. sigma 5 sharpens the softmax, 0.1 flattens it."""
     return _each(problem, lambda shape: sigma * rng.standard_normal(shape))
 
 
+@distribution({"uniform": 2})
 def uniform(rng: np.random.Generator, problem: Problem) -> Triple:
     """U(0, 1): PyTorch's own tests; the softmax is nearly flat and V has one sign."""
     return _each(problem, rng.random)
 
 
+@distribution({"outliers(0.01,10)": 2})
 def outliers(
     rng: np.random.Generator, problem: Problem, probability: float = 0.001, sigma: float = 10.0
 ) -> Triple:
@@ -58,6 +116,7 @@ def outliers(
     )
 
 
+@distribution({"shift(90)": 1, "shift(-90)": 1, "shift(1e4)": 1})
 def shift(rng: np.random.Generator, problem: Problem, c: float = 90.0) -> Triple:
     """Every score of a row moves by c (one feature column with q = 1, k = c / scale): O the same,
     LSE moved.
@@ -67,6 +126,7 @@ def shift(rng: np.random.Generator, problem: Problem, c: float = 90.0) -> Triple
     return q, k, v
 
 
+@distribution({"rising(30)": 1, "rising(-30)": 1})
 def rising(rng: np.random.Generator, problem: Problem, span: float = 20.0) -> Triple:
     """Scores rise along the keys by about `span` in all (fall if negative): a new maximum in every
     tile, or never again.
@@ -77,6 +137,7 @@ def rising(rng: np.random.Generator, problem: Problem, span: float = 20.0) -> Tr
     return q, k, v
 
 
+@distribution({"ties": 1})
 def ties(rng: np.random.Generator, problem: Problem) -> Triple:
     """All keys equal: every score of a row ties, P is exactly 1 before normalising, O is the mean
     of the visible V.
@@ -85,6 +146,7 @@ def ties(rng: np.random.Generator, problem: Problem) -> Triple:
     return q, np.broadcast_to(k[..., :1, :], k.shape).copy(), v
 
 
+@distribution({"sink": 2})
 def sink(rng: np.random.Generator, problem: Problem, strength: float = 8.0) -> Triple:
     """Key 0 draws every query (Xiao et al. 2023, attention sinks): one large P, the rest small."""
     q, k, v = normal(rng, problem)
@@ -93,12 +155,14 @@ def sink(rng: np.random.Generator, problem: Problem, strength: float = 8.0) -> T
     return q, k, v
 
 
+@distribution({"one_sign": 5}, stresses={"delta": 4}, one_sign=True)
 def one_sign(rng: np.random.Generator, problem: Problem) -> Triple:
     """V = |N(0,1)|: a biased P V product shows, which zero-mean V averages away."""
     q, k, v = normal(rng, problem)
     return q, k, np.abs(v)
 
 
+@distribution({"hot_channel(30)": 2}, stresses={"scales": 2})
 def hot_channel(rng: np.random.Generator, problem: Problem, factor: float = 30.0) -> Triple:
     """One feature column of Q and K is `factor` times larger: what quantisation per tensor cannot
     take.
@@ -110,6 +174,7 @@ def hot_channel(rng: np.random.Generator, problem: Problem, factor: float = 30.0
     return q, k, v
 
 
+@distribution({"uneven_heads": 2}, stresses={"scales": 2})
 def uneven_heads(rng: np.random.Generator, problem: Problem, factor: float = 64.0) -> Triple:
     """Heads from 1 to `factor` times as large in K and V: what a scale or an index shared among
     heads cannot take.
@@ -119,6 +184,7 @@ def uneven_heads(rng: np.random.Generator, problem: Problem, factor: float = 64.
     return q, k * size / factor**0.5, v * size
 
 
+@distribution({"growing": 1}, stresses={"scales": 4})
 def growing(rng: np.random.Generator, problem: Problem, factor: float = 8.0) -> Triple:
     """Rows from 1 to `factor` times as large along the sequence: what a scale or a maximum of the
     first tile cannot take.
@@ -130,6 +196,7 @@ def growing(rng: np.random.Generator, problem: Problem, factor: float = 8.0) -> 
     return q * of_q / factor**0.5, k * of_k / factor**0.5, v * of_k
 
 
+@distribution({"constant(1000)": 1, "constant(133120)": 1})
 def constant(rng: np.random.Generator, problem: Problem, value: float = 1000.0) -> Triple:
     """Every element the same large value (clamped to the dtype's range): score overflow, exact
     ties.
@@ -137,15 +204,10 @@ def constant(rng: np.random.Generator, problem: Problem, value: float = 1000.0) 
     return _each(problem, lambda shape: np.full(shape, value))
 
 
+@distribution({"tiny": 3})
 def tiny(rng: np.random.Generator, problem: Problem, size: float = 1e-6) -> Triple:
     """N(0, size^2) for all three: subnormal in FP16; V must survive, the softmax is flat."""
     return normal(rng, problem, size)
-
-
-_PLAIN = (integers, normal, uniform, outliers)
-_OF_SCORES = (shift, rising, ties, sink)
-_OF_SIZES = (one_sign, hot_channel, uneven_heads, growing, constant, tiny)
-RECIPES = {f.__name__: f for f in (*_PLAIN, *_OF_SCORES, *_OF_SIZES)}
 
 
 def _shortest(number: float) -> str:
@@ -164,9 +226,9 @@ class Recipe:
     params: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.name not in RECIPES:
-            raise VerifyError(f"recipe {self.name!r} is unknown: one of {', '.join(RECIPES)}")
-        takes = list(inspect.signature(RECIPES[self.name]).parameters)[2:]
+        if self.name not in DISTRIBUTIONS:
+            raise VerifyError(f"recipe {self.name!r} is unknown: one of {', '.join(DISTRIBUTIONS)}")
+        takes = list(inspect.signature(DISTRIBUTIONS[self.name].values).parameters)[2:]
         if len(self.params) > len(takes) or not all(np.isfinite(self.params)):
             raise VerifyError(
                 f"recipe {self}: takes at most {len(takes)} finite numbers "
@@ -190,9 +252,14 @@ class Recipe:
             return self.name
         return f"{self.name}({','.join(map(_shortest, self.params))})"
 
+    @property
+    def family(self) -> Distribution:
+        """Of which it is one."""
+        return DISTRIBUTIONS[self.name]
+
     def draw(self, rng: np.random.Generator, problem: Problem) -> Triple:
         """(q, k, v) in float64."""
-        return RECIPES[self.name](rng, problem, *self.params)
+        return DISTRIBUTIONS[self.name].values(rng, problem, *self.params)
 
 
 NORMAL = Recipe("normal")

@@ -13,11 +13,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+
+from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
 
 from verify.errors import VerifyError
 
 Rule = Callable[..., Any]
+Anchor = Literal["keys", "first", "last"]
 _PRIME = 2**31 - 1
 
 
@@ -149,58 +153,159 @@ def dense(q, k, len_q, len_k, x, y):
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """A way in which a kind of mask is drawn; a kind that kernels have two paths for has two.
+
+    `example` is the mask that kernels are asked about, and that pictures show.
+    """
+
+    name: str
+    example: str
+    arguments: Callable[[int, int, int], SearchStrategy[tuple[int, ...]]]
+    """(batch, len_q, len_k) -> a strategy of legal arguments"""
+    matches: Callable[[Sequence[int]], bool] = lambda arguments: True
+    """Whether arguments of this kind are of this way; the first that matches counts."""
+    common: bool = False
+    """Models use it most: rows of covering arrays with it come twice."""
+
+
+@dataclass(frozen=True)
 class Kind:
-    """How a mask's printed arguments become its rule's integers. `arguments` is the text shown in
-    errors.
+    """A kind of mask, with everything that others need of it.
+
+    anchor: what the rule is aligned with: `keys` (it does not look at the query), `first` (the
+    first query) or `last` (the last query sees the last key: q + len_k - len_q).
     """
 
     rule: Rule
     arguments: str
+    """What legal arguments are, as errors show it."""
     legal: Callable[[Sequence[int]], bool]
     bind: Callable[[Sequence[int], int], list[Any]]
     """(arguments, batch) -> one entry per conjunct, each holding (x, y) for every batch entry"""
+    anchor: Anchor
+    drawn: tuple[Drawn, ...]
+    per_batch: bool = False
+    """One argument for each batch entry."""
+    matrix: bool = False
+    """It stands for any boolean matrix, and is handed over as one."""
+    mirror: str = ""
+    """The kind that it is taken for by mistake."""
+
+    def way(self, arguments: Sequence[int]) -> Drawn:
+        """The way of drawing that these arguments are of."""
+        return next(drawn for drawn in self.drawn if drawn.matches(arguments))
 
 
 def _boundaries(lengths: Sequence[int], batch: int) -> list[tuple[tuple[int, int], ...]]:
     return [((sum(lengths[: n + 1]), 0),) * batch for n in range(len(lengths))]
 
 
-def _fixed(rule: Rule) -> Kind:
-    return Kind(rule, "no arguments", lambda a: not a, lambda a, batch: [((0, 0),) * batch])
+def _none(rule: Rule, anchor: Anchor, *, common: bool = False, mirror: str = "") -> Kind:
+    """A kind that takes no arguments."""
+    name = rule.__name__
+    drawn = Drawn(name, name, lambda batch, len_q, len_k: st.just(()), common=common)
+    return Kind(
+        rule,
+        "no arguments",
+        lambda a: not a,
+        lambda a, batch: [((0, 0),) * batch],
+        anchor,
+        (drawn,),
+        mirror=mirror,
+    )
+
+
+SIDES = (0, 1, 2, 7, 17, 63, 64, 65, 130)
+"""How far a drawn window reaches; one that reaches over all keys hides nothing."""
+
+
+def _side(len_k: int) -> SearchStrategy[int]:
+    return st.sampled_from([-1, *2 * [n for n in SIDES if n < len_k - 1], max(len_k - 1, 0)])
+
+
+def _sliding(batch: int, len_q: int, len_k: int) -> SearchStrategy[tuple[int, ...]]:
+    return st.tuples(_side(len_k), _side(len_k)).map(lambda sides: (sides[0], 0))
+
+
+def _windows(batch: int, len_q: int, len_k: int) -> SearchStrategy[tuple[int, ...]]:
+    return st.tuples(_side(len_k), _side(len_k))
+
+
+def _lengths(batch: int, len_q: int, len_k: int) -> SearchStrategy[tuple[int, ...]]:
+    return st.lists(st.integers(0, len_k), min_size=batch, max_size=batch).map(tuple)
+
+
+def _sequences(batch: int, len_q: int, len_k: int) -> SearchStrategy[tuple[int, ...]]:
+    longest = max(1, min(len_q, len_k))
+    return st.lists(st.integers(1, longest), min_size=1, max_size=4).map(tuple)
 
 
 KINDS: dict[str, Kind] = {
-    "full": _fixed(full),
-    "causal_upper_left": _fixed(causal_upper_left),
-    "causal_lower_right": _fixed(causal_lower_right),
-    "window": Kind(
-        window,
-        "(left, right), each >= -1",
-        lambda a: len(a) == 2 and min(a) >= -1,
-        lambda a, b: [(tuple(a),) * b],
-    ),
-    "prefix_lm": Kind(
-        prefix_lm,
-        "(prefix length)",
-        lambda a: len(a) == 1 and a[0] >= 0,
-        lambda a, b: [((a[0], 0),) * b],
+    "full": _none(full, "keys"),
+    "causal_upper_left": _none(causal_upper_left, "first", mirror="causal_lower_right"),
+    "causal_lower_right": _none(
+        causal_lower_right, "last", common=True, mirror="causal_upper_left"
     ),
     "padding": Kind(
         padding,
         "(one key length per batch entry)",
         lambda a: min(a, default=-1) >= 0,
-        lambda a, b: [tuple((n, 0) for n in a)],
+        lambda a, batch: [tuple((n, 0) for n in a)],
+        "keys",
+        (Drawn("padding", "padding(5)", _lengths),),
+        per_batch=True,
+    ),
+    "window": Kind(
+        window,
+        "(left, right), each >= -1",
+        lambda a: len(a) == 2 and min(a) >= -1,
+        lambda a, batch: [(tuple(a),) * batch],
+        "last",
+        (
+            # one that ends at the diagonal is what most models have, and kernels have a path for it
+            Drawn("sliding", "window(3,0)", _sliding, lambda a: a[1] == 0),
+            Drawn("window", "window(3,1)", _windows),
+        ),
+    ),
+    "prefix_lm": Kind(
+        prefix_lm,
+        "(prefix length)",
+        lambda a: len(a) == 1 and a[0] >= 0,
+        lambda a, batch: [((a[0], 0),) * batch],
+        "first",
+        (Drawn("prefix_lm", "prefix_lm(3)", lambda b, q, k: st.tuples(st.integers(0, k))),),
     ),
     "blocks": Kind(
-        blocks, "(sequence lengths, each >= 1)", lambda a: min(a, default=0) >= 1, _boundaries
+        blocks,
+        "(sequence lengths, each >= 1)",
+        lambda a: min(a, default=0) >= 1,
+        _boundaries,
+        "first",
+        (Drawn("blocks", "blocks(2,3)", _sequences),),
     ),
     "dense": Kind(
         dense,
         "(per cent visible, seed)",
         lambda a: len(a) == 2 and min(a) >= 0 and a[0] <= 100,
-        lambda a, b: [(tuple(a),) * b],
+        lambda a, batch: [(tuple(a),) * batch],
+        "first",
+        (
+            Drawn(
+                "dense",
+                "dense(60,1)",
+                lambda b, q, k: st.tuples(st.sampled_from([50, 90, 10, 1]), st.integers(0, 3)),
+            ),
+        ),
+        matrix=True,
     ),
 }
+"""Every kind, the simplest first: masks shrink towards the beginning of this table."""
+
+
+def ways() -> dict[str, tuple[str, Drawn]]:
+    """Every way in which a mask is drawn, by its name, with the name of its kind."""
+    return {drawn.name: (name, drawn) for name, kind in KINDS.items() for drawn in kind.drawn}
 
 
 @dataclass(frozen=True)
@@ -254,15 +359,49 @@ class Mask:
         """The kinds of mask in the conjunction."""
         return frozenset(name for name, _ in self.parts)
 
+    @property
+    def anchors(self) -> frozenset[Anchor]:
+        """What the parts are aligned with (Kind.anchor)."""
+        return frozenset(KINDS[name].anchor for name, _ in self.parts)
+
+    @property
+    def matrix(self) -> bool:
+        """Whether a part stands for any boolean matrix (Kind.matrix)."""
+        return any(KINDS[name].matrix for name, _ in self.parts)
+
+    @property
+    def per_batch(self) -> bool:
+        """Whether the arguments speak of single batch entries."""
+        return bool(self.batch_sizes())
+
     def batch_sizes(self) -> set[int]:
-        """The batch sizes that the arguments speak of: one for each padding mask."""
-        return {len(args) for name, args in self.parts if name == "padding"}
+        """The batch sizes that the arguments speak of: one for each part with one per entry."""
+        return {len(args) for name, args in self.parts if KINDS[name].per_batch}
+
+    def of_entries(self, choose: Callable[[tuple[int, ...]], Sequence[int]]) -> Mask:
+        """The mask of a problem whose batch entries are chosen from this one's.
+
+        `choose` makes the new arguments from those that a part has for each entry: a slice of
+        them, another order, one of them for all.
+        """
+        return Mask(
+            tuple((n, tuple(choose(a)) if KINDS[n].per_batch else a) for n, a in self.parts)
+        )
 
     def reordered(self, order: Sequence[int]) -> Mask:
         """The mask of the same problem with its batch entries in this order."""
-        return Mask(
-            tuple((n, tuple(a[i] for i in order) if n == "padding" else a) for n, a in self.parts)
-        )
+        return self.of_entries(lambda arguments: [arguments[i] for i in order])
+
+    @property
+    def mirrored(self) -> Mask:
+        """The mask with each part replaced by the kind that it is taken for by mistake."""
+        return Mask(tuple((KINDS[name].mirror or name, args) for name, args in self.parts))
+
+    @property
+    def way(self) -> str:
+        """The way in which it is drawn: one of `ways()`, or `two` for a conjunction."""
+        (name, arguments), *others = self.parts
+        return TWO if others else KINDS[name].way(arguments).name
 
     def terms(self, batch: int) -> list[Term]:
         """The conjuncts, in order; `full` has none."""
@@ -308,3 +447,10 @@ class Mask:
 
 
 FULL = Mask()
+TWO = "two"
+"""Any conjunction of two masks, as a level of the covering arrays."""
+
+
+def hiding(lengths: Sequence[int]) -> Mask:
+    """The mask by which batch entry b sees its first lengths[b] keys."""
+    return Mask((("padding", tuple(lengths)),))

@@ -22,8 +22,6 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import seed as seeded
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -32,24 +30,24 @@ from verify import environment, registry
 from verify.bounds.constants import ELSEWHERE
 from verify.bounds.metrics import distance, measure
 from verify.bounds.proved import allowance
-from verify.engine.evaluate import judge
-from verify.engine.search import BACKEND
-from verify.generation.strategies import RECIPES, cases
+from verify.engine.evaluate import evaluate, finished
+from verify.engine.search import CHUNK, draw
 from verify.oracles import float64
 from verify.oracles.emulator import emulate
 from verify.properties.catalogue import PROPERTIES, Property
-from verify.records.journal import JUDGED, Journal, Record, read
+from verify.records.events import TESTED, CaseFinished, Outcome
+from verify.records.journal import Journal
+from verify.records.journal import cases as journal_cases
 from verify.reference.reference import Truth, truth
 from verify.spec.arithmetic import FLASH
 from verify.spec.case import Case
 from verify.spec.finding import Finding
-from verify.spec.inputs import Recipe
+from verify.spec.inputs import Recipe, drawn_from
 from verify.studies.kernels import LOSSES, Draw, at_gpu, narrow_kernels
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console(width=190, highlight=False)
 LAWS = ("oracle", "gradients")
-CHUNK = 100
 VALUES = {"sdpa-cudnn": 25, "triton-fa2": 5}
 """Values tried for each problem: a new problem costs cuDNN more than a second of building its
 graph, Triton may compile.
@@ -85,64 +83,45 @@ def soundness(
     pairs = [
         (k, PROPERTIES[n]) for k in kernels for n in LAWS if not PROPERTIES[n].refusal(k, device)
     ]
-    journal, start, counts, chunk = Journal(out, str(seed)), time.monotonic(), Counter[str](), 0
+    journal, start, counts, chunk = Journal(out, str(seed)), time.monotonic(), Counter[Outcome](), 0
     while time.monotonic() - start < seconds:
         for subject, law in pairs:
             if time.monotonic() - start > seconds:
                 break
             for case in drawn(subject, law, device, seed=seed * 1_000_003 + chunk):
-                record = judged(subject, law, case, device)
-                counts[record.verdict] += 1
-                journal.append(record)
-                if record.verdict == "failed":
-                    console.print(
-                        f"ALARM {subject.name} {law.name} {case}: {record.reason}",
-                        markup=False,
-                        soft_wrap=True,
-                    )
+                event = judged(subject, law, case, device)
+                counts[event.outcome] += 1
+                journal.append(event)
+                if event.outcome is Outcome.FAILED:
+                    alarm = f"ALARM {subject.name} {law.name} {case}: {event.reason}"
+                    console.print(alarm, markup=False, soft_wrap=True)
         chunk += 1
-    console.print(
-        f"seed {seed}: {sum(counts[v] for v in JUDGED)} judged on {device}, {dict(counts)}",
-        markup=False,
-    )
+    judged_cases = sum(counts[outcome] for outcome in TESTED)
+    outcomes = {outcome.value: number for outcome, number in counts.items()}
+    console.print(f"seed {seed}: {judged_cases} judged on {device}, {outcomes}", markup=False)
 
 
 def drawn(kernel: registry.Kernel, law: Property, device: str, *, seed: int) -> list[Case]:
     """CHUNK cases as the engine draws them."""
     found: list[Case] = []
-
-    @seeded(seed)
-    @settings(
-        max_examples=CHUNK,
-        database=None,
-        deadline=None,
-        phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
-        backend=BACKEND,
-    )
-    @given(cases(kernel, device, **law.cases))
-    def collect(case: Case) -> None:
-        found.append(case)
-
-    collect()
+    draw(found.append, kernel, law, device, seed=seed)
     values = VALUES.get(kernel.name, 1)
     rng = np.random.default_rng(seed)
     kept = found[: CHUNK // values]
     return kept + [
-        replace(c, recipe=Recipe.parse(str(rng.choice(RECIPES))), seed=n)
+        replace(c, recipe=Recipe.parse(str(rng.choice(drawn_from()))), seed=n)
         for c in kept
         for n in range(1, values)
     ]
 
 
-def judged(kernel: registry.Kernel, law: Property, case: Case, device: str) -> Record:
-    """The record of one case, an alarm among them."""
+def judged(kernel: registry.Kernel, law: Property, case: Case, device: str) -> CaseFinished:
+    """The event of one case, an alarm among them."""
     try:
-        return judge(kernel, law, case, device)
+        return evaluate(kernel, device, law, case)
     except Finding as finding:
-        return Record(
-            kernel.name, law.name, str(case), "failed", finding.sentence, measured=finding.measured
-        )
+        facts = {"reason": finding.sentence, "measured": finding.measured}
+        return finished(kernel, law, case, Outcome.FAILED, **facts)
 
 
 @app.command()
@@ -151,8 +130,8 @@ def sharpness(folder: Annotated[Path, typer.Argument(help="folder of journals")]
     measured/proved of out.
     """
     ratios: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for record in read(folder):
-        if record.verdict in ("held", "uninformative"):
+    for record in journal_cases(folder):
+        if record.outcome in (Outcome.PASSED, Outcome.INCONCLUSIVE):
             dtype = Case.parse(record.case).problem.dtype
             for name, value in record.measured.items():
                 ratios[record.kernel, dtype][name].append(value)

@@ -81,7 +81,7 @@ def _times(
     judged = 0
     for chunk in range(cases):
         for case in drawn(kernel, PROPERTIES[law], device, seed=chunk):
-            if kernel.unsupported(case.problem, device) or kernel.defect(case, device, law):
+            if kernel.unsupported(case.problem, device) or kernel.known_issue(case, device, law):
                 continue
             try:
                 yield _timed(kernel, case, device)

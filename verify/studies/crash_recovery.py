@@ -21,7 +21,7 @@ from typing import Annotated
 
 import typer
 
-from verify.records.journal import VERDICTS, read
+from verify.records.journal import cases as cases_of
 
 Judged = tuple[str, str, int | None, str, str]
 
@@ -102,12 +102,8 @@ def strike(
 
 
 def judged(folder: Path) -> Counter[Judged]:
-    """Every case of the records that got a verdict."""
-    return Counter(
-        (r.kernel, r.property, r.seed, r.case, r.verdict)
-        for r in read(folder)
-        if r.verdict in VERDICTS
-    )
+    """Every case of the records that got an outcome."""
+    return Counter((c.kernel, c.property, c.seed, c.case, c.outcome) for c in cases_of(folder))
 
 
 def _verify(folder: str, arguments: list[str]) -> subprocess.Popen[bytes]:

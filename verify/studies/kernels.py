@@ -209,11 +209,13 @@ def at_gpu(kernel: Kernel) -> Kernel:
     def there_too(where: Callable[[Problem, str], bool]) -> Callable[[Problem, str], bool]:
         return lambda problem, device: where(problem, "cuda")
 
-    known = tuple(replace(k, where=there_too(k.where)) for k in kernel.known)
+    known = tuple(
+        replace(issue, applies_to=there_too(issue.applies_to)) for issue in kernel.known_issues
+    )
     return replace(
         kernel,
         fn=run,
         arithmetic=arithmetic,
-        known=known,
-        declared=lambda p, device: kernel.unsupported(p, "cuda"),
+        known_issues=known,
+        supports=lambda p, device: kernel.unsupported(p, "cuda"),
     )

@@ -24,7 +24,7 @@ from rich.progress import track
 
 from verify import environment
 from verify.bounds.constants import ELSEWHERE
-from verify.engine.search import Budget, hunt
+from verify.engine.search import Budget, Result, search
 from verify.errors import VerifyError
 from verify.kernels.mutants.catalogue import CONTROLS, MUTANTS, control, honest, mutant
 from verify.kernels.mutants.held_out import BLIND
@@ -139,17 +139,12 @@ def _detect(job: Job) -> tuple[int | None, float, str]:
     fault, law, seed = job
     start = time.perf_counter()
     CHANCE.manual_seed(seed)
-    found = hunt(
-        mutant(fault),
-        PROPERTIES[law],
-        "cpu",
-        budget=Budget(judged=MOST, shrink_seconds=0.0),
-        seed=seed,
-    )
+    budget = Budget(judged=MOST, shrink_seconds=0.0)
+    found = Result.of(search(mutant(fault), PROPERTIES[law], "cpu", budget=budget, seed=seed))
     spent = time.perf_counter() - start
-    return (
-        (found.judged + 1, spent, found.finding[1].sentence) if found.finding else (None, spent, "")
-    )
+    if found.finding is None:
+        return None, spent, ""
+    return found.judged + 1, spent, found.finding.reason
 
 
 def _cell(job: Job) -> int | None:
@@ -157,13 +152,8 @@ def _cell(job: Job) -> int | None:
     kernel, law = mutant(fault), PROPERTIES[name]
     if law.refusal(kernel, "cpu"):
         return None
-    found = hunt(
-        kernel,
-        law,
-        "cpu",
-        budget=Budget(judged=IN_MATRIX, seconds=10.0, shrink_seconds=0.0),
-        seed=seed,
-    )
+    budget = Budget(judged=IN_MATRIX, shrink_seconds=0.0)
+    found = Result.of(search(kernel, law, "cpu", budget=budget, seed=seed))
     return found.judged + 1 if found.finding else None
 
 
@@ -180,17 +170,11 @@ def _shares(name: str, cases: int) -> list[tuple[str, int]]:
 def _accused(seed: int, job: Job) -> tuple[int, str]:
     """(cases judged, the accusation) of a correct variant under one property."""
     name, law, share = job
-    found = hunt(
-        control(name),
-        PROPERTIES[law],
-        "cpu",
-        budget=Budget(judged=share, seconds=2.0 * share),
-        seed=seed,
-    )
-    return (
-        found.judged,
-        f"{name}: {law}: {found.finding[0]}: {found.finding[1].sentence}" if found.finding else "",
-    )
+    budget = Budget(judged=share)
+    found = Result.of(search(control(name), PROPERTIES[law], "cpu", budget=budget, seed=seed))
+    if found.finding is None:
+        return found.judged, ""
+    return found.judged, f"{name}: {law}: {found.finding.case}: {found.finding.reason}"
 
 
 def _caught_elsewhere(name: str) -> list[str]:

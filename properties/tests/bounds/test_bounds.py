@@ -13,16 +13,16 @@ from hypothesis import strategies as st
 from verify.bounds.metrics import distance
 from verify.generation.strategies import arithmetics, cases
 from verify.oracles import emulator, formats
-from verify.properties.tests.support import ANYTHING, small_cases
+from verify.properties.tests.support import ANYTHING, GRADIENTS, small_cases
 from verify.reference.reference import truth
 from verify.spec.arithmetic import FLASH, Arithmetic
 from verify.spec.case import Case
-from verify.spec.masks import KINDS
+from verify.spec.masks import ways
 from verify.studies.adversary import attack
 
 
 @settings(max_examples=600, deadline=None, derandomize=True, database=None)
-@given(case=cases(ANYTHING, "cpu", grads=True), arithmetic=arithmetics())
+@given(case=cases(ANYTHING, "cpu", GRADIENTS), arithmetic=arithmetics())
 def test_no_honest_emulation_crosses_its_bound(case: Case, arithmetic: Arithmetic) -> None:
     known = truth(case, "cpu")
     limits = known.allowances(arithmetic)
@@ -32,16 +32,16 @@ def test_no_honest_emulation_crosses_its_bound(case: Case, arithmetic: Arithmeti
         assert bool((error <= limits[name].limit).all()), f"{name} of {case}, {arithmetic}"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("way", ways())
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)
 @given(data=st.data(), arithmetic=arithmetics(), chosen=st.integers(0, 10**6))
 def test_no_rounding_however_malicious_crosses_the_bound(
-    kind: str, data: st.DataObject, arithmetic: Arithmetic, chosen: int
+    way: str, data: st.DataObject, arithmetic: Arithmetic, chosen: int
 ) -> None:
     """Every rounding of every step turned against one element, up to the most that its format
     allows.
     """
-    case = data.draw(small_cases(kind).filter(lambda c: c.problem.dtype != "fp64"))
+    case = data.draw(small_cases(way).filter(lambda c: c.problem.dtype != "fp64"))
     known = truth(case, "cpu")
     limits = known.allowances(arithmetic)
     for name, allowed in limits.items():

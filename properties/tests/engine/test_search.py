@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from verify.engine.search import Budget, hunt
 from verify.properties.catalogue import PROPERTIES
 from verify.records.journal import Record
-from verify.registry import REGISTRY, Kernel, Known, kernel
+from verify.registry import REGISTRY, Kernel, KnownIssue, kernel
 from verify.reports.terminal import known_defects
 from verify.spec.arithmetic import Arithmetic
 from verify.spec.masks import Mask
@@ -89,7 +89,7 @@ def batch_entry_0_for_all(
 
 
 def registered(fn: Callable[..., Tensor]) -> Kernel:
-    return Kernel(fn.__name__, fn, frozenset({"scale", "mask", "problem"}), declared=_plain)
+    return Kernel(fn.__name__, fn, frozenset({"scale", "mask", "problem"}), supports=_plain)
 
 
 def _plain(problem: Problem, device: str) -> str | None:
@@ -209,8 +209,8 @@ def test_a_known_defect_is_counted_and_a_mended_one_is_reported() -> None:
     record.
     """
     known = (
-        Known("scale off on long keys", lambda p, device: p.len_k > 16),
-        Known("scale off at batch 3", lambda p, device: p.batch == 3),
+        KnownIssue("scale off on long keys", lambda p, device: p.len_k > 16),
+        KnownIssue("scale off at batch 3", lambda p, device: p.batch == 3),
     )
 
     def off_on_long_keys(
@@ -225,8 +225,8 @@ def test_a_known_defect_is_counted_and_a_mended_one_is_reported() -> None:
         "known",
         off_on_long_keys,
         frozenset({"scale", "mask", "problem"}),
-        declared=_plain,
-        known=known,
+        supports=_plain,
+        known_issues=known,
     )
     assert (
         hunt(

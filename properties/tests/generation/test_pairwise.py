@@ -20,7 +20,7 @@ from verify.kernels.flex import SHAPES, bucket
 from verify.kernels.mutants.catalogue import control, mutant
 from verify.properties.catalogue import PROPERTIES
 from verify.records.journal import Record
-from verify.registry import Kernel, Known, find
+from verify.registry import Kernel, KnownIssue, find
 from verify.sandbox.capabilities import options
 from verify.spec.case import Case
 
@@ -118,7 +118,7 @@ def test_the_corpus_is_tried_first_and_keeps_what_fails(tmp_path: Path) -> None:
         "known",
         mutant("one key too many").fn,
         control("FP8").takes,
-        known=(Known("off", lambda p, device: True),),
+        known_issues=(KnownIssue("off", lambda p, device: True),),
     )
     hunt(known, law, "cpu", budget=Budget(judged=3), seed=1, corpus=Corpus(path))
     assert (

@@ -33,7 +33,7 @@ def test_a_planted_arithmetic_is_found(planted: Arithmetic) -> None:
         "mine",
         mine,
         frozenset({"scale", "problem"}),
-        declared=lambda problem, device: forward_only(problem),
+        supports=lambda problem, device: forward_only(problem),
     )
     identity = identify(kernel, "cpu")
     assert identity.arithmetic == planted
@@ -53,7 +53,7 @@ def test_the_tile_is_seen() -> None:
         "mine",
         mine,
         frozenset({"scale", "problem"}),
-        declared=lambda problem, device: forward_only(problem),
+        supports=lambda problem, device: forward_only(problem),
     )
     seen = {
         a.field: a.found

@@ -19,6 +19,7 @@ from torch import Tensor
 from verify.bounds.constants import UNIT
 from verify.errors import VerifyError
 from verify.generation.strategies import cases
+from verify.properties.tests.support import GRADIENTS
 from verify.reference.compare import judge
 from verify.reference.reference import truth
 from verify.registry import REGISTRY
@@ -148,7 +149,7 @@ def test_five_hundred_problems_compile_fewer_than_forty_kernels(
         suppress_health_check=list(HealthCheck),
         phases=[Phase.generate],
     )
-    @given(st.one_of(cases(kernel, DEVICE), cases(kernel, DEVICE, grads=True)))
+    @given(st.one_of(cases(kernel, DEVICE), cases(kernel, DEVICE, GRADIENTS)))
     def draw(case: Case) -> None:
         if kernel.unsupported(case.problem, DEVICE) is None:
             problems.append(case)

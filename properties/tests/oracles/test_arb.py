@@ -20,7 +20,7 @@ from verify.oracles import arb, float64, mpmath_oracle
 from verify.properties.tests.support import small_cases
 from verify.reference.reference import oracle_limit
 from verify.spec.case import Case, Inputs
-from verify.spec.masks import KINDS
+from verify.spec.masks import ways
 from verify.spec.problem import Problem
 
 flint = pytest.importorskip("flint", reason="the interval oracle needs python-flint")
@@ -36,14 +36,14 @@ def sharp(value: Tensor, limit: Tensor) -> Tensor:
     return 2 * UNIT["fp64"] * value.abs() + SMALLEST + limit * (2.0 ** -BITS[-1] / UNIT["fp64"])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("way", ways())
 @settings(max_examples=12, deadline=None, derandomize=True, database=None)
 @given(data=st.data())
-def test_encloses_mpmath(kind: str, data: st.DataObject) -> None:
+def test_encloses_mpmath(way: str, data: st.DataObject) -> None:
     """At any precision. mpmath's 100 digits may themselves be off, by far less than 50 digits are
     from them.
     """
-    case, bits = data.draw(small_cases(kind)), data.draw(st.sampled_from(BITS))
+    case, bits = data.draw(small_cases(way)), data.draw(st.sampled_from(BITS))
     exact, uncertainty = arb.exact(case.problem, case.inputs(), bits=bits)
     few, many = (
         mpmath_oracle.exact(case.problem, case.inputs(), digits=digits) for digits in (50, 100)
@@ -61,11 +61,11 @@ def test_encloses_mpmath(kind: str, data: st.DataObject) -> None:
                 )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("way", ways())
 @settings(max_examples=12, deadline=None, derandomize=True, database=None)
 @given(data=st.data())
-def test_is_sharp(kind: str, data: st.DataObject) -> None:
-    case = data.draw(small_cases(kind))
+def test_is_sharp(way: str, data: st.DataObject) -> None:
+    case = data.draw(small_cases(way))
     exact, uncertainty = arb.exact(case.problem, case.inputs())
     for name, limit in oracle_limit(case.problem, case.inputs()).items():
         value, u = getattr(exact, name), uncertainty[name]

@@ -15,7 +15,7 @@ from verify.oracles import float64, mpmath_oracle
 from verify.properties.tests.support import small_cases
 from verify.reference.reference import oracle_limit
 from verify.spec.case import Case, Inputs
-from verify.spec.masks import KINDS
+from verify.spec.masks import ways
 
 
 def differences(case: Case, inputs: Inputs) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -32,14 +32,14 @@ def differences(case: Case, inputs: Inputs) -> dict[str, tuple[torch.Tensor, tor
     return pairs
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("way", ways())
 @settings(max_examples=12, deadline=None, derandomize=True, database=None)
 @given(data=st.data())
-def test_certificate(kind: str, data: st.DataObject) -> None:
+def test_certificate(way: str, data: st.DataObject) -> None:
     """mpmath at 50 digits bounds the float64 oracle's error: within the bound that judges kernels,
     at FP64's unit roundoff.
     """
-    case = data.draw(small_cases(kind))
+    case = data.draw(small_cases(way))
     for name, (error, limit) in differences(case, case.inputs()).items():
         assert bool((error <= limit).all()), (
             f"{name} of {case}: {error.max():.1e} > {limit.max():.1e}"

@@ -10,14 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from verify.errors import VerifyError
-from verify.generation.strategies import RECIPES, cases
-from verify.properties.tests.support import ANYTHING
+from verify.generation.strategies import cases
+from verify.properties.tests.support import ANYTHING, GRADIENTS
 from verify.spec.case import TORCH_DTYPES, Case
-from verify.spec.inputs import Recipe
+from verify.spec.inputs import Recipe, drawn_from
 from verify.spec.problem import DTYPES, Problem
 
 
-@given(cases(ANYTHING, "cpu", grads=True) | cases(ANYTHING, "cpu"))
+@given(cases(ANYTHING, "cpu", GRADIENTS) | cases(ANYTHING, "cpu"))
 def test_ids_parse_back(case: Case) -> None:
     assert Case.parse(str(case)) == case
 
@@ -57,7 +57,7 @@ def test_bad_ids_are_one_line_that_names_the_value(text: str, said: str) -> None
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("recipe", sorted(set(RECIPES)))
+@pytest.mark.parametrize("recipe", sorted(set(drawn_from())))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_recipe_is_finite_in_every_dtype(recipe: str, dtype: str) -> None:
     problem = Problem(

@@ -1,0 +1,218 @@
+"""The commands that judge: fuzz, resume, replay. They show the engine's events as they come."""
+
+from __future__ import annotations
+
+import random
+import shlex
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from verify import environment
+from verify.cli.app import Device, Target, app, console, plain, with_run_options
+from verify.records.events import (
+    TESTED,
+    CaseFinished,
+    Event,
+    FindingShrunk,
+    KernelInspected,
+    PropertyFinished,
+    RunFinished,
+    RunStarted,
+)
+from verify.records.journal import interrupted, read
+from verify.records.summary import Found, exit_code, findings, tested
+from verify.reports.terminal import counted, show_run
+
+
+@app.command()
+@with_run_options
+def fuzz(target: Target, given: dict[str, Any]) -> None:
+    """Try to break a kernel: every property on adversarial random cases. Findings come shrunk, with
+    a command to replay.
+    """
+    from verify.engine.config import SECONDS, RunConfig
+
+    given.setdefault("seed", random.SystemRandom().randrange(2**31))
+    if "cases" not in given:
+        given.setdefault("seconds", SECONDS)
+    environment.prepare(given.get("device"))
+    config = RunConfig.of(lambda option: given.get(option.field))
+    raise typer.Exit(_run(config.but(targets=(target,))))
+
+
+@app.command()
+def resume(
+    folder: Annotated[Path, typer.Argument(help="the records of `verify fuzz` runs")],
+) -> None:
+    """Go on with interrupted runs: what is on record is not judged again. Exit code as of `verify
+    fuzz`.
+    """
+    from verify.engine.config import RunConfig
+
+    codes = [0]
+    for asked in interrupted(folder):
+        config = RunConfig.from_json(asked).but(records=folder)
+        environment.prepare(config.device)
+        plain(f"resumed: {', '.join(config.targets)}, seed {config.seed}, {config.device}")
+        codes.append(_run(config, resumed=True))
+    raise typer.Exit(max(codes))
+
+
+@app.command()
+def replay(
+    *,
+    target: Target,
+    case: Annotated[str, typer.Argument(help="a case id, as printed by a finding")],
+    property: Annotated[str, typer.Option(help="the property to judge")] = "oracle",
+    in_process: Annotated[
+        bool, typer.Option("--in-process", help="call the kernel here, for a debugger")
+    ] = False,
+    sanitizer: Annotated[
+        str | None, typer.Option(help="a tool of compute-sanitizer to run it under: memcheck, ...")
+    ] = None,
+    device: Device = None,
+) -> None:
+    """Judge one case again and show its tensors where they are small. Exit code 1 where the
+    property does not hold.
+    """
+    device = environment.prepare(device)
+    from verify import registry
+    from verify.engine import replay as replaying
+    from verify.properties.catalogue import named
+    from verify.spec.case import Case
+
+    parsed = Case.parse(case)
+    if sanitizer:
+        raise typer.Exit(replaying.run_sanitized(sanitizer, target, parsed, property))
+    kernels = registry.named(target, registry.find(target))
+    holds = replaying.replay(
+        target, kernels, device, named(property), parsed, plain, in_process=in_process
+    )
+    raise typer.Exit(int(not holds))
+
+
+def _run(config: Any, *, resumed: bool = False) -> int:
+    """Run, show what happens, print the summary whatever ended it. Return the exit code."""
+    from verify.engine.session import Session
+
+    events: list[Event] = []
+    with Session(config, resumed=resumed) as session:
+        with _progress(config.seconds) as show, _ctrl_c(session.stop):
+            for event in session.run():
+                events.append(event)
+                show(event)
+                _announce(event, config.seed, resumed=resumed)
+        names = {kernel.name for kernel in session.kernels.values()}
+        if resumed:  # what earlier parts of the run judged counts, too
+            events = [e for e in read(session.folder) if getattr(e, "kernel", "") in names]
+    if session.interrupted:
+        again = f"verify resume {shlex.quote(str(session.folder))} goes on"
+        plain(f"interrupted; what follows was measured before; {again}")
+    show_run(events, write=plain, width=console.width)
+    for number, found in enumerate(findings(events), 1):
+        _show_finding(number, found)
+    _close(events, ", ".join(sorted(names)), session.folder)
+    return exit_code(events, strict=config.strict)
+
+
+def _announce(event: Event, seed: int, *, resumed: bool) -> None:
+    """Print what is known before the first case: versions, seed, conventions."""
+    if isinstance(event, RunStarted) and not resumed:
+        facts = ", ".join(f"{name} {value}" for name, value in event.environment.items())
+        console.print(f"seed {seed}, {facts}", markup=False)
+    if isinstance(event, KernelInspected):
+        title = f"{event.kernel} ({event.origin}): conventions found"
+        table = Table(title=title, title_justify="left", show_header=False)
+        for row in event.conventions:
+            table.add_row(*row)
+        console.print(table)
+
+
+def _show_finding(number: int, found: Found) -> None:
+    from verify.properties.catalogue import named
+
+    cut = "" if found.shrunk else " (not shrunk: interrupted)"
+    console.print(f"\n[bold]finding {number}[/bold]: {found.kernel} breaks {found.property}{cut}")
+    plain(f"  law     {' '.join(named(found.property).law.split())}")
+    plain(f"  case    {found.case}")
+    plain(f"  what    {found.reason}")
+    if found.worst and found.worst_reason != found.reason:
+        plain(f"  worst   {found.worst}: {found.worst_reason}")
+    if found.explained is None:
+        return
+    for line_number, line in enumerate(found.explained.why):
+        plain(f"  {'' if line_number else 'why':7} {line}")
+    plain(f"  script  {found.explained.script}")
+    plain(f"  replay  {found.explained.replay}")
+
+
+def _close(events: list[Event], names: str, folder: Path) -> None:
+    """The last lines: how much was judged, in what time, and which pairs of options."""
+    from verify.engine.coverage import pairs_judged
+
+    judged = tested(events)
+    found = findings(events)
+    seconds = sum(e.seconds for e in events if isinstance(e, RunFinished))
+    verdict = counted(len(found), "finding") if found else "no finding" if judged else ""
+    cases = counted(len(judged), "judged case")
+    plain(
+        f"\n{names}: {verdict or 'NOTHING JUDGED'} in {cases}, {seconds:.0f} s; records in {folder}"
+    )
+    searching = sum(e.seconds for e in events if isinstance(e, PropertyFinished))
+    if judged and searching:
+        kernel = sum(case.seconds or 0.0 for case in judged)
+        share = max(0.0, 100 * (1 - kernel / searching))
+        speed = f"{len(judged) / max(seconds, 0.01):.1f} cases a second"
+        plain(f"throughput: {speed}; {share:.0f} % of a search is drawing, shrinking and waiting")
+    for line in pairs_judged(events):
+        plain(line)
+
+
+@contextmanager
+def _progress(seconds: float | None) -> Iterator[Any]:
+    """A bar that moves with every event."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    start = time.monotonic()
+    counts = {"judged": 0, "found": 0}
+    with Progress(
+        *columns, TextColumn("{task.fields[counts]}"), console=console, transient=True
+    ) as bar:
+        task = bar.add_task("fuzzing", total=seconds, counts="")
+
+        def show(event: Event) -> None:
+            if isinstance(event, CaseFinished):
+                counts["judged"] += event.outcome in TESTED
+            elif isinstance(event, FindingShrunk):
+                counts["found"] += 1
+            else:
+                return
+            text = f"{event.kernel} {event.property}: {counts['judged']} judged"
+            text += f", {counted(counts['found'], 'finding')}"
+            bar.update(task, completed=time.monotonic() - start, counts=text)
+
+        yield show
+
+
+@contextmanager
+def _ctrl_c(stop: Any) -> Iterator[None]:
+    """The first Ctrl-C asks the run to stop, so that what was measured is shown; the second ends
+    the process.
+    """
+
+    def first(*signal_and_frame: object) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        stop()
+
+    before = signal.signal(signal.SIGINT, first)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

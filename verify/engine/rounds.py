@@ -1,0 +1,113 @@
+"""Rounds: many searches at once, each with as many cases as its weight says, on several workers."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from verify.engine.search import Answer, Inbox, Search
+from verify.records.events import Event
+from verify.sandbox.process import Interrupted
+from verify.spec.case import Case
+
+CORE_SHARE = 0.4
+"""Of a run's cases: those of properties that compare with the oracle (Property.core)."""
+WAIT = 0.1
+"""Seconds between looks at whether the run was stopped."""
+
+Judge = Callable[[Search, Case], tuple[Answer, float]]
+"""(search, case) -> (what judging the case gives, seconds)"""
+
+
+class Rounds:
+    """Goes round the searches: next comes the one that had the fewest cases for its weight.
+
+    While `workers` threads wait for judged cases, one case more is drawn. Without workers, cases are
+    judged in the caller's thread. What is judged does not depend on their number.
+    """
+
+    def __init__(
+        self,
+        searches: list[Search],
+        inbox: Inbox,
+        judge: Judge,
+        stop: threading.Event,
+        workers: int,
+    ) -> None:
+        self._idle = list(searches)
+        self._weight = weights(searches)
+        self._inbox = inbox
+        self._judge = judge
+        self._stop = stop
+        self._pool = ThreadPoolExecutor(workers) if workers else None
+        self._most = workers + 1 if workers else 1
+        self._busy = 0
+
+    def run(self) -> Iterator[Event | Search]:
+        """The events, and each search when it has come to its end, until all have, or `stop` is
+        set.
+        """
+        try:
+            while not self._stop.is_set() and (self._idle or self._busy):
+                self._resume()
+                try:
+                    one, case, answer = self._inbox.get(timeout=WAIT)
+                except queue.Empty:
+                    continue
+                if case is None:
+                    self._busy -= 1
+                    yield one
+                elif answer is None:
+                    yield one.started(case)
+                    self._submit(one, case)
+                elif event := self._take(one, case, answer):
+                    yield event
+        finally:
+            if self._busy:
+                self._stop.set()  # so that nobody waits for calls that are under way
+            if self._pool:
+                self._pool.shutdown(cancel_futures=True)
+
+    def _resume(self) -> None:
+        while self._idle and self._busy < self._most:
+            one = min(self._idle, key=lambda s: (not s.shrinking, s.asked / self._weight[s]))
+            self._idle.remove(one)
+            one.resume()
+            self._busy += 1
+
+    def _submit(self, one: Search, case: Case) -> None:
+        """Have a case judged; what comes of it, an exception too, goes into the inbox."""
+
+        def judge() -> None:
+            try:
+                answer: Any = self._judge(one, case)
+            except BaseException as error:
+                answer = error
+            self._inbox.put((one, case, answer))
+
+        if self._pool:
+            self._pool.submit(judge)
+        else:
+            judge()
+
+    def _take(self, one: Search, case: Case, answer: Any) -> Event | None:
+        self._busy -= 1
+        self._idle.append(one)
+        if isinstance(answer, Interrupted | KeyboardInterrupt):
+            self._stop.set()
+            return None
+        if isinstance(answer, BaseException):
+            raise answer
+        return one.judged(case, *answer)
+
+
+def weights(searches: list[Search]) -> dict[Search, float]:
+    """How many cases each search gets beside one of a property that is not core."""
+    core = sum(one.prop.core for one in searches)
+    rest = len(searches) - core
+    share = CORE_SHARE / (1 - CORE_SHARE)
+    weight = max(1.0, share * rest / core) if core and rest else 1.0
+    return {one: weight if one.prop.core else 1.0 for one in searches}

@@ -1,0 +1,77 @@
+"""What the events of a run come to: findings, whose they are, and what was never judged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from verify.records.events import (
+    TESTED,
+    CaseFinished,
+    Event,
+    FindingExplained,
+    FindingShrunk,
+    KernelInspected,
+    Outcome,
+)
+
+
+@dataclass(frozen=True)
+class Found:
+    """One finding: the case that breaks a property of a kernel, and what is known of it."""
+
+    kernel: str
+    property: str
+    case: str
+    reason: str
+    shrunk: bool
+    """False where the run ended before it was."""
+    worst: str = ""
+    worst_reason: str = ""
+    vendor: str = ""
+    """Whose kernel it is, where it is somebody else's."""
+    explained: FindingExplained | None = None
+
+
+def findings(events: Iterable[Event]) -> list[Found]:
+    """Every finding, one for each kernel and property, in the order in which they were found."""
+    events = list(events)
+    vendor = {e.kernel: e.vendor for e in events if isinstance(e, KernelInspected) and e.vendor}
+    explained = {
+        (e.kernel, e.property, e.case): e for e in events if isinstance(e, FindingExplained)
+    }
+    found: dict[tuple[str, str], CaseFinished | FindingShrunk] = {}
+    for event in events:
+        if isinstance(event, CaseFinished) and event.outcome is Outcome.FAILED:
+            found.setdefault((event.kernel, event.property), event)
+        elif isinstance(event, FindingShrunk):
+            found[event.kernel, event.property] = event
+    return [
+        Found(
+            event.kernel,
+            event.property,
+            event.case,
+            event.reason,
+            shrunk=isinstance(event, FindingShrunk),
+            worst=event.worst if isinstance(event, FindingShrunk) else "",
+            worst_reason=event.worst_reason if isinstance(event, FindingShrunk) else "",
+            vendor=vendor.get(event.kernel, ""),
+            explained=explained.get((event.kernel, event.property, event.case)),
+        )
+        for event in found.values()
+    ]
+
+
+def tested(events: Iterable[Event]) -> list[CaseFinished]:
+    """The cases in which a kernel was called and judged."""
+    return [e for e in events if isinstance(e, CaseFinished) and e.outcome in TESTED]
+
+
+def exit_code(events: Iterable[Event], *, strict: bool) -> int:
+    """1 where something was found, in other people's kernels only if strict, or where nothing was
+    judged; else 0.
+    """
+    events = list(events)
+    if not tested(events):
+        return 1
+    return int(any(strict or not found.vendor for found in findings(events)))
