@@ -2,6 +2,7 @@
 never `kernels`.
 """
 
+import gc
 import sys
 from pathlib import Path
 
@@ -9,3 +10,10 @@ ROOT = Path(__file__).resolve().parent
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 
 pytest_plugins = ["verify.pytest_plugin"]
+
+
+def pytest_runtest_setup() -> None:
+    """What earlier tests left stays: collections, which memory-growth asks for by the dozen, need
+    not look at all of it again.
+    """
+    gc.freeze()

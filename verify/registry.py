@@ -177,8 +177,7 @@ class Kernel:
                 return f"takes no `{keyword}`"
         if self.supports is None:
             return None
-        told = "dropout" in inspect.signature(self.supports).parameters
-        if dropout and told:
+        if dropout and "dropout" in inspect.signature(self.supports).parameters:
             return self.supports(problem, device, dropout=dropout)
         return self.supports(problem, device)
 

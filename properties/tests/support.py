@@ -1,10 +1,17 @@
-"""What several test files draw from."""
+"""What several test files share: searches, and what they draw from."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from hypothesis import strategies as st
 
+from verify.engine.corpus import Corpus
+from verify.engine.search import Budget, Result, search
 from verify.generation.strategies import masks
+from verify.properties.catalogue import Property
+from verify.properties.property import PROPERTIES
+from verify.records.events import CaseFinished, Event
 from verify.registry import KEYWORDS, Kernel
 from verify.sandbox.capabilities import HEADS, SCALES
 from verify.spec.case import Case
@@ -16,6 +23,35 @@ from verify.spec.requirements import Requirements
 ANYTHING = Kernel("anything", lambda q, k, v: q, frozenset(KEYWORDS), dtypes=DTYPES)
 """A kernel that takes every problem."""
 GRADIENTS = Requirements(grads=True)
+
+
+def searched(
+    kernel: Kernel,
+    prop: str,
+    device: str = "cpu",
+    *,
+    judged: int,
+    seed: int = 1,
+    shrink_seconds: float = 20.0,
+    corpus: Corpus | None = None,
+    evaluate_case: Callable[[Property, Case], CaseFinished] | None = None,
+    events: list[Event] | None = None,
+) -> Result:
+    """What a search for a case that breaks a property comes to. `events`: a list to add them to."""
+    budget = Budget(judged, shrink_seconds=shrink_seconds)
+    found = search(
+        kernel,
+        PROPERTIES[prop],
+        device,
+        budget=budget,
+        seed=seed,
+        corpus=corpus,
+        evaluate_case=evaluate_case,
+    )
+    all_events = list(found)
+    if events is not None:
+        events += all_events
+    return Result.of(iter(all_events))
 
 
 @st.composite

@@ -98,7 +98,7 @@ class RunConfig:
         False,
         "findings in other people's kernels fail the run, too",
         cli="--strict",
-        pytest="--strict",
+        pytest="--verify-strict",  # pytest has a --strict of its own
     )
 
     def __post_init__(self) -> None:

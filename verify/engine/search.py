@@ -42,7 +42,7 @@ from verify.spec.finding import Finding
 
 CHUNK = 50
 """Cases that Hypothesis draws at a time; a new chunk has a new seed."""
-CHUNKS_IN_VAIN = 40
+CHUNKS_IN_VAIN = 20
 """After so many chunks without another judged case there are taken to be no more."""
 SEED_STEP = 7919
 """Between the seeds of chunks, so that runs with neighbouring seeds do not repeat each other."""

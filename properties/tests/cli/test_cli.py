@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from verify.cli import main
-from verify.records.journal import read
+from verify.records.journal import cases, read
+from verify.records.summary import findings
 
 KERNEL = """
 import torch.nn.functional as F
@@ -139,7 +140,7 @@ def test_a_right_kernel_passes_a_wrong_one_is_replayed(folder: Path) -> None:
         "oracle",
     )
     assert bad.returncode == 1, bad.stdout + bad.stderr
-    found = [r for r in read(folder / "bad") if r.verdict == "finding"]
+    found = findings(read(folder / "bad"))
     assert f"verify replay my_kernel.py::mine {found[0].case} " in bad.stdout.replace("'", "")
     again = command(folder, "replay", "my_kernel.py::mine", found[0].case, "--property", "oracle")
     assert again.returncode == 1, again.stderr
@@ -168,13 +169,13 @@ def test_ctrl_c_keeps_what_was_measured(folder: Path) -> None:
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
     )
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and sum(1 for _ in read(folder / "cut")) < 20:
+    while time.monotonic() < deadline and sum(1 for _ in cases(folder / "cut")) < 20:
         time.sleep(0.2)
     run.send_signal(signal.SIGINT)
     output, error = run.communicate(timeout=60)
     assert "interrupted; what follows was measured before" in output, error
     assert "no finding in" in output
-    assert sum(1 for _ in read(folder / "cut")) >= 20
+    assert sum(1 for _ in cases(folder / "cut")) >= 20
 
 
 def test_masks_and_kernels_are_listed(folder: Path) -> None:

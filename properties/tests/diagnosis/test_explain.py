@@ -204,16 +204,16 @@ GROUPED, LONG = (
     ],
 )
 def test_the_stage_is_named(fault: str, case: str, said: str) -> None:
-    lines = explain(wrong(fault), Case.parse(case), "oracle", "cpu")
+    lines = explain(wrong(fault), "cpu", Case.parse(case), "oracle")
     assert any(line.startswith(f"likely stage: {said}") for line in lines), lines
 
 
 def test_what_is_wrong_and_where() -> None:
     lines = explain(
         wrong("tail of dk"),
+        "cpu",
         Case.parse("b1.h1.q70.k65.d8.fp32.causal_upper_left.grads/normal#1"),
         "gradients",
-        "cpu",
     )
     assert lines[0] == "wrong: dk; right: out, lse, dq, dv"
     assert "dk: 519 of 520 elements wrong, the first at [0, 0, 0, 0]: " in lines[1]
@@ -222,14 +222,14 @@ def test_what_is_wrong_and_where() -> None:
         "key 0 is seen by rows 0-69 of 70",
     ]
     assert (
-        explain(wrong(""), Case.parse(SQUARE), "layout", "cpu")[0]
+        explain(wrong(""), "cpu", Case.parse(SQUARE), "layout")[0]
         == "wrong: none; right: out, lse, dq, dk, dv"
     )
     lines = explain(
         wrong("heads"),
+        "cpu",
         Case.parse("b1.h4:2.q9.k9.d8.fp32.causal_lower_right/normal#1"),
         "oracle",
-        "cpu",
     )
     assert "query head 1 uses key head 0 (h // 2)" in lines
     assert "only heads > 0 are wrong: [1, 2]" in lines
@@ -258,7 +258,7 @@ def test_an_error_in_all_elements_is_explained(
         return (factor * p @ v.float()).to(q.dtype)
 
     case = Case.parse("b1.h8.q64.k64.d64.fp16.full/normal#1")
-    lines = explain(Kernel("narrow", fn, frozenset({"scale"})), case, "oracle", "cpu")
+    lines = explain(Kernel("narrow", fn, frozenset({"scale"})), "cpu", case, "oracle")
     assert any(line.startswith(f"likely stage: {said}") for line in lines), lines
     assert factor == 1.0 or lines[1].startswith(
         "out: no element is farther off than allowed, but off by a factor: RMSE "
@@ -318,7 +318,7 @@ def test_a_script_shows_it_alone(
     monkeypatch.setattr(registry, "REGISTRY", dict(registry.REGISTRY))
     (tmp_path / "mine.py").write_text(FILE)
     (kernel,) = registry.find(name.replace("mine.py", str(tmp_path / "mine.py")))
-    (tmp_path / "alone.py").write_text(text := script(kernel, Case.parse(case), "cpu"))
+    (tmp_path / "alone.py").write_text(text := script(kernel, "cpu", Case.parse(case)))
     assert ("verify" in text) == (not name.startswith("sdpa"))
     done = ran(tmp_path, "alone.py")
     assert done.returncode == code, done.stdout + done.stderr

@@ -14,7 +14,24 @@ from pathlib import Path
 import pytest
 
 from verify.errors import VerifyError
-from verify.records.journal import Journal, Record, done, interrupted, read
+from verify.records.events import (
+    CaseFinished,
+    CaseStarted,
+    CaseUnfinished,
+    Ended,
+    Event,
+    FindingExplained,
+    FindingShrunk,
+    KernelInspected,
+    Outcome,
+    PairsTaken,
+    PropertyFinished,
+    RunFinished,
+    RunStarted,
+    from_json,
+    to_json,
+)
+from verify.records.journal import Journal, cases, completed, interrupted, read
 from verify.studies.crash_recovery import judged, strike
 
 FUZZ = [
@@ -32,17 +49,44 @@ FUZZ = [
 ]
 
 
-def test_a_case_that_was_finished_is_read_once(tmp_path: Path) -> None:
-    verdicts = ("started", "held", "started", "failed", "started", "started", "finding")
-    lines = [
-        json.dumps({"kernel": "k", "property": "oracle", "case": "c", "verdict": verdict})
-        for verdict in verdicts
+def test_what_is_written_is_read_and_a_started_case_once(tmp_path: Path) -> None:
+    about = {"kernel": "k", "property": "oracle", "case": "c"}
+    started = CaseStarted(**about, seed=7)
+    events: list[Event] = [
+        CaseFinished(**about, outcome=Outcome.PASSED, measured={"out/proved": 0.5}, seed=7),
+        CaseFinished(**about, outcome=Outcome.FAILED, reason="off", seed=7),
+        FindingShrunk(**about, reason="off", seed=7),
+        PropertyFinished(kernel="k", property="oracle", ended=Ended.FINDING, judged=2, seed=1),
     ]
-    (tmp_path / "main.jsonl").write_text("\n".join(lines) + "\n")
-    assert [r.verdict for r in read(tmp_path)] == ["held", "failed", "finding"]
-    with (tmp_path / "main.jsonl").open("a") as file:
-        file.write('{"kernel": "k", "prop')
-    assert [r.verdict for r in read(tmp_path)] == ["held", "failed", "finding"]
+    journal = Journal(tmp_path, "main")
+    for event in events:
+        journal.append(started)
+        journal.append(event)
+    assert list(read(tmp_path)) == events
+    journal.append(started)
+    unfinished = CaseUnfinished(**about, seed=7)
+    assert list(read(tmp_path)) == [*events, unfinished]
+    with journal.path.open("a") as file:
+        file.write('{"event": "CaseFinished", "kernel": "k", "prop')
+    assert list(read(tmp_path)) == [*events, unfinished]
+    journal.close()
+
+
+def test_every_event_turns_into_json_and_back() -> None:
+    """Those that a run emits, all fields filled."""
+    text = {"kernel": "k", "property": "p", "case": "c", "reason": "r"}
+    filled: list[Event] = [
+        RunStarted(config={"seed": 3}, environment={"torch": "2"}),
+        KernelInspected(kernel="k", target="t", vendor="v", issues={"off": {"shows_in": 0.1}}),
+        PairsTaken(kernel="k", rows=[{"dtype": "fp16"}]),
+        CaseFinished(**text, outcome=Outcome.KNOWN_ISSUE, known="off", blind_to=["zeros"], seed=1),
+        FindingShrunk(**text, measured={"error": 1.0}, worst="c2", worst_reason="r2"),
+        FindingExplained(kernel="k", property="p", case="c", why=["a"], script="s", replay="r"),
+        PropertyFinished(kernel="k", property="p", ended=Ended.NO_TIME, seconds=1.5),
+        RunFinished(interrupted=True, seconds=2.0),
+    ]
+    assert [from_json(json.loads(json.dumps(to_json(event)))) for event in filled] == filled
+    assert to_json(filled[3])["verdict"] == "known"
 
 
 def test_a_killed_run_goes_on_without_a_gap_or_a_duplicate(tmp_path: Path) -> None:
@@ -91,19 +135,23 @@ def test_a_full_disk_ends_the_run_with_what_was_measured(tmp_path: Path) -> None
 
 
 def test_two_runs_in_one_folder_write_files_of_their_own(tmp_path: Path) -> None:
-    one, two = Journal(tmp_path, "main", {"seed": 1}), Journal(tmp_path, "main", {"seed": 2})
+    one, two = Journal(tmp_path, "main"), Journal(tmp_path, "main")
+    one.append(RunStarted(config={"seed": 1}))
+    two.append(RunStarted(config={"seed": 2}))
     for journal, case in ((one, "a"), (two, "b"), (one, "c")):
-        journal.append(Record("k", "oracle", case, "started", seed=7))
-        journal.append(Record("k", "oracle", case, "held", seed=7))
-    assert sorted(r.case for r in read(tmp_path)) == ["a", "b", "c"]
-    assert done(tmp_path)[0]["k", "oracle"] == {(7, case, "held"): 1 for case in "abc"}
-    two.append(Record("k", "oracle", "", "ended", seed=2, seconds=3.0))
-    assert done(tmp_path)[1] == {
-        ("k", "oracle", 2): 3.0
-    }  # of the other run, seed 1, this property has not ended
+        about = {"kernel": "k", "property": "oracle", "case": case, "seed": 7}
+        journal.append(CaseStarted(**about))
+        journal.append(CaseFinished(**about, outcome=Outcome.PASSED))
+    assert sorted(c.case for c in cases(tmp_path)) == ["a", "b", "c"]
+    held = {(7, case, Outcome.PASSED): 1 for case in "abc"}
+    assert completed(tmp_path)[0]["k", "oracle"] == held
+    end = {"kernel": "k", "property": "oracle", "seed": 2, "seconds": 3.0}
+    two.append(PropertyFinished(**end, ended=Ended.CASES))
+    # of the other run, seed 1, this property has not ended
+    assert completed(tmp_path)[1] == {("k", "oracle", 2): 3.0}
     with pytest.raises(VerifyError, match="still going on"):
         interrupted(tmp_path)
-    two.ended()
+    two.append(RunFinished())
     one.close()
     two.close()
     assert interrupted(tmp_path) == [{"seed": 1}]

@@ -12,12 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from verify.engine.search import Budget, hunt
 from verify.properties.catalogue import PROPERTIES
-from verify.records.journal import Record
+from verify.properties.tests.support import searched
+from verify.records.events import (
+    CaseFinished,
+    Event,
+    FindingShrunk,
+    KernelInspected,
+    PropertyFinished,
+)
 from verify.registry import REGISTRY, Kernel, KnownIssue, kernel
-from verify.reports.terminal import known_defects
+from verify.reports.terminal import known_issues
 from verify.spec.arithmetic import Arithmetic
+from verify.spec.case import Case
 from verify.spec.masks import Mask
 from verify.spec.problem import Problem
 
@@ -121,27 +128,20 @@ def test_a_planted_defect_is_found_and_shrunk(
     fn: Callable[..., Tensor], law: str, largest: int, seed: int
 ) -> None:
     """`largest`: batch * heads * len_q * len_k of the shrunk case."""
-    records: list[Record] = []
-    result = hunt(
-        registered(fn),
-        PROPERTIES[law],
-        "cpu",
-        budget=Budget(judged=400, shrink_seconds=100),
-        seed=seed,
-        record=records.append,
-    )
+    events: list[Event] = []
+    result = searched(registered(fn), law, judged=400, seed=seed, shrink_seconds=100, events=events)
     assert result.finding is not None
-    p = result.finding[0].problem
-    assert p.batch * p.heads_q * p.len_q * p.len_k <= largest, str(result.finding[0])
-    assert [r.verdict for r in records[-2:]] == ["finding", "ended"]
-    assert records[-2].case == str(result.finding[0])
+    p = Case.parse(result.finding.case).problem
+    assert p.batch * p.heads_q * p.len_q * p.len_k <= largest, result.finding.case
+    assert [type(event) for event in events[-2:]] == [FindingShrunk, PropertyFinished]
+    assert events[-2] == result.finding
 
 
 @pytest.mark.parametrize("law", PROPERTIES)
 def test_the_right_kernel_is_not_flagged(law: str) -> None:
     if why := PROPERTIES[law].refusal(registered(right), "cpu"):
         pytest.skip(why)
-    result = hunt(registered(right), PROPERTIES[law], "cpu", budget=Budget(judged=60), seed=4)
+    result = searched(registered(right), law, judged=60, seed=4)
     assert result.finding is None
     assert result.judged == 60
 
@@ -165,21 +165,13 @@ def test_a_kernel_that_declares_too_fine_an_arithmetic_is_flagged() -> None:
         Arithmetic(probs="fp32"),
         _plain,
     )
-    assert (
-        hunt(claimed, PROPERTIES["oracle"], "cpu", budget=Budget(judged=400), seed=1).finding
-        is not None
-    )
+    assert searched(claimed, "oracle", judged=400).finding is not None
 
 
-def test_the_decorator_registers_what_hunt_judges() -> None:
+def test_the_decorator_registers_what_a_search_judges() -> None:
     try:
         kernel(name="decorated", supports=_plain)(right)
-        assert (
-            hunt(
-                REGISTRY["decorated"], PROPERTIES["oracle"], "cpu", budget=Budget(judged=5), seed=0
-            ).judged
-            >= 5
-        )
+        assert searched(REGISTRY["decorated"], "oracle", judged=5, seed=0).judged == 5
     finally:
         REGISTRY.pop("decorated", None)
 
@@ -193,15 +185,9 @@ def test_a_kernel_that_is_wrong_now_and_then_is_a_finding_that_says_so() -> None
         calls.append(0)
         return right(q, k, v, scale=scale, mask=mask, problem=problem) + float(len(calls) % 7 == 0)
 
-    result = hunt(
-        registered(wrong_every_seventh_time),
-        PROPERTIES["oracle"],
-        "cpu",
-        budget=Budget(judged=100),
-        seed=1,
-    )
+    result = searched(registered(wrong_every_seventh_time), "oracle", judged=100)
     assert result.finding is not None
-    assert result.finding[1].sentence.startswith("not every time: out[")
+    assert result.finding.reason.startswith("not every time: out[")
 
 
 def test_a_known_defect_is_counted_and_a_mended_one_is_reported() -> None:
@@ -210,7 +196,8 @@ def test_a_known_defect_is_counted_and_a_mended_one_is_reported() -> None:
     """
     known = (
         KnownIssue("scale off on long keys", lambda p, device: p.len_k > 16),
-        KnownIssue("scale off at batch 3", lambda p, device: p.batch == 3),
+        KnownIssue("scale off at batch 3", lambda p, device: p.batch == 3, shows_in=1.0),
+        KnownIssue("now and then", lambda p, device: p.len_k == 1, shows_in=0.001),
     )
 
     def off_on_long_keys(
@@ -220,7 +207,6 @@ def test_a_known_defect_is_counted_and_a_mended_one_is_reported() -> None:
             q, k, v, scale=(1.1 if problem.len_k > 16 else 1.0) * scale, mask=mask, problem=problem
         )
 
-    records: list[Record] = []
     subject = Kernel(
         "known",
         off_on_long_keys,
@@ -228,24 +214,15 @@ def test_a_known_defect_is_counted_and_a_mended_one_is_reported() -> None:
         supports=_plain,
         known_issues=known,
     )
-    assert (
-        hunt(
-            subject,
-            PROPERTIES["oracle"],
-            "cpu",
-            budget=Budget(judged=100),
-            seed=1,
-            record=records.append,
-        ).finding
-        is None
-    )
-    lines = known_defects(records)
-    assert any(
-        "scale off on long keys; shown by" in line and "NOT SEEN" not in line for line in lines
-    )
-    assert any(
-        "scale off at batch 3; shown by 0 of" in line and "NOT SEEN" in line for line in lines
-    )
+    issues = {issue.summary: {"shows_in": issue.shows_in} for issue in known}
+    events: list[Event] = [KernelInspected(kernel="known", target="known", issues=issues)]
+    assert searched(subject, "oracle", judged=100, events=events).finding is None
+    long_keys, three, now_and_then = known_issues(events)[::-1]
+    assert "scale off on long keys; shown by" in long_keys
+    assert "scale off at batch 3; shown by 0 of" in three
+    assert "NOT SEEN" in three
+    assert "now and then; shown by 0 of" in now_and_then
+    assert "NOT SEEN" not in long_keys + now_and_then  # the last was not looked for often enough
 
 
 @pytest.mark.parametrize("declared", [True, False])
@@ -268,17 +245,9 @@ def test_a_kernel_that_declares_that_it_repeats_its_bits_must(declared: bool) ->
         _plain,
         dtypes=("fp32",),
     )
-    records: list[Record] = []
-    result = hunt(
-        subject,
-        PROPERTIES["repeat"],
-        "cpu",
-        budget=Budget(judged=20),
-        seed=1,
-        record=records.append,
-    )
+    events: list[Event] = []
+    result = searched(subject, "repeat", judged=20, events=events)
     assert (result.finding is not None) == declared
-    nothing = [
-        r.case for r in records if r.bitwise and "q0" not in r.case
-    ]  # an output without elements repeats
-    assert declared or not nothing
+    finished = [event for event in events if isinstance(event, CaseFinished)]
+    same = [e.case for e in finished if e.bitwise and "q0" not in e.case]  # without elements
+    assert declared or not same

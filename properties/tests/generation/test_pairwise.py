@@ -13,13 +13,12 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as seeded
 
 from verify.engine.corpus import Corpus
-from verify.engine.search import Budget, hunt
-from verify.generation.pairwise import coverage, levels, rows
+from verify.generation.pairwise import coverage, covering_rows, levels, rows
 from verify.generation.strategies import cases
 from verify.kernels.flex import SHAPES, bucket
 from verify.kernels.mutants.catalogue import control, mutant
-from verify.properties.catalogue import PROPERTIES
-from verify.records.journal import Record
+from verify.properties.tests.support import searched
+from verify.records.events import CaseStarted, Event
 from verify.registry import Kernel, KnownIssue, find
 from verify.sandbox.capabilities import options
 from verify.spec.case import Case
@@ -31,14 +30,14 @@ def test_the_rows_have_every_pair_that_the_kernel_takes(name: str) -> None:
     kernel = find(name)[0]
     found = {(row["dtype"], row["mask"]) for row in rows(kernel, "cpu")}
     taken = options(kernel, "cpu").taken
-    kinds = {n for mask in taken["mask"] for n in mask.names}
-    assert {(d, m) for d in taken["dtype"] for m in kinds} <= found
+    ways = {mask.way for mask in taken["mask"]}
+    assert {(d, m) for d in taken["dtype"] for m in ways} <= found
 
 
 def test_drawn_cases_reach_nearly_all_pairs_and_every_level() -> None:
     kernel = control("tiles of 64 x 64")
     drawn = _drawn(kernel, 500)
-    had, every = coverage(kernel, "cpu", drawn)
+    had, every = coverage(rows(kernel, "cpu"), drawn)
     assert had > 0.9 * every
     seen = {pair for case in drawn for pair in levels(case).items()}
     assert {pair for row in rows(kernel, "cpu") for pair in row.items()} <= seen
@@ -85,42 +84,30 @@ def test_a_pair_is_covered_by_a_case_that_has_both() -> None:
     case = Case.parse(
         "b2.h4:2.q5.k9.d8.fp16.window(2,0).as_bool.bias=hqk.softcap=1.0/normal#0@q=bshd"
     )
-    assert coverage(kernel, "cpu", []) == (0, coverage(kernel, "cpu", [case])[1])
-    assert coverage(kernel, "cpu", [case])[0] == len(list(combinations(levels(case), 2)))
+    taken = covering_rows(kernel, "cpu")
+    assert coverage(taken, []) == (0, coverage(taken, [case])[1])
+    assert coverage(taken, [case])[0] == len(list(combinations(levels(case), 2)))
+    assert coverage(taken, [])[1] == coverage(rows(kernel, "cpu"), [])[1]
 
 
 def test_the_corpus_is_tried_first_and_keeps_what_fails(tmp_path: Path) -> None:
-    path, law = tmp_path / "corpus.tsv", PROPERTIES["one-hot"]
-    first = hunt(
-        mutant("one key too many"),
-        law,
-        "cpu",
-        budget=Budget(judged=100),
-        seed=1,
-        corpus=Corpus(path),
-    )
+    path, wrong = tmp_path / "corpus.tsv", mutant("one key too many")
+    first = searched(wrong, "one-hot", judged=100, corpus=Corpus(path))
     assert first.finding is not None
-    assert Corpus(path).cases("one-key-too-many", "one-hot") == [first.finding[0]]
+    assert Corpus(path).cases("one-key-too-many", "one-hot") == [Case.parse(first.finding.case)]
     assert Corpus(path).cases("one-key-too-many", "ones") == []
-    records: list[Record] = []
-    again = hunt(
-        mutant("one key too many"),
-        law,
-        "cpu",
-        budget=Budget(judged=100),
-        seed=2,
-        corpus=Corpus(path),
-        record=records.append,
-    )
+    events: list[Event] = []
+    again = searched(wrong, "one-hot", judged=100, seed=2, corpus=Corpus(path), events=events)
     assert again.judged == 0
-    assert records[0].case == str(first.finding[0])
+    assert isinstance(events[0], CaseStarted)
+    assert events[0].case == first.finding.case
     known = Kernel(
         "known",
         mutant("one key too many").fn,
         control("FP8").takes,
         known_issues=(KnownIssue("off", lambda p, device: True),),
     )
-    hunt(known, law, "cpu", budget=Budget(judged=3), seed=1, corpus=Corpus(path))
+    searched(known, "one-hot", judged=3, corpus=Corpus(path))
     assert (
         len(Corpus(path).cases("known", "one-hot")) == 1
     )  # what shows a known defect is of interest, too

@@ -55,13 +55,14 @@ def modules() -> dict[str, Path]:
         for path in sorted(folder.rglob("*.py")):
             inside = path.relative_to(folder).with_suffix("").parts
             if "tests" not in inside:
-                found[".".join((package, *inside))] = path
+                name = ".".join((package, *inside))
+                found[name.removesuffix(".__init__")] = path
     return found
 
 
 def room(module: str, known: dict[str, int]) -> str:
     """The room of a module: the longest name in the table that it begins with."""
-    name = module.removeprefix("verify.") if module.count(".") else module
+    name = module.removeprefix("verify.").replace("__main__", "verify")
     while name not in known:
         assert "." in name, f"{module} is in no room of ARCHITECTURE.md's table"
         name = name.rpartition(".")[0]

@@ -10,15 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from verify.engine.search import Budget, Hunt, hunt
+from verify.engine.search import Result
 from verify.properties import dropout as law
-from verify.properties.property import PROPERTIES
+from verify.properties.tests.support import searched
 from verify.registry import Kernel, find
 from verify.spec.arithmetic import Arithmetic
 from verify.spec.finding import Finding
 from verify.spec.problem import Problem
-
-LAW = PROPERTIES["dropout"]
 
 
 def scores(q: Tensor, k: Tensor, *, scale: float, mask: Tensor | None) -> Tensor:
@@ -112,8 +110,8 @@ def _has_keys(problem: Problem, device: str) -> str | None:
     return None if problem.len_k else "no keys"
 
 
-def judged(kernel: Kernel, cases: int, seed: int) -> Hunt:
-    return hunt(kernel, LAW, "cpu", budget=Budget(judged=cases, shrink_seconds=2), seed=seed)
+def judged(kernel: Kernel, cases: int, seed: int) -> Result:
+    return searched(kernel, "dropout", judged=cases, seed=seed, shrink_seconds=2)
 
 
 @pytest.mark.parametrize("name", ["naive", "sdpa-math"])
@@ -152,12 +150,12 @@ def test_dropping_wrongly_is_found(
 ) -> None:
     result = judged(subject(drop), 60, seed)
     assert result.finding is not None
-    assert said in result.finding[1].sentence
+    assert said in result.finding.reason
 
 
 def test_a_kernel_without_dropout_is_not_judged() -> None:
     without = Kernel("without", ignored, frozenset({"scale", "mask"}))
-    assert set(judged(without, 5, 1).unsupported) == {"takes no `dropout`"}
+    assert judged(without, 5, 1).reason == "takes no `dropout`"
 
 
 def test_masks_are_not_called_dependent_for_their_rate() -> None:

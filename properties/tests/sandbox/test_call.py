@@ -39,7 +39,7 @@ def writes_into_v(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Te
     [
         (
             raises_on_zero_keys,
-            r"raised IndexError: list index out of range \(.*test_guard.py:\d+\)",
+            r"raised IndexError: list index out of range \(.*test_call.py:\d+\)",
         ),
         (lambda q, k, v: None, "out is a NoneType"),
         (lambda q, k, v: q, r"out has shape \[1, 2, 3, 4\], not \[1, 2, 3, 6\]"),

@@ -9,17 +9,21 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 import verify.kernels
-from verify.engine.search import Budget, hunt
-from verify.properties.catalogue import PROPERTIES
+from verify.engine.evaluate import evaluate
+from verify.properties.tests.support import searched
 from verify.pytest_plugin import Run
-from verify.records.journal import Record, read
+from verify.records.events import CaseFinished
+from verify.records.journal import cases, read
+from verify.records.summary import findings
 from verify.registry import REGISTRY, Kernel, find
 from verify.sandbox.process import Limits, isolated
+from verify.spec.case import Case
 
 FILE = str(Path(verify.kernels.__path__[0]) / "hostile.py")
 MANY = 9
@@ -96,28 +100,29 @@ def test_a_hostile_kernel_gets_its_finding(name: str, hostile: dict[str, Kernel]
         limits = replace(limits, seconds=60.0)
     with isolated(f"{FILE}::{name}", hostile[name], run.device, limits) as worker:
         worker.options()
-        budget = Budget(judged=60, shrink_seconds=1.0)
-        found = hunt(
-            hostile[name], PROPERTIES[law], run.device, budget=budget, seed=1, judging=worker.judge
+        found = searched(
+            hostile[name],
+            law,
+            run.device,
+            judged=60,
+            shrink_seconds=1.0,
+            evaluate_case=partial(worker.run, evaluate),
         )
     assert found.finding is not None
-    case, finding = found.finding
-    assert re.search(said, finding.sentence), finding.sentence
-    assert case.problem.len_q >= MANY
+    assert re.search(said, found.finding.reason), found.finding.reason
+    assert Case.parse(found.finding.case).problem.len_q >= MANY
 
 
 @pytest.mark.parametrize("name", HARMLESS)
 def test_what_is_no_offence_is_not_found(name: str, hostile: dict[str, Kernel], run: Run) -> None:
     with isolated(f"{FILE}::{name}", hostile[name], run.device, LIMITS[run.device]) as worker:
         for law in ("oracle", "repeat", "call-sequence", "memory-growth"):
-            budget = Budget(judged=15)
-            found = hunt(
+            found = searched(
                 hostile[name],
-                PROPERTIES[law],
+                law,
                 run.device,
-                budget=budget,
-                seed=1,
-                judging=worker.judge,
+                judged=15,
+                evaluate_case=partial(worker.run, evaluate),
             )
             assert found.finding is None, found.finding
 
@@ -135,58 +140,29 @@ def test_the_neighbours_of_hostile_kernels_get_the_verdicts_that_they_get_alone(
         ("alone", honest),
         ("among", [honest[0], *(f"{FILE}::{name}" for name in bad), honest[1]]),
     ):
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-n",
-            "2",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "--import-mode=importlib",
-        ]
-        command += [
-            "-p",
-            "verify.pytest_plugin",
-            "-c",
-            "/dev/null",
-            "--noconftest",
-            f"--rootdir={tmp_path}",
-            "--timeout=0",
-        ]
-        command += [
-            "--device",
-            run.device,
-            "--cases",
-            "8",
-            "--property",
-            "oracle",
-            "--call-seconds",
-            "2",
-            "--shrink-seconds",
-            "1",
-        ]
-        command += [f"--kernel={target}" for target in targets] + [f"--records={tmp_path / folder}"]
-        command += [
-            f"--corpus={tmp_path / folder}.tsv",
-            f"{Path(__file__).parents[2] / 'test_conformance.py'}::test_kernel_holds",
-        ]
+        matrix = Path(__file__).parents[2] / "test_conformance.py"
+        command = [sys.executable, "-m", "pytest", "-n", "2", "-q", f"{matrix}::test_kernel_holds"]
+        command += "-p no:cacheprovider -p verify.pytest_plugin -c /dev/null --noconftest".split()
+        command += f"--import-mode=importlib --rootdir={tmp_path} --timeout=0".split()
+        command += f"--device {run.device} --cases 8 --property oracle".split()
+        command += "--call-seconds 2 --shrink-seconds 1".split()
+        command += [f"--kernel={target}" for target in targets]
+        command += [f"--records={tmp_path / folder}", f"--corpus={tmp_path / folder}.tsv"]
         done = subprocess.run(
             command, cwd=tmp_path, capture_output=True, text=True, timeout=500, check=False
         )
         assert done.returncode == int(folder == "among"), done.stdout + done.stderr
     alone, among = (
-        _verdicts(tmp_path / folder, "naive", "honest") for folder in ("alone", "among")
+        _outcomes(tmp_path / folder, "naive", "honest") for folder in ("alone", "among")
     )
     assert len(alone) == 16
     assert among == alone
-    found = {r.kernel for r in read(tmp_path / "among") if r.verdict == "finding"}
+    found = {found.kernel for found in findings(read(tmp_path / "among"))}
     assert found == {*bad} - {"leaks"}  # seen by another property
 
 
-def _verdicts(folder: Path, *kernels: str) -> list[tuple[object, ...]]:
-    def key(r: Record) -> tuple[object, ...]:
-        return r.kernel, r.case, r.verdict, r.reason, tuple(r.measured.items())
+def _outcomes(folder: Path, *kernels: str) -> list[tuple[object, ...]]:
+    def key(c: CaseFinished) -> tuple[object, ...]:
+        return c.kernel, c.case, c.outcome, c.reason, tuple(c.measured.items())
 
-    return sorted((key(r) for r in read(folder) if r.kernel in kernels), key=str)
+    return sorted((key(c) for c in cases(folder) if c.kernel in kernels), key=str)

@@ -14,10 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from verify.engine.evaluate import evaluate
 from verify.errors import VerifyError
+from verify.inspection.conventions import rows
 from verify.inspection.determinism import broken, verdicts
 from verify.kernels.naive import naive
 from verify.properties.catalogue import PROPERTIES
+from verify.records.events import Outcome
 from verify.registry import REGISTRY, Arithmetic, Kernel, find
 from verify.sandbox.process import Isolated, isolated
 from verify.spec.case import Case
@@ -70,14 +73,14 @@ def test_a_worker_that_is_killed_is_replaced(target: str) -> None:
     """Between two cases nobody notices; within one it is judged again in a new worker."""
     kernel = found(target, "slow")
     with isolated(f"{target}::slow", kernel, "cpu") as worker:
-        assert worker.judge(kernel, ORACLE, CASE, "cpu").verdict == "held"
+        assert worker.run(evaluate, ORACLE, CASE).outcome is Outcome.PASSED
         first = pid(worker)
         os.kill(first, signal.SIGKILL)
         time.sleep(0.3)
-        assert worker.judge(kernel, ORACLE, CASE, "cpu").verdict == "held"
+        assert worker.run(evaluate, ORACLE, CASE).outcome is Outcome.PASSED
         second = pid(worker)
         threading.Timer(0.5, os.kill, (second, signal.SIGKILL)).start()
-        assert worker.judge(kernel, ORACLE, CASE, "cpu").verdict == "held"
+        assert worker.run(evaluate, ORACLE, CASE).outcome is Outcome.PASSED
         assert len({first, second, pid(worker)}) == 3
 
 
@@ -85,19 +88,17 @@ def test_a_layout_that_crashes_is_taken_and_the_rest_is_known(target: str) -> No
     kernel = found(target, "fears-packed")
     with isolated(f"{target}::fears-packed", kernel, "cpu") as worker:
         options = worker.options()
-        assert worker.ask(
-            "determinism", 2
-        )  # asks what the kernel takes, which the worker after the crash must know
+        assert worker.run(verdicts, 2)  # asks what it takes, which a worker after a crash must know
         assert {"bhsd", "packed", "bshd"} <= set(options.layouts["q"])
         packed = Case.parse(f"{CASE}@q=packed")
         with pytest.raises(AssertionError, match="ended its process: SIGSEGV"):
-            worker.judge(kernel, ORACLE, packed, "cpu")
-        assert worker.judge(kernel, ORACLE, CASE, "cpu").verdict == "held"
+            worker.run(evaluate, ORACLE, packed)
+        assert worker.run(evaluate, ORACLE, CASE).outcome is Outcome.PASSED
 
 
 def test_a_worker_that_cannot_start_is_an_error() -> None:
     with pytest.raises(VerifyError, match="absent: its worker process did not start"):
-        Isolated("absent", REGISTRY["naive"], "cpu").ask("conventions")
+        Isolated("absent", REGISTRY["naive"], "cpu").run(rows)
 
 
 def plainly(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None) -> Tensor:

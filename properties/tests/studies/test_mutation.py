@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from verify.engine.search import Budget, hunt
 from verify.kernels.mutants.catalogue import CONTROLS, MUTANTS, control, honest, mutant
 from verify.kernels.mutants.held_out import BLIND
 from verify.kernels.mutants.memory import CHANCE
 from verify.properties.catalogue import PROPERTIES
+from verify.properties.tests.support import searched
 from verify.studies import mutation
 
 CASES = 600
@@ -30,16 +30,16 @@ def test_there_are_enough_of_every_class() -> None:
 @pytest.mark.parametrize("fault", MUTANTS)
 def test_a_known_wrong_kernel_is_caught(fault: str) -> None:
     CHANCE.manual_seed(3)
-    law = PROPERTIES[MUTANTS[fault].law]
-    found = hunt(mutant(fault), law, "cpu", budget=Budget(judged=CASES, shrink_seconds=0.0), seed=3)
-    assert found.finding is not None, f"{fault} passed {found.judged} cases of {law.name}"
+    prop = MUTANTS[fault].law
+    found = searched(mutant(fault), prop, judged=CASES, seed=3, shrink_seconds=0.0)
+    assert found.finding is not None, f"{fault} passed {found.judged} cases of {prop}"
 
 
 @pytest.mark.parametrize("name", CONTROLS)
 def test_a_correct_variant_is_not_accused(name: str) -> None:
     for law in PROPERTIES.values():
         if not law.refusal(control(name), "cpu"):
-            found = hunt(control(name), law, "cpu", budget=Budget(judged=3), seed=5)
+            found = searched(control(name), law.name, judged=3, seed=5)
             assert found.finding is None, f"{law.name}: {found.finding}"
 
 
