@@ -65,6 +65,12 @@ def exact(problem: Problem, inputs: Inputs, *, bits: int = 256) -> tuple[Exact, 
     return Exact(**value, provenance=f"arb, {bits} bits"), uncertainty
 
 
+def work(problem: Problem) -> int:
+    """Multiply-adds of one pass over the scores; what a score itself costs is counted as some."""
+    scores = problem.batch * problem.heads_q * problem.len_q * problem.len_k
+    return scores * (problem.dim_qk + problem.dim_v + PER_SCORE)
+
+
 def _refuse(problem: Problem, bits: int) -> None:
     if not available():
         raise VerifyError(
@@ -74,8 +80,7 @@ def _refuse(problem: Problem, bits: int) -> None:
     if bits < 2:
         raise VerifyError(f"bits={bits}: at least 2; 256 leave nothing but float64's own rounding")
     products = 3 if problem.grads else 1  # q.k and p v; then do.v, p do, dx k, dx q
-    scores = problem.batch * problem.heads_q * problem.len_q * problem.len_k
-    size = scores * (problem.dim_qk + problem.dim_v + PER_SCORE) * products * max(bits, 256) // 256
+    size = work(problem) * products * max(bits, 256) // 256
     if size > LARGEST:
         raise VerifyError(
             f"{problem}: {size} multiply-adds; arb takes up to {LARGEST}, verify.oracles.float64 "

@@ -18,8 +18,8 @@ from verify.spec.problem import Problem
 DIGITS = 50
 ROUNDING, SMALLEST = 2.0**-53, 2.0**-1074
 """Of a number of so many digits to float64: relative, and among subnormals."""
-AFFORDABLE = {"flint": 400_000, "mpmath": 20_000}
-"""Multiply-adds per product: some 30 ms."""
+AFFORDABLE = {"flint": 1_000_000, "mpmath": 20_000}
+"""Multiply-adds per product, as arb.work counts them, or without what a score costs: some 30 ms."""
 
 
 def exact(problem: Problem, inputs: Inputs) -> tuple[Exact, dict[str, Tensor]] | None:
@@ -34,7 +34,7 @@ def exact(problem: Problem, inputs: Inputs) -> tuple[Exact, dict[str, Tensor]] |
         * (problem.dim_qk + problem.dim_v)
     )
     device = inputs.q.device
-    if arb.available() and size <= AFFORDABLE["flint"]:
+    if arb.available() and arb.work(problem) <= AFFORDABLE["flint"]:
         answer, off = arb.exact(problem, inputs)
         if not all(bool(t.isfinite().all()) for t in off.values()):  # scores beyond 2^256
             return None

@@ -51,7 +51,7 @@ def value_scaling(kernel: Kernel, case: Case, device: str) -> Verdict:
     return _scales(kernel, known, other, factor, "out of V")
 
 
-@holds()
+@holds(calls=4)
 def query_scaling(kernel: Kernel, case: Case, device: str) -> Verdict:
     """out(-Q, -scale) = out(Q, scale), and out(2 Q, scale / 2) = out(Q, scale) to the last bit
     where the kernel repeats its bits: only their product enters.
@@ -173,7 +173,7 @@ def _part(allowed: Allowance, part: Any) -> Allowance:
     )
 
 
-@holds()
+@holds(calls=3)
 def neutral_options(kernel: Kernel, case: Case, device: str) -> Verdict:
     """A bias of 0, ALiBi slopes of 0, a softcap far above every score and the default scale written
     out change nothing.

@@ -36,7 +36,7 @@ def layout(kernel: Kernel, case: Case, device: str) -> Verdict:
     return Verdict(bitwise=agree(here, there, limits(kernel, known), f"contiguous; here {said};"))
 
 
-@holds(hides=True, backward=True)
+@holds(hides=True, backward=True, calls=3)
 def no_leak(kernel: Kernel, case: Case, device: str) -> Verdict:
     """K_j, V_j replaced where rows do not see key j: these rows the same, whatever was written
     there, and, if no other row overflows, dk and dv of the keys that only these rows see.
@@ -85,7 +85,7 @@ def no_leak(kernel: Kernel, case: Case, device: str) -> Verdict:
     )
 
 
-@holds()
+@holds(calls=3)
 def nan(kernel: Kernel, case: Case, device: str) -> Verdict:
     """NaN in q_i: row i is NaN and no other. NaN in V_jc: column c of every row that sees j is NaN,
     no other column is.

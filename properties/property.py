@@ -49,6 +49,8 @@ class Property:
     """The kernel must return an LSE."""
     takes: str = ""
     """The keyword that the kernel must take."""
+    calls: int = 2
+    """So many times, or so, it calls the kernel on a case."""
     core: bool = False
     """It compares every element with the exact answer; such properties get a large share."""
 
@@ -72,6 +74,7 @@ def holds(
     grads: bool = False,
     lse: bool = False,
     takes: str = "",
+    calls: int = 2,
     core: bool = False,
     backward: bool = False,
 ) -> Callable[[Callable[..., Verdict]], Callable[..., Verdict]]:
@@ -84,7 +87,7 @@ def holds(
 
     def register(check: Callable[..., Verdict]) -> Callable[..., Verdict]:
         name = check.__name__.replace("_", "-")
-        law = Property(name, (check.__doc__ or "").strip(), check, needs, lse, takes, core)
+        law = Property(name, (check.__doc__ or "").strip(), check, needs, lse, takes, calls, core)
         PROPERTIES[name] = law
         if backward:
             other = f"{name}-gradients"

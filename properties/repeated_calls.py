@@ -43,7 +43,7 @@ ROUGHLY = 512
 """Bytes: what torch's allocator on a GPU hands out at least."""
 
 
-@holds(backward=True)
+@holds(backward=True, calls=20)
 def repeat(kernel: Kernel, case: Case, device: str) -> Verdict:
     """f(x) = f(x) in 20 calls: no farther apart than two right answers may be, and to the last bit
     where the kernel declares that it is deterministic.
@@ -61,7 +61,7 @@ def repeat(kernel: Kernel, case: Case, device: str) -> Verdict:
     return Verdict(bitwise=repeats)
 
 
-@holds(backward=True)
+@holds(backward=True, calls=12)
 def memory_growth(kernel: Kernel, case: Case, device: str) -> Verdict:
     """f(x) again and again, its results dropped: not every call leaves more memory in use than the
     one before.
@@ -92,7 +92,7 @@ def _growth(kernel: Kernel, known: Truth, settle: Callable[[], object]) -> int:
     return min(b - a for a, b in pairwise(used))
 
 
-@holds(backward=True)
+@holds(backward=True, calls=6)
 def call_sequence(kernel: Kernel, case: Case, device: str) -> Verdict:
     """f(x); f(x) with f(y) and f(z) between its forward and its backward, as layers of a model are
     called; f(x), where y and z differ from x in one argument each: all are right, x's are the same,

@@ -151,7 +151,7 @@ def alone(kernel: Kernel, case: Case, device: str) -> Verdict:
     return Verdict(bitwise=torch.equal(out, whole))
 
 
-@holds()
+@holds(calls=3)
 def grouped_heads(kernel: Kernel, case: Case, device: str) -> Verdict:
     """GQA: out(Q, K, V) = out(Q, repeat_interleave(K, group), repeat_interleave(V, group))."""
     p, known = case.problem, truth(case, device)
@@ -168,7 +168,7 @@ def grouped_heads(kernel: Kernel, case: Case, device: str) -> Verdict:
     return Verdict(bitwise=bitwise)
 
 
-@holds()
+@holds(calls=5)
 def mask_equivalence(kernel: Kernel, case: Case, device: str) -> Verdict:
     """One mask, whatever it is called and however it is handed over (rule, booleans, additive -inf
     or the lowest finite number), gives one output.

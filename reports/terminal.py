@@ -157,7 +157,7 @@ def others(events: Iterable[Event]) -> list[str]:
     theirs = [found for found in findings(events) if found.vendor]
     if not theirs:
         return []
-    head = f"{counted(len(theirs), 'finding')} in other people's kernels (they fail a run that is strict):"
+    head = f"{counted(len(theirs), 'finding')} in other people's kernels (they fail a strict run):"
     return [head] + [
         f"  {f.kernel} ({f.vendor}) breaks {f.property}: {f.case}: {f.reason}" for f in theirs
     ]

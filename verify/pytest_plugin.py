@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from verify import environment
-from verify.engine.config import CASES, CORPUS, RunConfig, options
+from verify.engine.config import CASES, CORPUS, FEW_CALLS, FEW_CASES, RunConfig, options
 from verify.errors import VerifyError
 from verify.records.events import Ended, Event, FindingShrunk, PropertyFinished
 from verify.records.journal import read
@@ -43,6 +43,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Choose the device before anything imports Triton; give a worker its share of the machine."""
+    config.addinivalue_line("markers", "interpreter: runs a kernel in Triton's interpreter")
     try:
         environment.prepare(_given(config, "device"))
         config_of(config)
@@ -68,11 +69,9 @@ def _given(config: pytest.Config, field: str) -> Any:
 
 
 def config_of(config: pytest.Config) -> RunConfig:
-    """What this pytest run is asked for. Without --cases or --seconds: so many cases each."""
+    """What this pytest run is asked for."""
     asked = RunConfig.of(lambda option: _given(config, option.field) or None)
     device = environment.prepare(asked.device or None)
-    if asked.cases is None and asked.seconds is None:
-        asked = asked.but(cases=CASES[device])
     corpus = config.rootpath / CORPUS if _given(config, "corpus") is None else asked.corpus
     return asked.but(device=device, records=_folder(config), corpus=corpus)
 
@@ -113,11 +112,27 @@ class Run:
         if self.config.seconds is not None:
             self._deadline = self._deadline or now + self.config.seconds
             deadline = now + max(0.0, self._deadline - now) / tests_left
-        budget = Budget(self.config.cases, deadline, self.config.shrink_seconds)
+        budget = Budget(self._cases(target, prop), deadline, self.config.shrink_seconds)
         try:
             return list(self.session.search(target, prop, budget))
         except VerifyError as error:
             pytest.exit(str(error))
+
+    def _cases(self, target: str, prop: Property) -> int | None:
+        """How many cases to judge, where no time is given: as asked, or as usual."""
+        if self.config.cases or self.config.seconds:
+            return self.config.cases
+        if prop.core or not self.kernels[target].interpreted(self.device):
+            return CASES[self.device]
+        least, most = FEW_CASES
+        calls = prop.calls * (3 if prop.needs.grads else 1)
+        return max(least, min(most, FEW_CALLS // calls))
+
+    def marks(self, target: str) -> list[pytest.MarkDecorator]:
+        """How tests of this kernel are marked."""
+        kernel = self.kernels.get(target)
+        slow = kernel is not None and kernel.interpreted(self.device)
+        return [pytest.mark.interpreter] if slow else []
 
     def fails(self, target: str) -> bool:
         """Whether a finding in this kernel fails the run: not in other people's kernels, unless
@@ -154,9 +169,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if {"target", "prop"} <= set(metafunc.fixturenames):
         run = run_of(metafunc.config)
         targets = [*run.kernels, *run.unavailable]
-        pairs = [(target, prop) for target in targets for prop in run.session.properties]
-        names = [f"{target}-{prop.name}" for target, prop in pairs]
-        metafunc.parametrize(("target", "prop"), pairs, ids=names)
+        cells = [
+            pytest.param(target, prop, id=f"{target}-{prop.name}", marks=run.marks(target))
+            for target in targets
+            for prop in run.session.properties
+        ]
+        metafunc.parametrize(("target", "prop"), cells)
 
 
 @pytest.fixture(scope="session")

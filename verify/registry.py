@@ -99,7 +99,7 @@ class Declared(TypedDict, total=False):
     tiles: tuple[int, ...]
     layouts: Callable[[str], tuple[str, ...]] | None
     bucket: Callable[[Problem], Problem] | None
-    largest: Callable[[str], int | None]
+    interpreted: Callable[[str], bool]
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,9 +130,9 @@ class Kernel:
     exception need not be left out, what crashes it must."""
     bucket: Callable[[Problem], Problem] | None = None
     """The problem that is drawn in another's place, of few shapes, if each is compiled apart."""
-    largest: Callable[[str], int | None] = lambda device: None
-    """(device) -> the most scores (batch * heads_q * len_q * len_k) that a case may have, where
-    that is fewer than usual."""
+    interpreted: Callable[[str], bool] = lambda device: False
+    """(device) -> whether it is so slow there, as under Triton's interpreter, that cases must be
+    few and small."""
     origin: str = ""
     """Where it is defined: file:line."""
 
@@ -198,7 +198,7 @@ def kernel(
 
     name: default: the function's, with - for _. What else may be declared are fields of Kernel:
     arithmetic, supports, dtypes, empty_row, known_issues, vendor, stages, tiles, layouts, bucket,
-    largest. Raises VerifyError for anything else, for an unknown keyword in the function's
+    interpreted. Raises VerifyError for anything else, for an unknown keyword in the function's
     signature, or for a name already taken.
     """
     if unknown := declared.keys() - Declared.__annotations__.keys():

@@ -45,6 +45,11 @@ def refusal(problem: Problem, device: str, dtypes: tuple[str, ...]) -> str | Non
     return next((sentence for wrong, sentence in checks if wrong), None)
 
 
+def interpreted(device: str) -> bool:
+    """Whether Triton's interpreter runs the kernels on this device."""
+    return device == "cpu"
+
+
 def as_rules(problem: Problem, mask: torch.Tensor | None) -> Mask | torch.Tensor | None:
     """The rules where the problem leaves the choice and Triton has all of them (not `dense`), else
     the boolean tensor.

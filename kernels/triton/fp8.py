@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from verify.errors import VerifyError
-from verify.kernels.triton.checks import as_rules, checked, refusal
+from verify.kernels.triton.checks import as_rules, checked, interpreted, refusal
 from verify.kernels.triton.fp8_quantize import ROWS, Quantised, quantise
 from verify.kernels.triton.launch import (
     INTERPRETED,
@@ -303,7 +303,13 @@ def stages(q, k, v, *, problem, mask, bias, slopes, scale, softcap):
     return {"quantise": narrow, "attention": lambda: attend(launch, operands, out, lse)}
 
 
-@kernel(name="triton-fp8", arithmetic=arithmetic(BEST), supports=supports, stages=stages)
+@kernel(
+    name="triton-fp8",
+    arithmetic=arithmetic(BEST),
+    supports=supports,
+    stages=stages,
+    interpreted=interpreted,
+)
 def triton_fp8(q, k, v, *, problem, mask, bias, slopes, scale, softcap, how=BEST):
     """Masks as rules where the problem leaves the choice and all of them are rules for Triton;
     `dense` comes as a tensor.

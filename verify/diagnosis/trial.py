@@ -14,7 +14,7 @@ from torch import Tensor
 from verify.bounds.constants import ALIKE, Allowance
 from verify.bounds.expected import Expectation
 from verify.bounds.metrics import distance, measure, same
-from verify.generation.strategies import SCORES_AT_MOST
+from verify.generation.sizes import SCORES_AT_MOST
 from verify.oracles import float64
 from verify.properties.property import TENSORS
 from verify.reference.reference import Truth, truth

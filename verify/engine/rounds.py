@@ -25,8 +25,8 @@ Judge = Callable[[Search, Case], tuple[Answer, float]]
 class Rounds:
     """Goes round the searches: next comes the one that had the fewest cases for its weight.
 
-    While `workers` threads wait for judged cases, one case more is drawn. Without workers, cases are
-    judged in the caller's thread. What is judged does not depend on their number.
+    While `workers` threads wait for judged cases, one case more is drawn. Without workers, cases
+    are judged in the caller's thread. What is judged does not depend on their number.
     """
 
     def __init__(

@@ -16,9 +16,9 @@ from typing import Any
 from hypothesis import strategies as st
 
 from verify.generation.pairwise import ODD_SCALES, Row, rows
+from verify.generation.sizes import Size, affordable
 from verify.registry import Kernel
 from verify.sandbox.capabilities import options, plain_problem
-from verify.spec.arithmetic import Arithmetic, Quantisation
 from verify.spec.case import Case
 from verify.spec.inputs import Recipe, Stress, drawn_from
 from verify.spec.masks import FULL, KINDS, TWO, Kind, Mask, ways
@@ -74,8 +74,6 @@ USED = {
 """In how many of 8 cases an option is as its row says; in the others it is plain, so that a case
 does not have all at once.
 """
-SCORES_AT_MOST = {"cpu": 2**17, "cuda": 2**23}
-"""batch * heads * len_q * len_k: what a case may cost."""
 
 
 @st.composite
@@ -164,7 +162,10 @@ def problems(
     }
     wanted = [h for h in taken["heads"] if kinds[row["heads"]](*h)] or list(taken["heads"])
     heads = draw(st.sampled_from(wanted))
-    batch, heads = _affordable(batch, heads if used["heads"] else (1, 1), device, len_q * len_k)
+    heads_q, heads_kv = heads if used["heads"] else (1, 1)
+    size = Size(batch, heads_q, heads_kv, len_q, len_k)
+    size = affordable(size, device, interpreted=kernel.interpreted(device))
+    len_q, len_k = size.len_q, size.len_k
     dim, other = draw(st.sampled_from(taken["dim_qk"])), draw(st.sampled_from(taken["dim_v"]))
     caps, scales = (
         [c for c in taken["softcap"] if c] or [0.0],
@@ -179,11 +180,11 @@ def problems(
     )
     allowed = _allowed(row["mask"] if used["mask"] else FULL.way, taken["mask"], needs)
     two = used["mask"] and row["mask"] == TWO
-    mask = FULL if needs.full_mask else draw(masks(allowed, batch, len_q, len_k, two=two))
+    mask = FULL if needs.full_mask else draw(masks(allowed, size.batch, len_q, len_k, two=two))
     return Problem(
-        batch=batch,
-        heads_q=heads[0],
-        heads_kv=heads[1],
+        batch=size.batch,
+        heads_q=size.heads_q,
+        heads_kv=size.heads_kv,
         len_q=len_q,
         len_k=len_k,
         dim_qk=dim,
@@ -221,16 +222,6 @@ EMPTY = ((1, 0), (0, 1), (3, 0), (0, 0))
 """(len_q, len_k) where nothing is seen or nobody looks."""
 
 
-def _affordable(
-    batch: int, heads: tuple[int, int], device: str, scores: int
-) -> tuple[int, tuple[int, int]]:
-    """Batch and heads cut down to what a case of so many scores per head may cost."""
-    most = SCORES_AT_MOST[device] // max(1, scores)
-    batch = max(1, min(batch, most))
-    fewest = (1, 1) if heads == (1, 1) else (2, 1) if heads[0] > heads[1] else (2, 2)
-    return batch, heads if heads[0] * batch <= most else fewest
-
-
 @st.composite
 def cases(
     draw: Callable[..., Any], kernel: Kernel, device: str, needs: Requirements = NOTHING
@@ -256,50 +247,3 @@ def cases(
     used = draw(st.integers(1, 8)) > 8 - USED["layout"]
     layouts = tuple((n, chosen[n]) for n in arranged if used and chosen[n] != "bhsd")
     return Case(problem, recipe, seed, layouts)
-
-
-QUANTISED = (
-    Quantisation(),
-    Quantisation("e5m2", 0),
-    Quantisation("e4m3", 4, values="head"),
-    Quantisation("e4m3", 3, rotated=True),
-    Quantisation("e4m3", 16, rotated=True, values="columns", centred=True),
-    Quantisation(
-        "e4m3", 16, rotated=True, values="columns", centred=True, fitted=True, balanced=True
-    ),
-    Quantisation("e5m2", 3, fitted=True, balanced=True),
-)
-
-
-@st.composite
-def arithmetics(draw: Callable[..., Any]) -> Arithmetic:
-    """Anything that a kernel may declare; shrinks to the defaults."""
-
-    def one_of(*values: Any) -> Any:
-        return draw(st.sampled_from(values))
-
-    narrow = one_of("input", "fp32", "bf16", "fp16", "e4m3", "e5m2", "tf32")
-    return Arithmetic(
-        quantised=one_of(None, None, None, None, None, *QUANTISED),
-        scaled_query=one_of(False, False, False, True),
-        scores=one_of("fp32", "tf32", "fp22"),
-        stored_scores=one_of("fp32", "fp32", "input"),
-        exp=one_of("natural", "binary", "fused"),
-        exp_ulp=one_of(2.0, 2.0, 20.0, 65536.0),
-        tile=one_of(0, 16),
-        splits=one_of(1, 1, 2, 3),
-        probs=narrow,
-        probs_scale=256.0 if narrow == "e4m3" else 1.0,
-        normalized_probs=one_of(False, True),
-        rowsum=one_of("unrounded", "rounded"),
-        accumulate=one_of("fp32", "tf32", "fp22"),
-        summation=one_of("hardware", "truncated"),
-        output=one_of("input", "fp32"),
-        dscores=one_of("input", "fp32", "bf16"),
-        scaled_dscores=one_of(False, True),
-        ds_probs=one_of("fp32", "input"),
-        delta=one_of("out", "probs", "product"),
-        group_sum=one_of("fp32", "input"),
-        batch_sum=one_of("fp32", "input"),
-        spill=one_of(None, None, (16, 32)),
-    )

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from verify.bounds.metrics import distance
-from verify.generation.strategies import arithmetics, cases
+from verify.generation.arithmetics import arithmetics
+from verify.generation.strategies import cases
 from verify.oracles import emulator, formats
 from verify.properties.tests.support import ANYTHING, GRADIENTS, small_cases
 from verify.reference.reference import truth
