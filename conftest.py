@@ -17,3 +17,8 @@ def pytest_runtest_setup() -> None:
     not look at all of it again.
     """
     gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Else extension modules report at exit what was only kept from collections."""
+    gc.unfreeze()

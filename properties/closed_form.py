@@ -18,7 +18,7 @@ from verify.spec.finding import Finding
 from verify.spec.masks import Mask
 
 
-@holds()
+@holds(calls=1)
 def ones(kernel: Kernel, case: Case, device: str) -> Verdict:
     """V = 1: out_i = 1 in every row that sees a key, whatever P is."""
     known = truth(case, device)
@@ -30,13 +30,13 @@ def ones(kernel: Kernel, case: Case, device: str) -> Verdict:
     return Verdict()
 
 
-@holds(no_bias=True)
+@holds(no_bias=True, calls=1)
 def uniform(kernel: Kernel, case: Case, device: str) -> Verdict:
     """Q = 0: out_i = mean of the visible V, lse_i = ln(how many)."""
     return _without_scores(kernel, case, device, one_hot=False)
 
 
-@holds(no_bias=True, hides=True)
+@holds(no_bias=True, hides=True, calls=1)
 def one_hot(kernel: Kernel, case: Case, device: str) -> Verdict:
     """Q = 0, V_j = e_(j mod Dv): out_ic = (visible keys j with j mod Dv = c) / (visible keys):
     which keys a row saw.

@@ -127,7 +127,7 @@ def _as_wanted(after: Tensor, wanted: Tensor, what: str, sure: Tensor) -> None:
         raise Finding(f"{what}: out{at} {how}; {int(wrong.sum())} elements so")
 
 
-@holds()
+@holds(calls=1)
 def reject(kernel: Kernel, case: Case, device: str) -> Verdict:
     """Arguments that contradict each other raise; none is dropped or broadcast in silence."""
     p, x = case.problem.but(grads=False), truth(case, device).inputs

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from verify import environment
-from verify.engine.config import CASES, CORPUS, FEW_CALLS, FEW_CASES, RunConfig, options
+from verify.engine.config import CASES, CORPUS, FEW_CALLS, LEAST_CASES, RunConfig, options
 from verify.errors import VerifyError
 from verify.records.events import Ended, Event, FindingShrunk, PropertyFinished
 from verify.records.journal import read
@@ -124,9 +124,8 @@ class Run:
             return self.config.cases
         if prop.core or not self.kernels[target].interpreted(self.device):
             return CASES[self.device]
-        least, most = FEW_CASES
-        calls = prop.calls * (3 if prop.needs.grads else 1)
-        return max(least, min(most, FEW_CALLS // calls))
+        calls = prop.calls * (2 if prop.needs.grads else 1)
+        return max(LEAST_CASES, min(CASES[self.device], FEW_CALLS // calls))
 
     def marks(self, target: str) -> list[pytest.MarkDecorator]:
         """How tests of this kernel are marked."""

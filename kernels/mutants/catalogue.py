@@ -237,7 +237,7 @@ def _kernel(
     program: Callable[..., Program] = Program,
 ) -> Kernel:
     fn = functools.partial(attention, variant=variant, faults=faults, program=program)
-    supports = functools.partial(_supports, fp8=variant.fp8)
+    supports = SUPPORTS[variant.fp8]
     return Kernel(
         name.replace(" ", "-"), fn, TAKES, arithmetic, supports, tiles=(variant.rows, variant.keys)
     )
@@ -251,3 +251,7 @@ def _supports(problem: Problem, device: str, *, fp8: bool) -> str | None:
         if fp8 and problem.grads
         else None
     )
+
+
+SUPPORTS = {fp8: functools.partial(_supports, fp8=fp8) for fp8 in (False, True)}
+"""One object for all of each kind, so that what follows from it is found once."""

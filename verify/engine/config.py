@@ -19,10 +19,10 @@ FrontEnd = Literal["cli", "pytest"]
 SHRINK_SECONDS = 20.0
 CASES = {"cpu": 25, "cuda": 40}
 """Cases judged for each kernel and property in a plain `pytest` run."""
-FEW_CALLS = 36
-"""Calls of an interpreted kernel for each property, where each of a backward counts as three; ..."""
-FEW_CASES = (4, 12)
-"""... but at least and at most so many cases; core properties have as many as on a CPU."""
+FEW_CALLS = 28
+"""Calls of an interpreted kernel for each property, where one with a backward counts as two; ..."""
+LEAST_CASES = 2
+"""... but so many cases at least, at most as usual, and as usual for core properties."""
 SECONDS = 60.0
 """Time of a plain `verify fuzz`."""
 CORPUS = Path(".verify") / "corpus.tsv"

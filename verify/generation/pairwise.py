@@ -8,8 +8,8 @@ allpairspy's.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import lru_cache
 from itertools import combinations
+from typing import Any
 
 from allpairspy import AllPairs
 
@@ -92,13 +92,31 @@ def _parameters(taken: Options, needs: Requirements) -> dict[str, list[str]]:
     }
 
 
-@lru_cache(maxsize=256)
 def rows(kernel: Kernel, device: str, needs: Requirements = NOTHING) -> tuple[Row, ...]:
-    """Covering arrays: every pair of levels that the kernel takes together is in one of the
-    rows.
+    """Covering arrays: every pair of levels that the kernel takes together is in one of the rows.
+
+    Kernels that declare the same and take the same have the same rows, which are found once.
     """
     taken = options(kernel, device)
     parameters = _parameters(taken, needs)
+    declared = kernel.takes, kernel.dtypes, kernel.supports, device, needs.grads
+    key = (declared, tuple((name, *values) for name, values in parameters.items()))
+    if key not in _ROWS:
+        _ROWS[key] = _rows(kernel, device, taken, parameters, grads=needs.grads)
+    return _ROWS[key]
+
+
+_ROWS: dict[Any, tuple[Row, ...]] = {}
+
+
+def _rows(
+    kernel: Kernel,
+    device: str,
+    taken: Options,
+    parameters: dict[str, list[str]],
+    *,
+    grads: bool,
+) -> tuple[Row, ...]:
     names = list(parameters)
 
     def legal(values: list[str]) -> bool:
@@ -107,14 +125,12 @@ def rows(kernel: Kernel, device: str, needs: Requirements = NOTHING) -> tuple[Ro
             return False
         if row.get("layout") == "bias" and row.get("bias", "none") in ("none", "alibi"):
             return False
-        return (
-            len(values) < 2
-            or kernel.unsupported(_problem(row, taken, grads=needs.grads), device) is None
-        )
+        if len(values) < 2:
+            return True
+        return kernel.unsupported(_problem(row, taken, grads=grads), device) is None
 
-    found: list[Row] = [
-        {name: values[0] for name, values in parameters.items()}
-    ]  # what a case shrinks to
+    # the first row is what a case shrinks to
+    found: list[Row] = [{name: values[0] for name, values in parameters.items()}]
     for order in range(ARRAYS):
         mixed = [
             _turned(values, order + number) for number, values in enumerate(parameters.values())

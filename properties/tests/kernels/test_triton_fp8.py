@@ -270,14 +270,14 @@ def test_what_no_query_sees_reaches_neither_scales_nor_means(
     """Through padding: as a rule, as booleans, as a bias of -inf. What some other query sees may
     move a scale: it is declared.
     """
-    case = Case.parse("b2.h2.q70.k150.d64.bf16.padding(100,37)/normal#1")
+    case = Case.parse("b2.h2.q20.k150.d64.bf16.padding(100,37)/normal#1")
     x, p = case.inputs(DEVICE), case.problem
     seen = seen_keys(p, x.q.device)
     k, v = (t.masked_fill(~seen, value) for t in (x.k, x.v))
-    hidden = torch.zeros(2, 1, 70, 150, dtype=x.q.dtype, device=DEVICE).masked_fill(
+    hidden = torch.zeros(2, 1, 20, 150, dtype=x.q.dtype, device=DEVICE).masked_fill(
         ~seen.mT, -torch.inf
     )
-    for handed in ({"mask": p.mask}, {"mask": seen.mT.expand(2, 1, 70, 150)}, {"bias": hidden}):
+    for handed in ({"mask": p.mask}, {"mask": seen.mT.expand(2, 1, 20, 150)}, {"bias": hidden}):
         clean, dirty = (
             fp8.attention(x.q, *kv, scale=0.1, how=how, **handed) for kv in ((x.k, x.v), (k, v))
         )
