@@ -73,10 +73,16 @@ class Rounds:
 
     def _resume(self) -> None:
         while self._idle and self._busy < self._most:
-            one = min(self._idle, key=lambda s: (not s.shrinking, s.asked / self._weight[s]))
+            one = min(self._idle, key=self._turn)
             self._idle.remove(one)
             one.resume()
             self._busy += 1
+
+    def _turn(self, one: Search) -> tuple[bool, float]:
+        """What is shrunk goes on; else by the divisors of Webster and Sainte-Lague, so that shares
+        are as near to the weights as whole cases allow, from the first round on.
+        """
+        return not one.shrinking, (one.asked + 0.5) / self._weight[one]
 
     def _submit(self, one: Search, case: Case) -> None:
         """Have a case judged; what comes of it, an exception too, goes into the inbox."""

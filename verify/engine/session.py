@@ -277,9 +277,11 @@ class Session:
         """Of the time that was asked for, without what earlier parts of a resumed run took."""
         if self.config.seconds is None:
             return None
+        if not self.resumed:
+            return self.config.seconds
         spent = sum(
             event.seconds or 0.0
-            for event in (self._on_record() if self.resumed else ())
+            for event in self._on_record()
             if event.seed is not None and (event.seed - self.config.seed) % SEED_STEP == 0
         )
         return max(1.0, self.config.seconds - spent)
