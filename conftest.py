@@ -12,6 +12,11 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != RO
 pytest_plugins = ["verify.pytest_plugin"]
 
 
+def pytest_addoption(parser) -> None:
+    """For properties/tests/cli/test_snapshots.py."""
+    parser.addoption("--snapshot-update", action="store_true", help="write the snapshots anew")
+
+
 def pytest_runtest_setup() -> None:
     """What earlier tests left stays: collections, which memory-growth asks for by the dozen, need
     not look at all of it again.

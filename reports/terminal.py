@@ -195,7 +195,8 @@ def sight(events: Iterable[Event]) -> str:
     judged = [c for c in tested(events) if c.property == "oracle" and c.outcome in held]
     blind = Counter(name for case in judged for name in case.blind_to)
     caught = ", ".join(f"{name} {len(judged) - blind[name]}" for name in WRONG_OUTPUTS)
-    return f"of {len(judged)} cases against the oracle, those that would catch: {caught}"
+    cases = counted(len(judged), "case")
+    return f"of {cases} against the oracle, those that would catch: {caught}"
 
 
 def reasons(events: Iterable[Event]) -> Counter[Pair]:

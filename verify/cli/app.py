@@ -32,30 +32,36 @@ Kernels = Annotated[
 ]
 
 
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Register a command; its docstring is its help, as one paragraph."""
+    text = " ".join(inspect.cleandoc(function.__doc__ or "").split())
+    return app.command(help=text)(function)
+
+
 def plain(text: str) -> None:
     """Print a line as it is: no markup, no wrapping."""
     console.print(text, markup=False, soft_wrap=True)
 
 
-def with_run_options(command: Callable[..., None]) -> Callable[..., None]:
+def with_run_options(function: Callable[..., None]) -> Callable[..., None]:
     """A command (*arguments, given) as one that takes an option for each field of RunConfig that
     has one here; `given` maps fields to values, None where an option was not given.
     """
     from verify.engine.config import options
 
     mine = [option for option in options() if option.names["cli"]]
-    own = [p for p in inspect.signature(command).parameters.values() if p.name != "given"]
+    own = [p for p in inspect.signature(function).parameters.values() if p.name != "given"]
 
-    @functools.wraps(command)
+    @functools.wraps(function)
     def with_options(**values: Any) -> None:
         given = {option.field: values.pop(option.field) for option in mine}
-        command(**values, given={name: value for name, value in given.items() if value})
+        function(**values, given={name: value for name, value in given.items() if value})
 
     keyword = inspect.Parameter.KEYWORD_ONLY
     made = [inspect.Parameter(o.field, keyword, default=None, annotation=_hint(o)) for o in mine]
     signature = inspect.Signature([p.replace(kind=keyword) for p in own] + made)
     with_options.__signature__ = signature  # type: ignore[attr-defined]
-    hints = inspect.get_annotations(command, eval_str=True)
+    hints = inspect.get_annotations(function, eval_str=True)
     with_options.__annotations__ = {p.name: hints[p.name] for p in own}
     with_options.__annotations__ |= {p.name: p.annotation for p in made}
     return with_options

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from verify import environment
-from verify.cli.app import Device, Target, app, console, plain, with_run_options
+from verify.cli.app import Device, Target, command, console, plain, with_run_options
 from verify.records.events import (
     TESTED,
     CaseFinished,
@@ -32,7 +32,7 @@ from verify.records.summary import Found, exit_code, findings, tested
 from verify.reports.terminal import counted, show_run
 
 
-@app.command()
+@command
 @with_run_options
 def fuzz(target: Target, given: dict[str, Any]) -> None:
     """Try to break a kernel: every property on adversarial random cases. Findings come shrunk, with
@@ -48,7 +48,7 @@ def fuzz(target: Target, given: dict[str, Any]) -> None:
     raise typer.Exit(_run(config.but(targets=(target,))))
 
 
-@app.command()
+@command
 def resume(
     folder: Annotated[Path, typer.Argument(help="the records of `verify fuzz` runs")],
 ) -> None:
@@ -66,7 +66,7 @@ def resume(
     raise typer.Exit(max(codes))
 
 
-@app.command()
+@command
 def replay(
     *,
     target: Target,
@@ -129,8 +129,8 @@ def _announce(event: Event, seed: int, *, resumed: bool) -> None:
         facts = ", ".join(f"{name} {value}" for name, value in event.environment.items())
         console.print(f"seed {seed}, {facts}", markup=False)
     if isinstance(event, KernelInspected):
-        title = f"{event.kernel} ({event.origin}): conventions found"
-        table = Table(title=title, title_justify="left", show_header=False)
+        plain(f"{event.kernel} ({event.origin}): conventions found")
+        table = Table(show_header=False)
         for row in event.conventions:
             table.add_row(*row)
         console.print(table)
@@ -161,11 +161,11 @@ def _close(events: list[Event], names: str, folder: Path) -> None:
     judged = tested(events)
     found = findings(events)
     seconds = sum(e.seconds for e in events if isinstance(e, RunFinished))
-    verdict = counted(len(found), "finding") if found else "no finding" if judged else ""
-    cases = counted(len(judged), "judged case")
-    plain(
-        f"\n{names}: {verdict or 'NOTHING JUDGED'} in {cases}, {seconds:.0f} s; records in {folder}"
-    )
+    verdict = "NOTHING JUDGED"
+    if judged:
+        verdict = counted(len(found), "finding") if found else "no finding"
+        verdict += f" in {counted(len(judged), 'judged case')}"
+    plain(f"\n{names}: {verdict}, {seconds:.0f} s; records in {folder}")
     searching = sum(e.seconds for e in events if isinstance(e, PropertyFinished))
     if judged and searching:
         kernel = sum(case.seconds or 0.0 for case in judged)

@@ -8,10 +8,10 @@ import typer
 from rich.table import Table
 
 from verify import environment
-from verify.cli.app import Device, Target, app, console, plain
+from verify.cli.app import Device, Target, command, console, plain
 
 
-@app.command()
+@command
 def kernels(device: Device = None) -> None:
     """List the kernels, what each supports on this device and why not the rest."""
     from verify import registry
@@ -39,7 +39,7 @@ def kernels(device: Device = None) -> None:
     console.print(table)
 
 
-@app.command()
+@command
 def identify(target: Target, device: Device = None) -> None:
     """Find out from a kernel's errors which arithmetic it has: formats, sums, extra roundings.
     Prints the line to declare.
@@ -56,7 +56,7 @@ def identify(target: Target, device: Device = None) -> None:
         plain(f"arithmetic={identity.arithmetic}")
 
 
-@app.command()
+@command
 def determinism(
     target: Target,
     calls: Annotated[int, typer.Option(min=2, max=10_000, help="calls on the same inputs")] = 20,
@@ -86,7 +86,7 @@ def determinism(
     raise typer.Exit(int(failed))
 
 
-@app.command()
+@command
 def masks(
     len_q: Annotated[int, typer.Option(min=1)] = 4, len_k: Annotated[int, typer.Option(min=1)] = 6
 ) -> None:

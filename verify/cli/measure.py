@@ -10,10 +10,10 @@ from typing import Annotated, Any
 import typer
 
 from verify import environment
-from verify.cli.app import Device, Kernels, app, console, plain
+from verify.cli.app import Device, Kernels, command, console, plain
 
 
-@app.command()
+@command
 def report(
     *,
     draws: Annotated[
@@ -66,7 +66,7 @@ def report(
     )
 
 
-@app.command()
+@command
 def bench(
     *,
     kernel: Kernels = None,
@@ -104,7 +104,7 @@ def bench(
     run_bench(environment.prepare(device), targets=kernel or [], out=out, console=console, **shapes)
 
 
-@app.command()
+@command
 def power(
     *,
     fault: Annotated[
@@ -142,7 +142,7 @@ def power(
     raise typer.Exit(run_power(fault or [], **budget, out=out, console=console))
 
 
-@app.command()
+@command
 def record(
     *,
     kernel: Kernels = None,

@@ -1,0 +1,101 @@
+"""What the command line prints, as a whole: six outputs that a reviewer sees change.
+
+`pytest properties/tests/cli/test_snapshots.py --snapshot-update` writes them anew.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SNAPSHOTS = Path(__file__).parent / "snapshots"
+FILE = """
+import torch
+from verify import kernel
+
+def attend(q, k, v, scale, mask):
+    group = q.shape[1] // k.shape[1]
+    k, v = (t.repeat_interleave(group, 1) for t in (k, v))
+    s = q.float() @ k.float().mT * scale
+    s = s if mask is None else s.masked_fill(~mask, -torch.inf)
+    return (torch.softmax(s, -1).nan_to_num() @ v.float()).to(q.dtype)
+
+@kernel(dtypes=("fp32",))
+def right(q, k, v, *, scale, mask):
+    return attend(q, k, v, scale, mask)
+
+@kernel(dtypes=("fp32",))
+def wrong(q, k, v, *, scale, mask):
+    return attend(q, k, v, 1.25 * scale, mask)
+
+@kernel(supports=lambda problem, device: "needs a machine that is not here")
+def nowhere(q, k, v, *, scale, mask):
+    return attend(q, k, v, scale, mask)
+"""
+FUZZ = "--device cpu --seed 1 --out run --cases 3 --property oracle --property ones".split()
+CASE = "b1.h1.q2.k3.d1.fp32.causal_lower_right/integers#1"
+COMMANDS = {
+    "fuzz-green": (0, ["fuzz", "mine.py::right", *FUZZ]),
+    "fuzz-finding": (1, ["fuzz", "mine.py::wrong", *FUZZ]),
+    "fuzz-unsupported": (1, ["fuzz", "mine.py::nowhere", *FUZZ]),
+    "replay": (1, ["replay", "mine.py::wrong", CASE, "--device", "cpu"]),
+    "kernels": (0, ["kernels", "--device", "cpu"]),
+    "help": (0, ["--help"]),
+}
+
+
+def plain(text: str, folder: Path) -> str:
+    """The output without what depends on the machine: paths, versions, times, figures, and which
+    of several equally small cases was found.
+    """
+    text = text.replace(str(folder), "FOLDER")
+    text = re.sub(r"^seed 1, device(.|\n)*? (True|False)\n", "seed 1, ENVIRONMENT\n", text)
+    text = re.sub(r"\b\d+ s;", "N s;", text)
+    text = re.sub(r"(?<![\w.])-?\d+\.\d+(e[-+]\d+)?\b|\b\d+e[-+]\d+\b", "#", text)
+    text = re.sub(r"\d+ %", "N %", text)
+    text = re.sub(r"b\d+\.h\d\S*?/\S+?#\d+", "CASE", text)
+    text = re.sub(r"(throughput:).*", r"\1 ...", text)
+    return "\n".join(line.rstrip() for line in text.strip().splitlines()) + "\n"
+
+
+def only_naive(text: str) -> str:
+    """Of the table of kernels the text of the row that depends on no version of torch."""
+    cells = re.sub(r"[━┏┓┡┩╇┳┃│ ]+", " ", text.partition("│ sdpa-math")[0])
+    return " ".join(cells.split()) + "\n"
+
+
+def only_commands(text: str) -> str:
+    """Of the help what each command does, without boxes and line breaks."""
+    rows = re.findall(r"^│ (\S*) +(.*?) *│$", text.partition("Commands")[2], re.M)
+    found = ""
+    for name, words in rows:
+        found += f"\n{name}: {words}" if name else f" {words}"
+    return found.strip() + "\n"
+
+
+SHOWN = {"kernels": only_naive, "help": only_commands}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_output_is_as_it_was(name: str, tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    (tmp_path / "mine.py").write_text(FILE)
+    code, arguments = COMMANDS[name]
+    done = subprocess.run(
+        [sys.executable, "-m", "verify", *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    said = plain(done.stdout, tmp_path)
+    said = SHOWN.get(name, str)(said)
+    file = SNAPSHOTS / f"{name}.txt"
+    if pytestconfig.getoption("snapshot_update"):
+        file.write_text(said, encoding="utf-8")
+    assert said == file.read_text(encoding="utf-8")
