@@ -36,6 +36,8 @@ from verify.kernels.triton import fa2, launch
 from verify.kernels.triton import fa2_backward as backward
 from verify.kernels.triton.tiles import INTERPRET
 
+pytestmark = pytest.mark.interpreter
+
 DEVICE = "cpu" if INTERPRET else "cuda"
 
 
@@ -155,11 +157,10 @@ def test_five_hundred_problems_compile_fewer_than_forty_kernels(
             problems.append(case)
             call(kernel, case.problem, case.inputs(DEVICE))
 
+@pytest.mark.slow
     draw()
     assert len(problems) > 400
     assert len(compiled) < 40
-
-
 def test_every_kernel_compiles_for_hopper() -> None:
     """Without a GPU; and none has its products serialised by the assembler, but FP8's where more
     than a rule changes a score.
@@ -187,6 +188,7 @@ def test_every_kernel_compiles_for_hopper() -> None:
     }
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(INTERPRET, reason="needs a GPU: nothing is compiled for the interpreter")
 def test_one_kernel_serves_all_problems_of_a_size() -> None:
     """Masks, options, lengths, dims, strides and pointers compile nothing anew: three kinds of
@@ -217,6 +219,7 @@ def test_one_kernel_serves_all_problems_of_a_size() -> None:
     assert compiled() - before <= 10
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(INTERPRET, reason="needs a GPU: the interpreter would copy 4 GiB")
 def test_offsets_beyond_int32() -> None:
     """Batch entries more than 2^31 elements apart."""

@@ -30,6 +30,8 @@ from verify.kernels.triton import fp8
 from verify.kernels.triton.fp8_quantize import ROWS, Quantised, quantise
 from verify.kernels.triton.tiles import INTERPRET, rounded, wide
 
+pytestmark = pytest.mark.interpreter
+
 DEVICE = "cpu" if INTERPRET else "cuda"
 HOPPER = fp8.supports(Problem(dtype="bf16"), DEVICE)
 pytestmark = pytest.mark.skipif(HOPPER is not None, reason=f"triton-fp8: {HOPPER}")

@@ -91,6 +91,7 @@ print(peak(2**13) - small)
     assert int(run.stdout) < 8 * 2**26 / 4
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a CUDA GPU: 32k x 32k with gradients"
 )

@@ -25,6 +25,8 @@ from verify.registry import REGISTRY, Kernel, find
 from verify.sandbox.process import Limits, isolated
 from verify.spec.case import Case
 
+pytestmark = pytest.mark.slow
+
 FILE = str(Path(verify.kernels.__path__[0]) / "hostile.py")
 MANY = 9
 """Queries from which on they are hostile."""
@@ -90,7 +92,9 @@ def test_every_hostile_kernel_is_in_the_table(hostile: dict[str, Kernel]) -> Non
     assert {*hostile} == {*FOUND, *HARMLESS}
 
 
-@pytest.mark.parametrize("name", FOUND)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.gpu] * (n in GPU)) for n in FOUND]
+)
 def test_a_hostile_kernel_gets_its_finding(name: str, hostile: dict[str, Kernel], run: Run) -> None:
     if name in GPU and run.device != "cuda":
         pytest.skip("needs a GPU")

@@ -17,6 +17,8 @@ from verify.properties.catalogue import PROPERTIES
 from verify.properties.tests.support import searched
 from verify.studies import mutation
 
+pytestmark = pytest.mark.mutation
+
 CASES = 600
 """Far more than `verify power` needs in the median, so that a seed of bad luck is no failure."""
 
