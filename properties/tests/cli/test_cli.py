@@ -102,7 +102,6 @@ GOOD = "b1.h1.q1.k3.d1.fp32.full/integers#0"
     ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else None,
 )
 def test_bad_input_is_one_line_and_exit_code_2(
-@pytest.mark.slow
     args: list[str],
     said: str,
     tmp_path: Path,
@@ -116,8 +115,10 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert code == 2
     assert said in error
     assert "\n" not in error
-def test_a_right_kernel_passes_a_wrong_one_is_replayed(folder: Path) -> None:
+
+
 @pytest.mark.slow
+def test_a_right_kernel_passes_a_wrong_one_is_replayed(folder: Path) -> None:
     """Six lines beside a `kernels` package of the user's own; then the scale off by 1 %: found,
     shrunk, replayed.
     """
@@ -145,8 +146,10 @@ def test_a_right_kernel_passes_a_wrong_one_is_replayed(folder: Path) -> None:
     again = command(folder, "replay", "my_kernel.py::mine", found[0].case, "--property", "oracle")
     assert again.returncode == 1, again.stderr
     assert found[0].reason in again.stdout
-def test_ctrl_c_keeps_what_was_measured(folder: Path) -> None:
+
+
 @pytest.mark.slow
+def test_ctrl_c_keeps_what_was_measured(folder: Path) -> None:
     run = subprocess.Popen(
         [
             sys.executable,
@@ -175,6 +178,9 @@ def test_ctrl_c_keeps_what_was_measured(folder: Path) -> None:
     assert "interrupted; what follows was measured before" in output, error
     assert "no finding in" in output
     assert sum(1 for _ in cases(folder / "cut")) >= 20
+
+
+@pytest.mark.slow
 def test_masks_and_kernels_are_listed(folder: Path) -> None:
     assert "# # # . . ." in command_masks(folder)
     listed = command(folder, "kernels")

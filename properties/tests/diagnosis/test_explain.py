@@ -312,7 +312,6 @@ def ran(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     ],
 )
 def test_a_script_shows_it_alone(
-@pytest.mark.slow
     name: str, case: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry.load_bundled()
@@ -324,6 +323,9 @@ def test_a_script_shows_it_alone(
     done = ran(tmp_path, "alone.py")
     assert done.returncode == code, done.stdout + done.stderr
     assert ("dq\ngot\n" in done.stdout) == ("grads" in case)
+
+
+@pytest.mark.slow
 def test_a_fuzz_explains_what_it_finds(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(FILE)
     fuzz = "-m verify fuzz mine.py::crooked --seconds 10 --seed 1 --out found".split()

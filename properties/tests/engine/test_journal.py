@@ -73,7 +73,6 @@ def test_what_is_written_is_read_and_a_started_case_once(tmp_path: Path) -> None
 
 
 def test_every_event_turns_into_json_and_back() -> None:
-@pytest.mark.slow
     """Those that a run emits, all fields filled."""
     text = {"kernel": "k", "property": "p", "case": "c", "reason": "r"}
     filled: list[Event] = [
@@ -88,8 +87,10 @@ def test_every_event_turns_into_json_and_back() -> None:
     ]
     assert [from_json(json.loads(json.dumps(to_json(event)))) for event in filled] == filled
     assert to_json(filled[3])["verdict"] == "known"
-def test_a_killed_run_goes_on_without_a_gap_or_a_duplicate(tmp_path: Path) -> None:
+
+
 @pytest.mark.slow
+def test_a_killed_run_goes_on_without_a_gap_or_a_duplicate(tmp_path: Path) -> None:
     asked = [
         "fuzz",
         "naive",
@@ -115,6 +116,9 @@ def test_a_killed_run_goes_on_without_a_gap_or_a_duplicate(tmp_path: Path) -> No
     assert struck
     with pytest.raises(VerifyError, match="no interrupted run"):
         interrupted(tmp_path / "killed")
+
+
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_with_what_was_measured(tmp_path: Path) -> None:
     def small_files() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))

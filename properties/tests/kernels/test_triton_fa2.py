@@ -157,10 +157,12 @@ def test_five_hundred_problems_compile_fewer_than_forty_kernels(
             problems.append(case)
             call(kernel, case.problem, case.inputs(DEVICE))
 
-@pytest.mark.slow
     draw()
     assert len(problems) > 400
     assert len(compiled) < 40
+
+
+@pytest.mark.slow
 def test_every_kernel_compiles_for_hopper() -> None:
     """Without a GPU; and none has its products serialised by the assembler, but FP8's where more
     than a rule changes a score.
