@@ -68,7 +68,8 @@ def run(config: RunConfig) -> Iterator[Event]:
 
 def resolve(targets: tuple[str, ...]) -> tuple[dict[str, Kernel], dict[str, str]]:
     """(the kernels of some targets, each by a target that finds it alone; for those that cannot be
-    imported, why). Without targets: all that are bundled or installed.
+    imported, why). Without targets: all that are bundled or
+    installed, other people's too.
 
     Raises VerifyError for an unknown target, or a known issue with an unknown name in it.
     """
@@ -76,7 +77,7 @@ def resolve(targets: tuple[str, ...]) -> tuple[dict[str, Kernel], dict[str, str]
         found = {n: k for t in targets for n, k in registry.named(t, registry.find(t)).items()}
         unavailable: dict[str, str] = {}
     else:
-        registry.load_bundled()
+        registry.load_bundled(*dict.fromkeys(registry.OPTIONAL.values()))
         found, unavailable = dict(registry.REGISTRY), dict(registry.UNAVAILABLE)
     for kernel in found.values():
         check_known_issues(kernel)
