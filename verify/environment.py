@@ -15,10 +15,8 @@ from verify.errors import VerifyError
 
 CALL_SECONDS = 60.0
 """A call of a kernel that takes longer hangs; it includes compilation."""
-WORKERS_PER_GPU = 8
-"""Cases are small and the CPU does half of the work: several processes share a GPU well, more only
-queue for it.
-"""
+WORKERS_PER_GPU = 16
+"""Cases are small and the CPU does most of the work: so many processes share a GPU well."""
 
 
 def prepare(device: str | None = None) -> str:

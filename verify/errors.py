@@ -5,3 +5,7 @@ with 2.
 
 class VerifyError(ValueError):
     """Bad input: the message names the value, what is wrong with it and what would be right."""
+
+
+class RecordsError(VerifyError):
+    """Records cannot be written: whoever runs must stop, or what is measured then is lost."""

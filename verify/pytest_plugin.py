@@ -13,7 +13,7 @@ import pytest
 
 from verify import environment
 from verify.engine.config import CASES, CORPUS, FEW_CALLS, LEAST_CASES, RunConfig, options
-from verify.errors import VerifyError
+from verify.errors import RecordsError, VerifyError
 from verify.records.events import Ended, Event, FindingShrunk, PropertyFinished
 from verify.records.journal import read
 
@@ -115,7 +115,7 @@ class Run:
         budget = Budget(self._cases(target, prop), deadline, self.config.shrink_seconds)
         try:
             return list(self.session.search(target, prop, budget))
-        except VerifyError as error:
+        except RecordsError as error:
             pytest.exit(str(error))
 
     def _cases(self, target: str, prop: Property) -> int | None:

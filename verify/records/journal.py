@@ -14,7 +14,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from verify.errors import VerifyError
+from verify.errors import RecordsError, VerifyError
 from verify.records.events import (
     CaseFinished,
     CaseStarted,
@@ -37,7 +37,7 @@ class Journal:
     """A file of events in a folder, which no other process writes: NAME.jsonl, or NAME-1.jsonl if
     that one is there, and so on.
 
-    Raises VerifyError where the folder cannot be written or is full.
+    Raises RecordsError where the folder cannot be written or is full.
     """
 
     def __init__(self, folder: Path, name: str) -> None:
@@ -47,7 +47,7 @@ class Journal:
             self.path, self._file = next(found for found in opened if found)
         except OSError as error:
             wrong = f"records {folder}: {error.strerror}"
-            raise VerifyError(f"{wrong}; name a folder that can be written") from error
+            raise RecordsError(f"{wrong}; name a folder that can be written") from error
         fcntl.flock(self._file, fcntl.LOCK_EX)  # until the process ends, however it does
 
     def append(self, event: Event) -> None:
@@ -59,18 +59,11 @@ class Journal:
                 os.write(self._file, line[written:])
         except OSError as error:
             wrong = f"records {self.path}: {error.strerror}"
-            raise VerifyError(f"{wrong}; what was written before is there") from error
+            raise RecordsError(f"{wrong}; what was written before is there") from error
 
     def close(self) -> None:
         """Leave the file to others."""
         os.close(self._file)
-
-
-def writable(folder: Path) -> None:
-    """Raise VerifyError where no journal can be written there."""
-    journal = Journal(folder, "try")
-    journal.close()
-    journal.path.unlink()
 
 
 def _created(folder: Path, name: str, number: int) -> tuple[Path, int] | None:

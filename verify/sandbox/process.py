@@ -40,6 +40,8 @@ LATE = (2.0, 10.0)
 """After a hang, a call is given this many seconds and so many times the slowest task: it is shrunk
 within the engine's time.
 """
+RESTARTS = (1.0, 5.0, 20.0)
+"""Seconds to wait before a worker that did not start is started again."""
 TICK = 0.05
 """Seconds between looks at a worker."""
 SHARE = 0.5
@@ -97,6 +99,7 @@ class Isolated:
         self._limits = limits or Limits()
         self._stop = stop or threading.Event()
         self._slowest = 0.0
+        self._started = False
         self._worker: _Worker | None = None
 
     def options(self) -> Options:
@@ -146,11 +149,25 @@ class Isolated:
         if self._worker is not None and not self._worker.alive:
             self.close()  # it was killed from outside between two cases
         if self._worker is None:
-            options = known(self.kernel, self.device)
-            self._worker = _Worker(
-                self.target, self.kernel.name, self.device, options, self._limits.processes
-            )
+            self._worker = self._start()
         return self._worker
+
+    def _start(self) -> _Worker:
+        """A new worker; one in the place of another is tried again, for what that one held of the
+        GPU may not be free yet.
+        """
+        options, processes = known(self.kernel, self.device), self._limits.processes
+        for pause in (*RESTARTS, None) if self._started else (None,):
+            try:
+                one = _Worker(self.target, self.kernel.name, self.device, options, processes)
+            except VerifyError:
+                if pause is None:
+                    raise
+                time.sleep(pause)
+            else:
+                self._started = True
+                return one
+        raise AssertionError
 
     def _tries(self, case: Case) -> tuple[str, bool]:
         try:
