@@ -14,9 +14,10 @@ import pytest
 from verify.cli.main import app
 from verify.engine.config import Option, RunConfig, options
 from verify.engine.rounds import CORE_SHARE
-from verify.engine.session import Session, run
+from verify.engine.session import Session
+from verify.engine.session import run as run_all
 from verify.errors import VerifyError
-from verify.pytest_plugin import pytest_addoption
+from verify.pytest_plugin import Run, pytest_addoption
 from verify.records.events import (
     CaseFinished,
     Ended,
@@ -61,9 +62,10 @@ def nowhere(q, k, v, *, scale, mask):
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> RunConfig:
-    """Of a run on the CPU that writes into a folder of its own."""
-    return RunConfig(device="cpu", seed=1, records=tmp_path / "run", corpus=tmp_path / "corpus.tsv")
+def config(tmp_path: Path, run: Run) -> RunConfig:
+    """Of a run that writes into a folder of its own."""
+    places = {"records": tmp_path / "run", "corpus": tmp_path / "corpus.tsv"}
+    return RunConfig(device=run.device, seed=1, **places)
 
 
 @pytest.fixture
@@ -107,7 +109,7 @@ def test_cases_depend_neither_on_workers_nor_on_where_they_are_judged(
     config = config.but(targets=("naive",), cases=3, properties=SOME)
     other = config.but(records=tmp_path / "other", corpus=tmp_path / "other.tsv", **changes)
     for one in (config, other):
-        assert isinstance(list(run(one))[-1], RunFinished)
+        assert isinstance(list(run_all(one))[-1], RunFinished)
     assert judged(tmp_path / "run") == judged(tmp_path / "other")
     assert judged(tmp_path / "run").total() >= 12
 
@@ -138,7 +140,7 @@ def test_events_come_in_order_and_are_in_the_journal(config: RunConfig, file: st
 
 def test_a_property_without_time_is_named(config: RunConfig) -> None:
     config = config.but(targets=("naive",), seconds=0.001)
-    events = list(run(config))
+    events = list(run_all(config))
     ends = [event for event in events if isinstance(event, PropertyFinished)]
     assert len(ends) == 45
     assert {event.ended for event in ends} <= {Ended.NO_TIME, Ended.TIME}
