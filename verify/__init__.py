@@ -3,9 +3,17 @@ all that a kernel needs.
 """
 
 from verify.errors import VerifyError
-from verify.registry import kernel
+from verify.registry import KnownIssue, kernel
 from verify.spec.arithmetic import Arithmetic, Quantisation
 from verify.spec.masks import Mask
 from verify.spec.problem import Problem
 
-__all__ = ["Arithmetic", "Mask", "Problem", "Quantisation", "VerifyError", "kernel"]
+__all__ = [
+    "Arithmetic",
+    "KnownIssue",
+    "Mask",
+    "Problem",
+    "Quantisation",
+    "VerifyError",
+    "kernel",
+]
