@@ -26,15 +26,10 @@ def exact(problem: Problem, inputs: Inputs) -> tuple[Exact, dict[str, Tensor]] |
     """(the answer rounded to float64, what each tensor may be off by) on the inputs' device; None
     where it is too large.
     """
-    size = (
-        problem.batch
-        * problem.heads_q
-        * problem.len_q
-        * problem.len_k
-        * (problem.dim_qk + problem.dim_v)
-    )
     device = inputs.q.device
-    if arb.available() and arb.work(problem) <= AFFORDABLE["flint"]:
+    if arb.available():
+        if arb.work(problem) > AFFORDABLE["flint"]:
+            return None
         answer, off = arb.exact(problem, inputs)
         if not all(bool(t.isfinite().all()) for t in off.values()):  # scores beyond 2^256
             return None
@@ -42,7 +37,8 @@ def exact(problem: Problem, inputs: Inputs) -> tuple[Exact, dict[str, Tensor]] |
         return Exact(**moved, provenance=answer.provenance), {
             name: t.to(device) for name, t in off.items()
         }
-    if size > AFFORDABLE["mpmath"]:
+    scores = problem.batch * problem.heads_q * problem.len_q * problem.len_k
+    if scores * (problem.dim_qk + problem.dim_v) > AFFORDABLE["mpmath"]:
         return None
     found = mpmath_oracle.exact(problem, inputs, digits=DIGITS)
     values = {

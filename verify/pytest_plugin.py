@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from verify import environment
-from verify.engine.config import CASES, CORPUS, FEW_CALLS, LEAST_CASES, RunConfig, options
+from verify.engine.config import CASES, CORPUS, LEAST_CASES, RunConfig, options
 from verify.errors import RecordsError, VerifyError
 from verify.records.events import Ended, Event, FindingShrunk, PropertyFinished
 from verify.records.journal import read
@@ -122,10 +122,11 @@ class Run:
         """How many cases to judge, where no time is given: as asked, or as usual."""
         if self.config.cases or self.config.seconds:
             return self.config.cases
-        if prop.core or not self.kernels[target].interpreted(self.device):
+        affordable = self.kernels[target].interpreted(self.device)
+        if prop.core or not affordable:
             return CASES[self.device]
         calls = prop.calls * (2 if prop.needs.grads else 1)
-        return max(LEAST_CASES, min(CASES[self.device], FEW_CALLS // calls))
+        return max(LEAST_CASES, min(CASES[self.device], affordable // calls))
 
     def marks(self, target: str) -> list[pytest.MarkDecorator]:
         """How tests of this kernel are marked."""

@@ -99,7 +99,7 @@ class Declared(TypedDict, total=False):
     tiles: tuple[int, ...]
     layouts: Callable[[str], tuple[str, ...]] | None
     bucket: Callable[[Problem], Problem] | None
-    interpreted: Callable[[str], bool]
+    interpreted: Callable[[str], int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,9 +130,9 @@ class Kernel:
     exception need not be left out, what crashes it must."""
     bucket: Callable[[Problem], Problem] | None = None
     """The problem that is drawn in another's place, of few shapes, if each is compiled apart."""
-    interpreted: Callable[[str], bool] = lambda device: False
-    """(device) -> whether it is so slow there, as under Triton's interpreter, that cases must be
-    few and small."""
+    interpreted: Callable[[str], int] = lambda device: 0
+    """(device) -> where it is so slow, as under Triton's interpreter, that cases must be few and
+    small: so many calls of it are affordable for each property in a plain run; else 0."""
     origin: str = ""
     """Where it is defined: file:line."""
 

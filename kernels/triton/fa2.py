@@ -164,7 +164,7 @@ def supports(problem: Problem, device: str) -> str | None:
     arithmetic=Arithmetic(exp="fused", deterministic=True),
     supports=supports,
     tiles=(64, 128),
-    interpreted=interpreted,
+    interpreted=functools.partial(interpreted, calls=28),
 )
 def triton_fa2(q, k, v, *, problem, mask, bias, slopes, scale, softcap):
     """Masks as rules where the problem leaves the choice and all of them are rules for Triton;

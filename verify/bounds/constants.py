@@ -236,7 +236,10 @@ def reciprocal(x: Tensor) -> Tensor:
 
 def total(terms: Terms) -> Tensor:
     """The sum of all parts, broadcast."""
-    return torch.stack(torch.broadcast_tensors(*terms.values())).sum(0)
+    whole, *rest = terms.values()
+    for part in rest:
+        whole = whole + part
+    return whole
 
 
 def mapped(terms: Terms, change: Callable[[Tensor], Tensor]) -> Terms:

@@ -19,10 +19,8 @@ FrontEnd = Literal["cli", "pytest"]
 SHRINK_SECONDS = 20.0
 CASES = {"cpu": 25, "cuda": 40}
 """Cases judged for each kernel and property in a plain `pytest` run."""
-FEW_CALLS = 28
-"""Calls of an interpreted kernel for each property, where one with a backward counts as two; ..."""
 LEAST_CASES = 2
-"""... but so many cases at least, at most as usual, and as usual for core properties."""
+"""The same for a kernel that is interpreted, however many calls a case takes."""
 SECONDS = 60.0
 """Time of a plain `verify fuzz`."""
 CORPUS = Path(".verify") / "corpus.tsv"

@@ -122,7 +122,7 @@ def test_a_right_kernel_passes_a_wrong_one_is_replayed(folder: Path) -> None:
     """Six lines beside a `kernels` package of the user's own; then the scale off by 1 %: found,
     shrunk, replayed.
     """
-    good = command(folder, "fuzz", "my_kernel.py", "--seconds", "6", "--seed", "1", "--out", "good")
+    good = command(folder, "fuzz", "my_kernel.py", "--cases", "2", "--seed", "1", "--out", "good")
     assert good.returncode == 0, good.stdout + good.stderr
     assert "no finding in" in good.stdout
     assert "h // group (repeat_interleave)" in good.stdout
@@ -131,8 +131,8 @@ def test_a_right_kernel_passes_a_wrong_one_is_replayed(folder: Path) -> None:
         folder,
         "fuzz",
         "my_kernel.py",
-        "--seconds",
-        "20",
+        "--cases",
+        "100",
         "--seed",
         "1",
         "--out",

@@ -328,7 +328,7 @@ def test_a_script_shows_it_alone(
 @pytest.mark.slow
 def test_a_fuzz_explains_what_it_finds(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(FILE)
-    fuzz = "-m verify fuzz mine.py::crooked --seconds 10 --seed 1 --out found".split()
+    fuzz = "-m verify fuzz mine.py::crooked --cases 100 --seed 1 --out found".split()
     fuzz += "--property oracle --device cpu".split()
     done = ran(tmp_path, *fuzz)
     assert "  why     wrong: out" in done.stdout, done.stdout + done.stderr
