@@ -95,6 +95,10 @@ def _compiled():
     return torch.compile(flex.flex_attention, dynamic=True, fullgraph=True)
 
 
+COMPILES = 8
+"""Calls for each property in a plain run: most compile, for 3 to 30 s."""
+
+
 @kernel(
     name="flex-attention",
     arithmetic=arithmetic,
@@ -103,6 +107,7 @@ def _compiled():
     layouts=lambda device: ("bhsd", "bshd"),
     bucket=bucket,
     vendor="PyTorch",
+    affordable=lambda device: COMPILES,
 )
 def flex_attention(q, k, v, *, scale, mask, bias, slopes, softcap):
     """q [B,H,Q,D], k [B,Hk,K,D], v [B,Hk,K,Dv] of FP32, FP16 or BF16 on a GPU -> (out [B,H,Q,Dv],

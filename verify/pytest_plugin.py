@@ -122,17 +122,18 @@ class Run:
         """How many cases to judge, where no time is given: as asked, or as usual."""
         if self.config.cases or self.config.seconds:
             return self.config.cases
-        affordable = self.kernels[target].interpreted(self.device)
-        if prop.core or not affordable:
+        affordable = self.kernels[target].affordable(self.device)
+        if affordable is None:
             return CASES[self.device]
         calls = prop.calls * (2 if prop.needs.grads else 1)
-        return max(LEAST_CASES, min(CASES[self.device], affordable // calls))
+        cases = affordable if prop.core else max(LEAST_CASES, affordable // calls)
+        return min(CASES[self.device], cases)
 
     def marks(self, target: str) -> list[pytest.MarkDecorator]:
         """How tests of this kernel are marked."""
         kernel = self.kernels.get(target)
-        slow = kernel is not None and kernel.interpreted(self.device)
-        return [pytest.mark.interpreter] if slow else []
+        slow = kernel is not None and kernel.affordable(self.device) is not None
+        return [pytest.mark.interpreter] if slow and self.device == "cpu" else []
 
     def fails(self, target: str) -> bool:
         """Whether a finding in this kernel fails the run: not in other people's kernels, unless

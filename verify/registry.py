@@ -99,7 +99,7 @@ class Declared(TypedDict, total=False):
     tiles: tuple[int, ...]
     layouts: Callable[[str], tuple[str, ...]] | None
     bucket: Callable[[Problem], Problem] | None
-    interpreted: Callable[[str], int]
+    affordable: Callable[[str], int | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,9 +130,10 @@ class Kernel:
     exception need not be left out, what crashes it must."""
     bucket: Callable[[Problem], Problem] | None = None
     """The problem that is drawn in another's place, of few shapes, if each is compiled apart."""
-    interpreted: Callable[[str], int] = lambda device: 0
-    """(device) -> where it is so slow, as under Triton's interpreter, that cases must be few and
-    small: so many calls of it are affordable for each property in a plain run; else 0."""
+    affordable: Callable[[str], int | None] = lambda device: None
+    """(device) -> where it is slow, as under Triton's interpreter or where it is compiled for each
+    shape: so many calls are affordable for each property in a plain run; None elsewhere. On a CPU
+    its cases are small, too."""
     origin: str = ""
     """Where it is defined: file:line."""
 
@@ -198,7 +199,7 @@ def kernel(
 
     name: default: the function's, with - for _. What else may be declared are fields of Kernel:
     arithmetic, supports, dtypes, empty_row, known_issues, vendor, stages, tiles, layouts, bucket,
-    interpreted. Raises VerifyError for anything else, for an unknown keyword in the function's
+    affordable. Raises VerifyError for anything else, for an unknown keyword in the function's
     signature, or for a name already taken.
     """
     if unknown := declared.keys() - Declared.__annotations__.keys():
@@ -282,7 +283,7 @@ def load_file(path: Path) -> list[Kernel]:
         )
     module = importlib.util.module_from_spec(spec)
     sys.modules[module.__name__] = module
-    sys.path.insert(0, str(path.resolve().parent))
+    _import_from(path.resolve().parent)
     try:
         spec.loader.exec_module(module)
     except VerifyError:
@@ -302,6 +303,15 @@ def load_file(path: Path) -> list[Kernel]:
         raise VerifyError(f"{path}: registers no kernel; decorate a function with @verify.kernel")
     _LOADED[path.resolve()] = new
     return new
+
+
+def _import_from(folder: Path) -> None:
+    """Let a file import its neighbours, then and when its kernel is called. Ours are imported by
+    their package: in their folder, `triton` would be another.
+    """
+    ours = Path(importlib.import_module("verify.kernels").__path__[0]).resolve()
+    if folder != ours and str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
 
 
 def named(target: str, kernels: Sequence[Kernel]) -> dict[str, Kernel]:

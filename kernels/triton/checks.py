@@ -45,9 +45,9 @@ def refusal(problem: Problem, device: str, dtypes: tuple[str, ...]) -> str | Non
     return next((sentence for wrong, sentence in checks if wrong), None)
 
 
-def interpreted(device: str, *, calls: int) -> int:
-    """So many calls are affordable where Triton's interpreter runs a kernel; else 0."""
-    return calls if device == "cpu" else 0
+def affordable(device: str, *, calls: int) -> int | None:
+    """So many calls are affordable where Triton's interpreter runs a kernel."""
+    return calls if device == "cpu" else None
 
 
 def as_rules(problem: Problem, mask: torch.Tensor | None) -> Mask | torch.Tensor | None:

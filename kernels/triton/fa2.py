@@ -8,13 +8,14 @@ exponential is 2^(s factor - maximum), product and difference in one fused step;
 log2(e), or log2(e) where more than the scale is done to a score.
 """
 
+import functools
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from verify.kernels.triton.checks import DTYPES, as_rules, checked, interpreted, refusal
+from verify.kernels.triton.checks import DTYPES, affordable, as_rules, checked, refusal
 from verify.kernels.triton.fa2_backward import gradients
 from verify.kernels.triton.launch import RUNTIME, Launch, quiet
 from verify.kernels.triton.tiles import LN2, dot, load, nth, power, rounded, scores, store, walk
@@ -164,7 +165,7 @@ def supports(problem: Problem, device: str) -> str | None:
     arithmetic=Arithmetic(exp="fused", deterministic=True),
     supports=supports,
     tiles=(64, 128),
-    interpreted=functools.partial(interpreted, calls=28),
+    affordable=functools.partial(affordable, calls=28),
 )
 def triton_fa2(q, k, v, *, problem, mask, bias, slopes, scale, softcap):
     """Masks as rules where the problem leaves the choice and all of them are rules for Triton;

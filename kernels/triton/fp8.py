@@ -7,6 +7,7 @@ operands: the scales of Q and K are in the one factor of the exponential; P is 2
 does its mean, which P's rounding therefore does not touch: V = 1 gives 1.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -16,7 +17,7 @@ import triton
 import triton.language as tl
 
 from verify.errors import VerifyError
-from verify.kernels.triton.checks import as_rules, checked, interpreted, refusal
+from verify.kernels.triton.checks import affordable, as_rules, checked, refusal
 from verify.kernels.triton.fp8_quantize import ROWS, Quantised, quantise
 from verify.kernels.triton.launch import (
     INTERPRETED,
@@ -308,7 +309,7 @@ def stages(q, k, v, *, problem, mask, bias, slopes, scale, softcap):
     arithmetic=arithmetic(BEST),
     supports=supports,
     stages=stages,
-    interpreted=functools.partial(interpreted, calls=20),
+    affordable=functools.partial(affordable, calls=20),
 )
 def triton_fp8(q, k, v, *, problem, mask, bias, slopes, scale, softcap, how=BEST):
     """Masks as rules where the problem leaves the choice and all of them are rules for Triton;

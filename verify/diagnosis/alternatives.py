@@ -10,11 +10,18 @@ import torch
 import torch.nn.functional as F
 
 from verify.diagnosis.trial import Trial
-from verify.spec.case import Inputs
+from verify.oracles import float64
+from verify.reference.reference import Truth
+from verify.spec.case import Inputs, visibility
+from verify.spec.layouts import laid_out
 from verify.spec.masks import FULL, KINDS, Mask, hiding
 from verify.spec.problem import Problem
 
 LN2 = math.log(2.0)
+STEPS = 8
+"""Newton steps towards the scale that a kernel used."""
+PROBES = 64
+"""So many calls may be made to see which keys have weight."""
 Other = tuple[str, Problem, Inputs]
 """(what is wrong, with a place for the tensor's name; the problem and the inputs in its place)"""
 
@@ -122,3 +129,50 @@ def _other_slices(p: Problem, x: Inputs) -> Iterator[Other]:
             p.but(heads_kv=p.heads_q),
             replace(x, **cycled),
         )
+
+
+def other_weights(trial: Trial, p: Problem, x: Inputs) -> Iterator[str]:
+    """Which keys have weight: asked with a V that has the unit vector of another key in each
+    column.
+    """
+    for start in range(0, min(p.len_k, PROBES * p.dim_v), p.dim_v):
+        unit, n = (
+            torch.zeros(p.shapes["v"], dtype=x.v.dtype, device=x.v.device),
+            min(p.dim_v, p.len_k - start),
+        )
+        unit[:, :, start : start + n, :n] = torch.eye(n)
+        inputs = replace(x, v=laid_out(unit))
+        got = trial.again("out", inputs)
+        if got is None or not got.isfinite().all():
+            return
+        off = replace(trial, known=Truth(p, inputs, float64.exact(p, inputs))).off("out", got)[
+            ..., :n
+        ]
+        seen, weight = visibility(p, x.q.device)[..., start : start + n], got[..., :n] != 0
+        kinds = {
+            "gives weight to hidden key": off & ~seen & weight,
+            "gives no weight to visible key": off & seen & ~weight,
+        }
+        for what, where in ((what, where) for what, where in kinds.items() if where.any()):
+            row, key = where.nonzero()[0, 2:].tolist()
+            yield (
+                f"the mask (row {row} {what} {start + key}; rows of that kind: "
+                f"{int(where.any(-1).sum())})"
+            )
+        if (off & (seen != weight)).any():
+            return
+
+
+def fitted_scale(trial: Trial, p: Problem, x: Inputs) -> Iterator[str]:
+    """The scale that gives what the kernel gave, if one does."""
+    scale = p.softmax_scale
+    for _ in range(STEPS):
+        near = Truth(p.but(scale=scale), x, float64.exact(p.but(scale=scale), x))
+        step = ((trial.got("out") - near.exact.out) * near.tilt).sum() / near.tilt.square().sum()
+        if not step.isfinite():
+            return
+        scale *= math.exp(step.clamp(-1, 1).item())
+    if p.batch * p.heads_q * p.len_q > 1 and trial.fits(
+        "out", p.but(scale=scale), x
+    ):  # one row can always be fitted
+        yield f"the scale (out is that of {scale / p.softmax_scale:.6g} times the scale)"

@@ -14,22 +14,14 @@ import torch
 from verify.bounds.constants import ALIKE
 from verify.bounds.exact import ungrouped
 from verify.bounds.metrics import measure
-from verify.diagnosis.alternatives import alternatives
+from verify.diagnosis.alternatives import alternatives, fitted_scale, other_weights
 from verify.diagnosis.trial import Trial, tried
 from verify.oracles import float64
-from verify.reference.reference import Truth
 from verify.spec.arithmetic import ROUNDED
-from verify.spec.case import Inputs, visibility
 from verify.spec.finding import Finding
-from verify.spec.layouts import laid_out
-from verify.spec.problem import Problem
 
 LN2 = math.log(2.0)
 NARROWER = ("tf32", "fp16", "bf16")
-STEPS = 8
-"""Newton steps towards the scale that a kernel used."""
-PROBES = 64
-"""So many calls may be made to see which keys have weight."""
 
 
 def stages(trial: Trial) -> list[str]:
@@ -50,8 +42,8 @@ def stages(trial: Trial) -> list[str]:
         ]
         found = (
             found
-            or list(_weights(trial, p, x))
-            or ([] if name == "lse" else list(_fitted_scale(trial, p, x)))
+            or list(other_weights(trial, p, x))
+            or ([] if name == "lse" else list(fitted_scale(trial, p, x)))
         )
     else:
         found += [*_delta(trial), *_row_sums(trial), *_key_sums(trial)]
@@ -63,52 +55,6 @@ def _empty_rows(trial: Trial, name: str) -> list[str]:
     bad = trial.off(name, trial.got(name)).view(*trial.got(name).shape[:3], -1)
     only = name in ("out", "lse", "dq") and bad.any() and not (bad & ~empty).any()
     return ["rows that see no key (no other is wrong)"] if only else []
-
-
-def _weights(trial: Trial, p: Problem, x: Inputs) -> Iterator[str]:
-    """Which keys have weight: asked with a V that has the unit vector of another key in each
-    column.
-    """
-    for start in range(0, min(p.len_k, PROBES * p.dim_v), p.dim_v):
-        unit, n = (
-            torch.zeros(p.shapes["v"], dtype=x.v.dtype, device=x.v.device),
-            min(p.dim_v, p.len_k - start),
-        )
-        unit[:, :, start : start + n, :n] = torch.eye(n)
-        inputs = replace(x, v=laid_out(unit))
-        got = trial.again("out", inputs)
-        if got is None or not got.isfinite().all():
-            return
-        off = replace(trial, known=Truth(p, inputs, float64.exact(p, inputs))).off("out", got)[
-            ..., :n
-        ]
-        seen, weight = visibility(p, x.q.device)[..., start : start + n], got[..., :n] != 0
-        kinds = {
-            "gives weight to hidden key": off & ~seen & weight,
-            "gives no weight to visible key": off & seen & ~weight,
-        }
-        for what, where in ((what, where) for what, where in kinds.items() if where.any()):
-            row, key = where.nonzero()[0, 2:].tolist()
-            yield (
-                f"the mask (row {row} {what} {start + key}; rows of that kind: "
-                f"{int(where.any(-1).sum())})"
-            )
-        if (off & (seen != weight)).any():
-            return
-
-
-def _fitted_scale(trial: Trial, p: Problem, x: Inputs) -> Iterator[str]:
-    scale = p.softmax_scale
-    for _ in range(STEPS):
-        near = Truth(p.but(scale=scale), x, float64.exact(p.but(scale=scale), x))
-        step = ((trial.got("out") - near.exact.out) * near.tilt).sum() / near.tilt.square().sum()
-        if not step.isfinite():
-            return
-        scale *= math.exp(step.clamp(-1, 1).item())
-    if p.batch * p.heads_q * p.len_q > 1 and trial.fits(
-        "out", p.but(scale=scale), x
-    ):  # one row can always be fitted
-        yield f"the scale (out is that of {scale / p.softmax_scale:.6g} times the scale)"
 
 
 def _lse(trial: Trial) -> Iterator[str]:

@@ -20,7 +20,7 @@ SHRINK_SECONDS = 20.0
 CASES = {"cpu": 25, "cuda": 40}
 """Cases judged for each kernel and property in a plain `pytest` run."""
 LEAST_CASES = 2
-"""The same for a kernel that is interpreted, however many calls a case takes."""
+"""The same for a kernel of which few calls are affordable, however many a case takes."""
 SECONDS = 60.0
 """Time of a plain `verify fuzz`."""
 CORPUS = Path(".verify") / "corpus.tsv"

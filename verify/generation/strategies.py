@@ -164,7 +164,8 @@ def problems(
     heads = draw(st.sampled_from(wanted))
     heads_q, heads_kv = heads if used["heads"] else (1, 1)
     size = Size(batch, heads_q, heads_kv, len_q, len_k)
-    size = affordable(size, device, interpreted=bool(kernel.interpreted(device)))
+    interpreted = device == "cpu" and kernel.affordable(device) is not None
+    size = affordable(size, device, interpreted=interpreted)
     len_q, len_k = size.len_q, size.len_k
     dim, other = draw(st.sampled_from(taken["dim_qk"])), draw(st.sampled_from(taken["dim_v"]))
     caps, scales = (
