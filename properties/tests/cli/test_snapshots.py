@@ -6,11 +6,14 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from verify import registry
+from verify.cli import main
+from verify.pytest_plugin import Run
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 FILE = """
@@ -36,14 +39,14 @@ def wrong(q, k, v, *, scale, mask):
 def nowhere(q, k, v, *, scale, mask):
     return attend(q, k, v, scale, mask)
 """
-FUZZ = "--device cpu --seed 1 --out run --cases 3 --property oracle --property ones".split()
+FUZZ = "--in-process --seed 1 --out run --cases 3 --property oracle --property ones".split()
 CASE = "b1.h1.q2.k3.d1.fp32.causal_lower_right/integers#1"
 COMMANDS = {
     "fuzz-green": (0, ["fuzz", "mine.py::right", *FUZZ]),
     "fuzz-finding": (1, ["fuzz", "mine.py::wrong", *FUZZ]),
     "fuzz-unsupported": (1, ["fuzz", "mine.py::nowhere", *FUZZ]),
-    "replay": (1, ["replay", "mine.py::wrong", CASE, "--device", "cpu"]),
-    "kernels": (0, ["kernels", "--device", "cpu"]),
+    "replay": (1, ["replay", "mine.py::wrong", CASE, "--in-process"]),
+    "kernels": (0, ["kernels"]),
     "help": (0, ["--help"]),
 }
 
@@ -54,6 +57,7 @@ def plain(text: str, folder: Path) -> str:
     """
     text = text.replace(str(folder), "FOLDER")
     text = re.sub(r"^seed 1, device(.|\n)*? (True|False)\n", "seed 1, ENVIRONMENT\n", text)
+    text = re.sub(r"kernels on \w+", "kernels on DEVICE", text)
     text = re.sub(r"\b\d+ s;", "N s;", text)
     text = re.sub(r"(?<![\w.])-?\d+\.\d+(e[-+]\d+)?\b|\b\d+e[-+]\d+\b", "#", text)
     text = re.sub(r"\d+ %", "N %", text)
@@ -80,21 +84,29 @@ def only_commands(text: str) -> str:
 SHOWN = {"kernels": only_naive, "help": only_commands}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
-def test_the_output_is_as_it_was(name: str, tmp_path: Path, pytestconfig: pytest.Config) -> None:
+def test_the_output_is_as_it_was(
+    name: str,
+    run: Run,
+    tmp_path: Path,
+    pytestconfig: pytest.Config,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     (tmp_path / "mine.py").write_text(FILE)
+    monkeypatch.chdir(tmp_path)
+    registry.load_bundled()
+    known = {n: registry.REGISTRY[n] for n in ("naive", "sdpa-math")}
+    monkeypatch.setattr(registry, "REGISTRY", known)
+    monkeypatch.setattr(registry, "UNAVAILABLE", {})
     code, arguments = COMMANDS[name]
-    done = subprocess.run(
-        [sys.executable, "-m", "verify", *arguments],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    said = plain(done.stdout, tmp_path)
-    said = SHOWN.get(name, str)(said)
+    device = [] if name == "help" else ["--device", run.device]
+    monkeypatch.setattr(sys, "argv", ["verify", *arguments, *device])
+    with pytest.raises(SystemExit) as leaving:
+        main.main()
+    said = capsys.readouterr().out
+    assert leaving.value.code == code, said
+    said = SHOWN.get(name, str)(plain(said, tmp_path))
     file = SNAPSHOTS / f"{name}.txt"
     if pytestconfig.getoption("snapshot_update"):
         file.write_text(said, encoding="utf-8")
