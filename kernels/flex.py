@@ -95,7 +95,7 @@ def _compiled():
     return torch.compile(flex.flex_attention, dynamic=True, fullgraph=True)
 
 
-COMPILES = 8
+COMPILES = 6
 """Calls for each property in a plain run: most compile, for 3 to 30 s."""
 
 

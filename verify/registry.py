@@ -155,8 +155,11 @@ class Kernel:
         )
 
     def known_issue(self, case: Case, device: str, prop: str) -> KnownIssue | None:
-        """Return the known issue that this case of this property can show, or None."""
-        return next((i for i in self.known_issues if i.covers(case, device, prop)), None)
+        """Return the known issue that this case of this property can show, or None; one for which
+        the case must not be run before others.
+        """
+        possible = [issue for issue in self.known_issues if issue.covers(case, device, prop)]
+        return min(possible, key=lambda issue: not issue.fatal, default=None)
 
     def unsupported(self, problem: Problem, device: str, *, dropout: float = 0.0) -> str | None:
         """Why this kernel can't do this problem on this device ("cpu", "cuda"), with this dropout;
