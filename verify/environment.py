@@ -42,14 +42,19 @@ def prepare(device: str | None = None) -> str:
     return device
 
 
-def workers() -> int | None:
-    """How many xdist workers suit the GPUs present; None where there is none (then xdist counts
-    cores).
+def workers(device: str | None) -> int:
+    """How many xdist workers suit this machine: a few for each GPU; on a CPU one more than cores,
+    since tests wait for processes that they start.
     """
     import torch
 
-    gpus = torch.cuda.device_count()
-    return gpus * max(1, min(WORKERS_PER_GPU, (os.cpu_count() or 1) // gpus)) if gpus else None
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    gpus = 0 if device == "cpu" else torch.cuda.device_count()
+    if not gpus:
+        return cores + 1
+    return gpus * max(1, min(WORKERS_PER_GPU, cores // gpus))
 
 
 def share_machine(worker: str | None) -> None:

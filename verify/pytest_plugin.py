@@ -53,9 +53,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
-    """`-n auto`: a few workers for each GPU; without a GPU, xdist's own count of cores."""
-    return environment.workers() if _given(config, "device") != "cpu" else None
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """`-n auto`: as many workers as suit the machine."""
+    return environment.workers(_given(config, "device"))
 
 
 @pytest.hookimpl(optionalhook=True)

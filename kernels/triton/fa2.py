@@ -165,7 +165,7 @@ def supports(problem: Problem, device: str) -> str | None:
     arithmetic=Arithmetic(exp="fused", deterministic=True),
     supports=supports,
     tiles=(64, 128),
-    affordable=functools.partial(affordable, calls=28),
+    affordable=functools.partial(affordable, calls=18),
 )
 def triton_fa2(q, k, v, *, problem, mask, bias, slopes, scale, softcap):
     """Masks as rules where the problem leaves the choice and all of them are rules for Triton;

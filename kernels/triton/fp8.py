@@ -309,7 +309,7 @@ def stages(q, k, v, *, problem, mask, bias, slopes, scale, softcap):
     arithmetic=arithmetic(BEST),
     supports=supports,
     stages=stages,
-    affordable=functools.partial(affordable, calls=20),
+    affordable=functools.partial(affordable, calls=16),
 )
 def triton_fp8(q, k, v, *, problem, mask, bias, slopes, scale, softcap, how=BEST):
     """Masks as rules where the problem leaves the choice and all of them are rules for Triton;

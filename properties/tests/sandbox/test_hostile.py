@@ -134,7 +134,7 @@ def test_what_is_no_offence_is_not_found(name: str, hostile: dict[str, Kernel], 
 def test_the_neighbours_of_hostile_kernels_get_the_verdicts_that_they_get_alone(
     tmp_path: Path, run: Run
 ) -> None:
-    """One run of pytest in two processes: kernels that crash, hang, fill memory and change settings
+    """A run of pytest in two processes: kernels that crash, hang, fill memory and change settings
     between two honest ones.
     """
     bad = "segfault sets-dtype leaks endless-loop".split()
@@ -145,7 +145,8 @@ def test_the_neighbours_of_hostile_kernels_get_the_verdicts_that_they_get_alone(
         ("among", [honest[0], *(f"{FILE}::{name}" for name in bad), honest[1]]),
     ):
         matrix = Path(__file__).parents[2] / "test_conformance.py"
-        command = [sys.executable, "-m", "pytest", "-n", "2", "-q", f"{matrix}::test_kernel_holds"]
+        command = [sys.executable, "-m", "pytest", "-q", f"{matrix}::test_kernel_holds"]
+        command += ["-n", "2"] * (folder == "among")
         command += "-p no:cacheprovider -p verify.pytest_plugin -c /dev/null --noconftest".split()
         command += f"--import-mode=importlib --rootdir={tmp_path} --timeout=0".split()
         command += f"--device {run.device} --cases 8 --property oracle".split()

@@ -5,6 +5,7 @@ variants are not accused.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,9 +40,11 @@ def test_a_known_wrong_kernel_is_caught(fault: str) -> None:
 
 @pytest.mark.parametrize("name", CONTROLS)
 def test_a_correct_variant_is_not_accused(name: str) -> None:
+    """On problems of a few tiles; `verify power --controls` has larger ones."""
+    variant = replace(control(name), affordable=lambda device: 1)
     for law in PROPERTIES.values():
-        if not law.refusal(control(name), "cpu"):
-            found = searched(control(name), law.name, judged=3, seed=5)
+        if not law.refusal(variant, "cpu"):
+            found = searched(variant, law.name, judged=3, seed=5)
             assert found.finding is None, f"{law.name}: {found.finding}"
 
 
