@@ -112,7 +112,9 @@ def _run(config: Any, *, resumed: bool = False) -> int:
                 _announce(event, config.seed, resumed=resumed)
         names = {kernel.name for kernel in session.kernels.values()}
         if resumed:  # what earlier parts of the run judged counts, too
-            events = [e for e in read(session.folder) if getattr(e, "kernel", "") in names]
+            events = [
+                e for e in read(session.folder) if getattr(e, "kernel", None) in {None, *names}
+            ]
     if session.interrupted:
         again = f"verify resume {shlex.quote(str(session.folder))} goes on"
         plain(f"interrupted; what follows was measured before; {again}")

@@ -42,7 +42,7 @@ from verify.spec.finding import Finding
 
 CHUNK = 50
 """Cases that Hypothesis draws at a time; a new chunk has a new seed."""
-CHUNKS_IN_VAIN = 20
+CHUNKS_IN_VAIN = 8
 """After so many chunks without another judged case there are taken to be no more."""
 SEED_STEP = 7919
 """Between the seeds of chunks, so that runs with neighbouring seeds do not repeat each other."""
@@ -190,19 +190,26 @@ class Search:
         self.ended = True
         if self._broken is not None:
             raise self._broken
-        if self.finding is not None and self._worst is not None:
-            case, finding = self.finding
-            yield FindingShrunk(
-                kernel=self.kernel.name,
-                property=self.prop.name,
-                case=str(case),
-                reason=finding.sentence,
-                measured=finding.measured,
-                seed=self._seed,
-                worst=str(self._worst[0]),
-                worst_reason=self._worst[1].sentence,
-            )
+        if found := self.shrunk():
+            yield found
         yield self.ending(self._why())
+
+    def shrunk(self, *, cut: bool = False) -> FindingShrunk | None:
+        """The event of the smallest case that failed so far, if one did. cut: the run ends here."""
+        if self.finding is None or self._worst is None:
+            return None
+        case, finding = self.finding
+        return FindingShrunk(
+            kernel=self.kernel.name,
+            property=self.prop.name,
+            case=str(case),
+            reason=finding.sentence,
+            measured=finding.measured,
+            seed=self._seed,
+            worst=str(self._worst[0]),
+            worst_reason=self._worst[1].sentence,
+            cut=cut,
+        )
 
     def ending(self, ended: Ended) -> PropertyFinished:
         """The last event of the search."""
@@ -296,7 +303,7 @@ class Search:
     def _attempt(self, case: Case) -> None:
         """Ask for the outcome of one case; raise its Finding, which Hypothesis then shrinks."""
         if self._shrinking_since is not None:
-            if time.monotonic() - self._shrinking_since > self._shrink_seconds():
+            if time.monotonic() - self._shrinking_since > self.budget.shrink_seconds:
                 raise _Enough
         elif self.over():
             raise _Enough
@@ -309,9 +316,6 @@ class Search:
             raise _Enough
         if isinstance(answer, Finding):
             raise answer
-
-    def _shrink_seconds(self) -> float:
-        return self.budget.shrink_seconds
 
     def _known_outcome(self, case: Case) -> Outcome | None:
         """The outcome that is on record for a case, which then counts as judged once more."""

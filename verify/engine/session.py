@@ -50,7 +50,7 @@ from verify.records.events import (
 from verify.records.journal import Drawn, Journal, cases, completed
 from verify.registry import Kernel
 from verify.sandbox.capabilities import known, options
-from verify.sandbox.process import Limits
+from verify.sandbox.process import Interrupted, Limits
 from verify.spec.case import Case
 from verify.spec.finding import Finding
 from verify.spec.requirements import NOTHING
@@ -67,9 +67,8 @@ def run(config: RunConfig) -> Iterator[Event]:
 
 
 def resolve(targets: tuple[str, ...]) -> tuple[dict[str, Kernel], dict[str, str]]:
-    """(the kernels of some targets, each by a target that finds it alone; for those that cannot be
-    imported, why). Without targets: all that are bundled or
-    installed, other people's too.
+    """Return the kernels of some targets, each by a target that finds it alone, and why others
+    cannot be imported. Without targets: all that are bundled or installed, other people's too.
 
     Raises VerifyError for an unknown target, or a known issue with an unknown name in it.
     """
@@ -182,7 +181,8 @@ class Session:
         for target in self.kernels:
             yield self._emit(self._inspect(target))
         inbox: Inbox = queue.SimpleQueue()
-        searches, refused = self._searches(inbox)
+        stopped = self.workers.stop.is_set()
+        searches, refused = ([], []) if stopped else self._searches(inbox)
         for refusal in refused:
             yield self._emit(refusal)
         numbers = count(1)
@@ -205,6 +205,8 @@ class Session:
             found = self._in_worker(target, conventions.rows)
         except Finding as finding:
             found = [("calls", finding.sentence)]
+        except Interrupted:
+            found = []
         return self._described(target, conventions=found)
 
     def pairs(self) -> Iterator[PairsTaken]:
@@ -282,13 +284,10 @@ class Session:
             return self.config.seconds
         spent = sum(
             event.seconds or 0.0
-            for event in self._on_record()
+            for event in cases(self.folder)
             if event.seed is not None and (event.seed - self.config.seed) % SEED_STEP == 0
         )
         return max(1.0, self.config.seconds - spent)
-
-    def _on_record(self) -> Iterator[CaseFinished]:
-        return cases(self.folder)
 
     def _rounds(self, searches: list[Search], inbox: Inbox) -> Iterator[Event]:
         """The events of all searches, as they happen."""
@@ -309,9 +308,9 @@ class Session:
     def _break_off(self, one: Search, numbers: Iterator[int]) -> Iterator[Event]:
         """The events of a search that the end of the run cut short."""
         one.close()
-        if one.finding:
-            case = str(one.finding[0])
-            yield self._emit(self._explain(one.kernel.name, one.prop.name, case, numbers))
+        if found := one.shrunk(cut=True):
+            yield self._emit(found)
+            yield self._emit(self._explain(found.kernel, found.property, found.case, numbers))
         yield self._emit(one.ending(Ended.INTERRUPTED))
 
     def _explain(

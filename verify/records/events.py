@@ -132,6 +132,8 @@ class FindingShrunk:
     worst: str = ""
     """The case with the largest violation that was seen, by error / allowed."""
     worst_reason: str = ""
+    cut: bool = False
+    """The run ended before the case was as small as it gets."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +197,8 @@ Event = (
 )
 KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in Event.__args__}
 ENUMS: dict[str, type[StrEnum]] = {"outcome": Outcome, "ended": Ended}
+EMPTY: tuple[Any, ...] = ("", [], {}, None)
+"""Values that records leave out."""
 STORED = {"outcome": "verdict"}
 """Fields that have another name in records."""
 FIELDS = {name: frozenset(f.name for f in fields(kind)) for name, kind in KINDS.items()}
@@ -202,7 +206,7 @@ FIELDS = {name: frozenset(f.name for f in fields(kind)) for name, kind in KINDS.
 
 def to_json(event: Event) -> dict[str, Any]:
     """The event as a mapping of plain values; fields that are empty are left out."""
-    filled = {name: value for name, value in vars(event).items() if value not in ("", [], {}, None)}
+    filled = {name: value for name, value in vars(event).items() if value not in EMPTY}
     return {"event": type(event).__name__} | {STORED.get(n, n): v for n, v in filled.items()}
 
 

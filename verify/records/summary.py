@@ -25,7 +25,7 @@ class Found:
     case: str
     reason: str
     shrunk: bool
-    """False where the run ended before it was."""
+    """False where the run ended before the case was as small as it gets."""
     worst: str = ""
     worst_reason: str = ""
     vendor: str = ""
@@ -52,7 +52,7 @@ def findings(events: Iterable[Event]) -> list[Found]:
             event.property,
             event.case,
             event.reason,
-            shrunk=isinstance(event, FindingShrunk),
+            shrunk=isinstance(event, FindingShrunk) and not event.cut,
             worst=event.worst if isinstance(event, FindingShrunk) else "",
             worst_reason=event.worst_reason if isinstance(event, FindingShrunk) else "",
             vendor=vendor.get(event.kernel, ""),

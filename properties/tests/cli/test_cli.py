@@ -126,7 +126,9 @@ def test_a_right_kernel_passes_a_wrong_one_is_replayed(folder: Path) -> None:
     """Six lines beside a `kernels` package of the user's own; then the scale off by 1 %: found,
     shrunk, replayed.
     """
-    good = command(folder, "fuzz", "my_kernel.py", "--cases", "1", "--seed", "1", "--out", "good")
+    some = [f"--property={name}" for name in ("oracle", "one-hot", "layout", "batch-permutation")]
+    asked = ["--cases", "10", "--seed", "1", "--out", "good", *some]
+    good = command(folder, "fuzz", "my_kernel.py", *asked)
     assert good.returncode == 0, good.stdout + good.stderr
     assert "no finding in" in good.stdout
     assert "h // group (repeat_interleave)" in good.stdout
