@@ -23,6 +23,18 @@ from verify.spec.requirements import Requirements
 ANYTHING = Kernel("anything", lambda q, k, v: q, frozenset(KEYWORDS), dtypes=DTYPES)
 """A kernel that takes every problem."""
 GRADIENTS = Requirements(grads=True)
+ATTEND = """
+import torch
+from verify import kernel
+
+def attend(q, k, v, scale, mask):
+    group = q.shape[1] // k.shape[1]
+    k, v = (t.repeat_interleave(group, 1) for t in (k, v))
+    s = q.float() @ k.float().mT * scale
+    s = s if mask is None else s.masked_fill(~mask, -torch.inf)
+    return (torch.softmax(s, -1).nan_to_num() @ v.float()).to(q.dtype)
+"""
+"""The text of a file in which kernels are to be registered: attention in FP32."""
 
 
 def searched(

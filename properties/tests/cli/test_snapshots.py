@@ -13,20 +13,11 @@ import pytest
 
 from verify import registry
 from verify.cli import main
+from verify.properties.tests.support import ATTEND
 from verify.pytest_plugin import Run
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
-FILE = """
-import torch
-from verify import kernel
-
-def attend(q, k, v, scale, mask):
-    group = q.shape[1] // k.shape[1]
-    k, v = (t.repeat_interleave(group, 1) for t in (k, v))
-    s = q.float() @ k.float().mT * scale
-    s = s if mask is None else s.masked_fill(~mask, -torch.inf)
-    return (torch.softmax(s, -1).nan_to_num() @ v.float()).to(q.dtype)
-
+FILE = f"""{ATTEND}
 @kernel(dtypes=("fp32",))
 def right(q, k, v, *, scale, mask):
     return attend(q, k, v, scale, mask)

@@ -17,6 +17,7 @@ from verify.engine.rounds import CORE_SHARE
 from verify.engine.session import Session
 from verify.engine.session import run as run_all
 from verify.errors import VerifyError
+from verify.properties.tests.support import ATTEND
 from verify.pytest_plugin import Run, pytest_addoption
 from verify.records.events import (
     CaseFinished,
@@ -36,17 +37,7 @@ from verify.reports.terminal import not_judged, others
 
 MATRIX = Path(__file__).parents[2] / "test_conformance.py"
 SOME = ("oracle", "gradients", "ones", "layout")
-FILE = """
-import torch
-from verify import kernel
-
-def attend(q, k, v, scale, mask):
-    group = q.shape[1] // k.shape[1]
-    k, v = (t.repeat_interleave(group, 1) for t in (k, v))
-    s = q.float() @ k.float().mT * scale
-    s = s if mask is None else s.masked_fill(~mask, -torch.inf)
-    return (torch.softmax(s, -1).nan_to_num() @ v.float()).to(q.dtype)
-
+FILE = f"""{ATTEND}
 @kernel(vendor="Somebody")
 def theirs(q, k, v, *, scale, mask):
     return attend(q, k, v, 1.1 * scale, mask)
