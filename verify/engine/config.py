@@ -129,8 +129,8 @@ class RunConfig:
     @classmethod
     def of(cls, value: Callable[[Option], Any]) -> RunConfig:
         """A configuration from the value of each option, None where it was not given."""
-        given = {option.field: value(option) for option in options()}
-        return cls(**{n: options_by_field()[n].cast(v) for n, v in given.items() if v is not None})
+        given = [(option, value(option)) for option in options()]
+        return cls(**{option.field: option.cast(v) for option, v in given if v is not None})
 
     def but(self, **changes: Any) -> RunConfig:
         """This configuration with some fields changed."""
@@ -180,8 +180,3 @@ def options() -> Iterator[Option]:
         yield Option(
             f.name, meta["help"], f.default, kind, many, optional, meta["metavar"], meta["names"]
         )
-
-
-def options_by_field() -> dict[str, Option]:
-    """The options by their fields' names."""
-    return {option.field: option for option in options()}

@@ -75,12 +75,6 @@ class Budget:
     deadline: float | None = None
     shrink_seconds: float = SHRINK_SECONDS
 
-    @classmethod
-    def of(cls, judged: int | None, seconds: float | None, shrink_seconds: float) -> Budget:
-        """The budget of a search that begins now and may take so many seconds."""
-        deadline = None if seconds is None else time.monotonic() + seconds
-        return cls(judged, deadline, shrink_seconds)
-
 
 class _Enough(BaseException):
     """Leaves Hypothesis when enough was judged, or the time is up; not an Exception, so that
@@ -231,16 +225,20 @@ class Search:
 
     def over(self) -> bool:
         """Whether enough was judged or the time is up."""
-        late = self.budget.deadline is not None and time.monotonic() > self.budget.deadline
-        return late or (self.budget.judged is not None and self.tested >= self.budget.judged)
+        return self._late() or self._enough()
+
+    def _late(self) -> bool:
+        return self.budget.deadline is not None and time.monotonic() > self.budget.deadline
+
+    def _enough(self) -> bool:
+        return self.budget.judged is not None and self.tested >= self.budget.judged
 
     def _why(self) -> Ended:
         if self.finding is not None:
             return Ended.FINDING
-        if self.budget.judged is not None and self.tested >= self.budget.judged:
+        if self._enough():
             return Ended.CASES
-        late = self.budget.deadline is not None and time.monotonic() > self.budget.deadline
-        if late:
+        if self._late():
             return Ended.TIME if self.tested else Ended.NO_TIME
         return Ended.EXHAUSTED if self.tested else Ended.UNSUPPORTED
 

@@ -96,6 +96,7 @@ class Session:
         self.config = config.but(device=self.device, records=folder)
         self.folder = folder
         self.kernels, self.unavailable = resolve(config.targets)
+        self._targets = {kernel.name: target for target, kernel in self.kernels.items()}
         self.properties = [named(name) for name in config.properties or PROPERTIES]
         self.resumed = resumed
         before = completed(folder) if resumed else ({}, {})
@@ -291,10 +292,9 @@ class Session:
 
     def _rounds(self, searches: list[Search], inbox: Inbox) -> Iterator[Event]:
         """The events of all searches, as they happen."""
-        targets = {kernel.name: target for target, kernel in self.kernels.items()}
 
         def judge(one: Search, case: Case) -> tuple[Answer, float]:
-            return timed(partial(self._evaluate, targets[one.kernel.name]), one.prop, case)
+            return timed(partial(self._evaluate, self._targets[one.kernel.name]), one.prop, case)
 
         threads = 0 if self.config.in_process else self.config.workers
         rounds = Rounds(searches, inbox, judge, self.workers.stop, threads)
@@ -316,7 +316,7 @@ class Session:
     def _explain(
         self, kernel_name: str, prop_name: str, case_id: str, numbers: Iterator[int]
     ) -> FindingExplained:
-        target = next(t for t, kernel in self.kernels.items() if kernel.name == kernel_name)
+        target = self._targets[kernel_name]
         prop, case = named(prop_name), Case.parse(case_id)
         ask = partial(self._in_worker, target)
         path = self.folder / f"finding-{next(numbers)}.py"
