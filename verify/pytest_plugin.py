@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 RUN: pytest.StashKey[Run] = pytest.StashKey()
 FOLDER: pytest.StashKey[Path] = pytest.StashKey()
+MARKERS = {
+    "slow": "takes many seconds: starts processes, compiles",
+    "interpreter": "runs a kernel in Triton's interpreter",
+}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -43,7 +47,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Choose the device before anything imports Triton; give a worker its share of the machine."""
-    config.addinivalue_line("markers", "interpreter: runs a kernel in Triton's interpreter")
+    for name, meaning in MARKERS.items():
+        config.addinivalue_line("markers", f"{name}: {meaning}")
     try:
         environment.prepare(_given(config, "device"))
         config_of(config)
@@ -132,8 +137,9 @@ class Run:
     def marks(self, target: str) -> list[pytest.MarkDecorator]:
         """How tests of this kernel are marked."""
         kernel = self.kernels.get(target)
-        slow = kernel is not None and kernel.affordable(self.device) is not None
-        return [pytest.mark.interpreter] if slow and self.device == "cpu" else []
+        if kernel is None or kernel.affordable(self.device) is None:
+            return []
+        return [pytest.mark.interpreter if self.device == "cpu" else pytest.mark.slow]
 
     def fails(self, target: str) -> bool:
         """Whether a finding in this kernel fails the run: not in other people's kernels, unless
@@ -176,6 +182,34 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             for prop in run.session.properties
         ]
         metafunc.parametrize(("target", "prop"), cells)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where xdist deals tests out in as many parts as there are workers: each part begins with its
+    share of the slow ones, then of the matrix, so that no worker is left alone with them at the end.
+    """
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers == 1:
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    matrix = [item for item in items if _of_matrix(item) and item not in slow]
+    rest = [item for item in items if item not in {*slow, *matrix}]
+    items[:] = [
+        item
+        for n in range(workers)
+        for part in (slow[n::workers], _share(matrix, n, workers), _share(rest, n, workers))
+        for item in part
+    ]
+
+
+def _of_matrix(item: pytest.Item) -> bool:
+    return {"target", "prop"} <= set(getattr(item, "fixturenames", ()))
+
+
+def _share(items: list[pytest.Item], number: int, of: int) -> list[pytest.Item]:
+    """Neighbours stay together: they share kernels' processes and fixtures."""
+    return items[len(items) * number // of : len(items) * (number + 1) // of]
 
 
 @pytest.fixture(scope="session")
