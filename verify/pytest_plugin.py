@@ -186,8 +186,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where xdist deals tests out in as many parts as there are workers: each part begins with its
-    share of the slow ones, then of the matrix, so that no worker is left alone with them at the end.
+    """xdist deals tests out in as many parts as there are workers: each part begins with its share
+    of the slow ones, then of the matrix, so that no worker is left alone with them at the end.
     """
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if workers == 1:

@@ -24,6 +24,7 @@ from verify.studies.adversary import attack
 
 @settings(max_examples=600, deadline=None, derandomize=True, database=None)
 @given(case=cases(ANYTHING, "cpu", GRADIENTS), arithmetic=arithmetics())
+@pytest.mark.slow
 def test_no_honest_emulation_crosses_its_bound(case: Case, arithmetic: Arithmetic) -> None:
     known = truth(case, "cpu")
     limits = known.allowances(arithmetic)

@@ -131,6 +131,7 @@ def test_what_is_no_offence_is_not_found(name: str, hostile: dict[str, Kernel], 
             assert found.finding is None, found.finding
 
 
+@pytest.mark.slow
 def test_the_neighbours_of_hostile_kernels_get_the_verdicts_that_they_get_alone(
     tmp_path: Path, run: Run
 ) -> None:
