@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from scipy.stats import binom
 from torch import Tensor
 
 from verify.bounds.constants import (
@@ -198,6 +197,8 @@ def _interval(n, probability: float, *, tests: int = 1):
     """Outside of these counts lies a binomial variable with at most FALSE_ALARM in all tests.
     Numbers, or arrays of them.
     """
+    from scipy.stats import binom  # noqa: PLC0415 - it takes as long to import as half of torch
+
     share = FALSE_ALARM / (2 * tests)
     return np.maximum(binom.ppf(share, n, probability), 0), np.minimum(
         binom.isf(share, n, probability), n

@@ -5,6 +5,7 @@ tests, GPUs shared among xdist workers, the closing tables. Nothing else here im
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 RUN: pytest.StashKey[Run] = pytest.StashKey()
 FOLDER: pytest.StashKey[Path] = pytest.StashKey()
+SHARED: pytest.StashKey[tempfile.TemporaryDirectory[str]] = pytest.StashKey()
 MARKERS = {
     "slow": "takes many seconds: starts processes, compiles",
     "interpreter": "runs a kernel in Triton's interpreter",
@@ -55,6 +57,8 @@ def pytest_configure(config: pytest.Config) -> None:
     except VerifyError as error:
         raise pytest.UsageError(str(error)) from error
     environment.share_machine(os.environ.get("PYTEST_XDIST_WORKER"))
+    if not hasattr(config, "workerinput"):
+        config.stash[SHARED] = tempfile.TemporaryDirectory(prefix="verify-")
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -67,6 +71,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 def pytest_configure_node(node) -> None:
     """Workers write where the controller reads."""
     node.workerinput["records"] = str(_folder(node.config))
+    node.workerinput["shared"] = node.config.stash[SHARED].name
 
 
 def _given(config: pytest.Config, field: str) -> Any:
@@ -94,11 +99,13 @@ class Run:
 
     def __init__(self, config: pytest.Config) -> None:
         from verify.engine.session import Session
+        from verify.records.shared import Shared
 
         self.config = config_of(config)
-        self.session: Session = Session(
-            self.config, journal=os.environ.get("PYTEST_XDIST_WORKER", "main")
-        )
+        journal = os.environ.get("PYTEST_XDIST_WORKER", "main")
+        folder = getattr(config, "workerinput", {}).get("shared")
+        shared = Shared(Path(folder) if folder else None)
+        self.session: Session = Session(self.config, journal=journal, shared=shared)
         self.device = self.session.device
         self.kernels = self.session.kernels
         self.unavailable = self.session.unavailable
@@ -166,9 +173,11 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """End the workers that call kernels."""
+    """End the workers that call kernels; remove what the processes shared."""
     if RUN in config.stash:
         config.stash[RUN].session.close()
+    if SHARED in config.stash:
+        config.stash[SHARED].cleanup()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

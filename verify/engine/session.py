@@ -32,7 +32,7 @@ from verify.engine.search import (
     timed,
 )
 from verify.engine.workers import Workers
-from verify.generation.pairwise import covering_rows
+from verify.generation import pairwise
 from verify.inspection import conventions
 from verify.properties.catalogue import PROPERTIES, Property, check_known_issues, named
 from verify.records.events import (
@@ -48,8 +48,9 @@ from verify.records.events import (
     RunStarted,
 )
 from verify.records.journal import Drawn, Journal, cases, completed
+from verify.records.shared import Shared
 from verify.registry import Kernel
-from verify.sandbox.capabilities import known, options
+from verify.sandbox.capabilities import Options, known, learn, options
 from verify.sandbox.process import Interrupted, Limits
 from verify.spec.case import Case
 from verify.spec.finding import Finding
@@ -89,8 +90,17 @@ class Session:
     Raises VerifyError for an unknown kernel or property, or a folder that cannot be written.
     """
 
-    def __init__(self, config: RunConfig, *, journal: str = "main", resumed: bool = False) -> None:
-        """journal: the name of this process's file. resumed: nothing on record is done again."""
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        journal: str = "main",
+        resumed: bool = False,
+        shared: Shared | None = None,
+    ) -> None:
+        """journal: the name of this process's file. resumed: nothing on record is done again.
+        shared: with the other processes of the run.
+        """
         self.device = environment.prepare(config.device or None)
         folder = config.records or new_folder()
         self.config = config.but(device=self.device, records=folder)
@@ -103,6 +113,7 @@ class Session:
         self._judged: Mapping[tuple[str, str], Counter[Drawn]] = before[0]
         self._ended = before[1]
         self.journal = Journal(folder, journal)
+        self._shared = shared or Shared()
         self.corpus = Corpus(config.corpus)
         limits = Limits(config.call_seconds, processes=max(config.workers, Limits().processes))
         most = max(config.workers, min(len(self.kernels), MOST_WORKERS))
@@ -145,6 +156,7 @@ class Session:
             yield self._emit(refused)
             return
         self._note(target, prop)
+        self._plan(target, prop)
         events = search(
             kernel,
             prop,
@@ -161,16 +173,27 @@ class Session:
     def learn(self, target: str) -> None:
         """Find out what a kernel takes, once, in its worker."""
         kernel = self.kernels[target]
-        if known(kernel, self.device):
-            return
+        if not known(kernel, self.device):
+            found = self._shared.once(f"options of {target}", partial(self._options, target))
+            learn(kernel, self.device, found)
+
+    def _options(self, target: str) -> Options:
+        kernel = self.kernels[target]
         if self.config.in_process:
-            options(kernel, self.device)
-            return
+            return options(kernel, self.device)
         worker = self.workers.borrow(target, kernel)
         try:
-            worker.options()
+            return worker.options()
         finally:
             self.workers.give_back(worker)
+
+    def _plan(self, target: str, prop: Property) -> None:
+        """Find the rows that the property's cases follow, once."""
+        about = self.kernels[target], self.device, prop.needs
+        found = self._shared.once(
+            f"rows of {target} for {prop.needs}", partial(pairwise.rows, *about)
+        )
+        pairwise.learn_rows(*about, found)
 
     # ---- all of them
 
@@ -214,7 +237,7 @@ class Session:
         """The pairs of options of every kernel of which this process drew cases."""
         for target in sorted(self._drawn):
             kernel = self.kernels[target]
-            rows = covering_rows(kernel, self.device)
+            rows = pairwise.covering_rows(kernel, self.device)
             yield self._emit(PairsTaken(kernel=kernel.name, rows=rows))
 
     def _note(self, target: str, prop: Property) -> None:

@@ -95,18 +95,29 @@ def _parameters(taken: Options, needs: Requirements) -> dict[str, list[str]]:
 def rows(kernel: Kernel, device: str, needs: Requirements = NOTHING) -> tuple[Row, ...]:
     """Covering arrays: every pair of levels that the kernel takes together is in one of the rows.
 
-    Kernels that declare the same and take the same have the same rows, which are found once.
+    Kernels that declare the same and take the same have the same rows, which are found once, here,
+    unless another process has.
     """
-    taken = options(kernel, device)
-    parameters = _parameters(taken, needs)
-    declared = kernel.takes, kernel.dtypes, kernel.supports, device, needs.grads
-    key = (declared, tuple((name, *values) for name, values in parameters.items()))
+    key = _key(kernel, device, needs)
     if key not in _ROWS:
+        taken = options(kernel, device)
+        parameters = _parameters(taken, needs)
         _ROWS[key] = _rows(kernel, device, taken, parameters, grads=needs.grads)
     return _ROWS[key]
 
 
+def learn_rows(kernel: Kernel, device: str, needs: Requirements, found: tuple[Row, ...]) -> None:
+    """Take over what was found elsewhere."""
+    _ROWS[_key(kernel, device, needs)] = found
+
+
 _ROWS: dict[Any, tuple[Row, ...]] = {}
+
+
+def _key(kernel: Kernel, device: str, needs: Requirements) -> Any:
+    parameters = _parameters(options(kernel, device), needs)
+    declared = kernel.takes, kernel.dtypes, kernel.supports, device, needs.grads
+    return declared, tuple((name, *values) for name, values in parameters.items())
 
 
 def _rows(

@@ -5,6 +5,7 @@ not leak into them.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -272,20 +273,30 @@ def test_what_no_query_sees_reaches_neither_scales_nor_means(
     """Through padding: as a rule, as booleans, as a bias of -inf. What some other query sees may
     move a scale: it is declared.
     """
-    case = Case.parse("b2.h2.q20.k150.d64.bf16.padding(100,37)/normal#1")
-    x, p = case.inputs(DEVICE), case.problem
-    seen = seen_keys(p, x.q.device)
-    k, v = (t.masked_fill(~seen, value) for t in (x.k, x.v))
-    hidden = torch.zeros(2, 1, 20, 150, dtype=x.q.dtype, device=DEVICE).masked_fill(
-        ~seen.mT, -torch.inf
-    )
-    for handed in ({"mask": p.mask}, {"mask": seen.mT.expand(2, 1, 20, 150)}, {"bias": hidden}):
-        clean, dirty = (
-            fp8.attention(x.q, *kv, scale=0.1, how=how, **handed) for kv in ((x.k, x.v), (k, v))
-        )
+    for handed in ("rule", "bool", "bias"):
+        clean, dirty = _padded(how, handed), _padded(how, handed, value)
         assert torch.equal(clean[0], dirty[0])
         assert torch.equal(clean[1], dirty[1])
         assert bool(clean[0].isfinite().all())
+
+
+@cache
+def _padded(
+    how: Quantisation, handed: str, value: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse) with this value, if one is given, in the keys and values that no query sees."""
+    case = Case.parse("b2.h2.q20.k150.d64.bf16.padding(100,37)/normal#1")
+    x, p = case.inputs(DEVICE), case.problem
+    seen = seen_keys(p, x.q.device)
+    k, v = (x.k, x.v) if value is None else (t.masked_fill(~seen, value) for t in (x.k, x.v))
+    visible = seen.mT.expand(2, 1, 20, 150)
+    hidden = torch.zeros(visible.shape, dtype=x.q.dtype, device=DEVICE)
+    masks = {
+        "rule": {"mask": p.mask},
+        "bool": {"mask": visible},
+        "bias": {"bias": hidden.masked_fill(~visible, -torch.inf)},
+    }
+    return fp8.attention(x.q, k, v, scale=0.1, how=how, **masks[handed])
 
 
 def test_what_it_cannot_compute_is_said_before_any_launch() -> None:
