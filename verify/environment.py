@@ -15,6 +15,8 @@ from verify.errors import VerifyError
 
 CALL_SECONDS = 60.0
 """A call of a kernel that takes longer hangs; it includes compilation."""
+OUTSIDE = "VERIFY_PROCESSES"
+"""The environment variable that says how many processes share the machine with this whole run."""
 WORKERS_PER_GPU = 16
 """Cases are small and the CPU does most of the work: so many processes share a GPU well."""
 
@@ -57,15 +59,22 @@ def workers(device: str | None) -> int:
     return gpus * max(1, min(WORKERS_PER_GPU, cores // gpus))
 
 
+def processes() -> int:
+    """How many share this machine: xdist's workers, times those of the run that started theirs."""
+    outside = int(os.environ.get(OUTSIDE, "1"))
+    return int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) * outside
+
+
 def share_machine(worker: str | None) -> None:
-    """Give an xdist worker ("gw3") its GPU, round robin, and one CPU thread: workers with more
-    would fight for the cores.
+    """Give an xdist worker ("gw3") its GPU, round robin, and one CPU thread, for torch and for its
+    compiler: workers with more would fight for the cores.
     """
     import torch
 
     if worker is None:
         return
     torch.set_num_threads(1)
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     if gpus := torch.cuda.device_count():
         torch.cuda.set_device(int(worker.removeprefix("gw")) % gpus)
 

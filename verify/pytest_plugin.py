@@ -51,14 +51,16 @@ def pytest_configure(config: pytest.Config) -> None:
     """Choose the device before anything imports Triton; give a worker its share of the machine."""
     for name, meaning in MARKERS.items():
         config.addinivalue_line("markers", f"{name}: {meaning}")
+    if hasattr(config, "workerinput"):
+        os.environ[environment.OUTSIDE] = config.workerinput["outside"]
+    else:
+        config.stash[SHARED] = tempfile.TemporaryDirectory(prefix="verify-")
     try:
         environment.prepare(_given(config, "device"))
         config_of(config)
     except VerifyError as error:
         raise pytest.UsageError(str(error)) from error
     environment.share_machine(os.environ.get("PYTEST_XDIST_WORKER"))
-    if not hasattr(config, "workerinput"):
-        config.stash[SHARED] = tempfile.TemporaryDirectory(prefix="verify-")
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -72,6 +74,7 @@ def pytest_configure_node(node) -> None:
     """Workers write where the controller reads."""
     node.workerinput["records"] = str(_folder(node.config))
     node.workerinput["shared"] = node.config.stash[SHARED].name
+    node.workerinput["outside"] = str(environment.processes())
 
 
 def _given(config: pytest.Config, field: str) -> Any:
@@ -202,6 +205,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if workers == 1:
         return
     slow = [item for item in items if item.get_closest_marker("slow")]
+    slow.sort(key=_of_matrix)
     matrix = [item for item in items if _of_matrix(item) and item not in slow]
     rest = [item for item in items if item not in {*slow, *matrix}]
     items[:] = [

@@ -129,7 +129,7 @@ def _announce(event: Event, seed: int, *, resumed: bool) -> None:
     """Print what is known before the first case: versions, seed, conventions."""
     if isinstance(event, RunStarted) and not resumed:
         facts = ", ".join(f"{name} {value}" for name, value in event.environment.items())
-        console.print(f"seed {seed}, {facts}", markup=False)
+        plain(f"seed {seed}, {facts}")
     if isinstance(event, KernelInspected):
         plain(f"{event.kernel} ({event.origin}): conventions found")
         table = Table(show_header=False)

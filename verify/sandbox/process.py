@@ -52,10 +52,6 @@ SAID = 64 * 1024
 """Bytes of a worker's output that are read after its end."""
 
 
-def _xdist_processes() -> int:
-    return int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-
-
 @dataclass(frozen=True)
 class Limits:
     """What one call may take: seconds, and bytes of host memory of its process."""
@@ -63,7 +59,7 @@ class Limits:
     seconds: float = CALL_SECONDS
     memory: int | None = None
     """None: its share of the machine."""
-    processes: int = field(default_factory=_xdist_processes)
+    processes: int = field(default_factory=environment.processes)
     """So many workers share the machine."""
 
     @property

@@ -47,7 +47,7 @@ def plain(text: str, folder: Path) -> str:
     of several equally small cases was found.
     """
     text = text.replace(str(folder), "FOLDER")
-    text = re.sub(r"^seed 1, device(.|\n)*? (True|False)\n", "seed 1, ENVIRONMENT\n", text)
+    text = re.sub(r"^seed 1, device.*", "seed 1, ENVIRONMENT", text)
     text = re.sub(r"kernels on \w+", "kernels on DEVICE", text)
     text = re.sub(r"\b\d+ s;", "N s;", text)
     text = re.sub(r"(?<![\w.])-?\d+\.\d+(e[-+]\d+)?\b|\b\d+e[-+]\d+\b", "#", text)
