@@ -269,6 +269,16 @@ def _reason(backend: str, messages: list[str]) -> str | None:
     return None
 
 
+PLANNED = {"cudnn": 1600}
+"""cuDNN plans for each shape, which takes its time: so many calls for a property, no fewer than are
+made of the others."""
+
+
+def affordable(device: str, *, backend: str) -> int | None:
+    """How many calls a property may make where they are slow."""
+    return PLANNED.get(backend) if device == "cuda" else None
+
+
 for _backend, (_, _arithmetic) in BACKENDS.items():
     kernel(
         functools.partial(sdpa, backend=_backend),
@@ -279,4 +289,5 @@ for _backend, (_, _arithmetic) in BACKENDS.items():
         known_issues=KNOWN.get(_backend, ()),
         vendor="PyTorch",
         layouts=functools.partial(layouts, backend=_backend),
+        affordable=functools.partial(affordable, backend=_backend),
     )

@@ -17,8 +17,10 @@ CALL_SECONDS = 60.0
 """A call of a kernel that takes longer hangs; it includes compilation."""
 OUTSIDE = "VERIFY_PROCESSES"
 """The environment variable that says how many processes share the machine with this whole run."""
-WORKERS_PER_GPU = 16
+WORKERS_PER_GPU = 20
 """Cases are small and the CPU does most of the work: so many processes share a GPU well."""
+WAITING = 4
+"""One worker in so many waits for processes that it started."""
 
 
 def prepare(device: str | None = None) -> str:
@@ -45,8 +47,8 @@ def prepare(device: str | None = None) -> str:
 
 
 def workers(device: str | None) -> int:
-    """How many xdist workers suit this machine: a few for each GPU; on a CPU one more than cores,
-    since tests wait for processes that they start.
+    """How many xdist workers suit this machine: somewhat more than cores, since tests wait for
+    processes that they start; at most a few for each GPU.
     """
     import torch
 
@@ -54,9 +56,8 @@ def workers(device: str | None) -> int:
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
     gpus = 0 if device == "cpu" else torch.cuda.device_count()
-    if not gpus:
-        return cores + 1
-    return gpus * max(1, min(WORKERS_PER_GPU, cores // gpus))
+    suited = cores + max(1, cores // WAITING)
+    return gpus * max(1, min(WORKERS_PER_GPU, suited // gpus)) if gpus else suited
 
 
 def processes() -> int:
