@@ -115,8 +115,7 @@ def impossible_memory(q, k, v, out):
 
 @hostile
 def odd_lengths(q, k, v, out):
-    if q.shape[2] % 2:
-        raise ValueError("length must be even")
+    q.view(q.shape[0], q.shape[1], -1, 2 * q.shape[3])  # raises, but not of its own accord
 
 
 @hostile

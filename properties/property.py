@@ -18,7 +18,7 @@ from verify.reference.compare import compare
 from verify.reference.reference import Truth
 from verify.registry import Kernel
 from verify.sandbox.call import Output, call
-from verify.sandbox.capabilities import options
+from verify.sandbox.capabilities import anchors, options, plain_problem
 from verify.spec.case import Case
 from verify.spec.finding import Finding
 from verify.spec.requirements import NOTHING, Requirements
@@ -58,7 +58,12 @@ class Property:
         """Return why it cannot be judged on this kernel at all, or None where it can."""
         if self.takes and self.takes not in kernel.takes:
             return f"takes no `{self.takes}`"
-        return options(kernel, device).refusal(grads=self.needs.grads, lse=self.lse)
+        if refusal := options(kernel, device).refusal(lse=self.lse):
+            return refusal
+        if anchors(kernel, device, self.needs):
+            return None
+        wanted = plain_problem(kernel, device).but(**self.needs.pinned)
+        return kernel.unsupported(wanted, device) or f"takes no problem {self.needs}"
 
 
 PROPERTIES: dict[str, Property] = {}

@@ -203,7 +203,7 @@ def reasons(events: Iterable[Event]) -> Counter[Pair]:
     """How many cases and properties were not judged, by kernel and reason."""
     found: Counter[Pair] = Counter()
     for event in events:
-        if isinstance(event, CaseFinished) and event.outcome is Outcome.UNSUPPORTED:
+        if isinstance(event, CaseFinished) and event.outcome not in TESTED:
             found[event.kernel, event.reason] += 1
         elif isinstance(event, PropertyFinished) and event.ended is Ended.UNSUPPORTED:
             found[event.kernel, event.reason] += not event.judged

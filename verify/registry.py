@@ -180,12 +180,16 @@ class Kernel:
             if needed and keyword not in self.takes:
                 return f"takes no `{keyword}`"
         if self.supports is None:
-            return None
+            found_out = FOUND_OUT.get((self, device))
+            return found_out(problem) if found_out else None
         if dropout and "dropout" in inspect.signature(self.supports).parameters:
             return self.supports(problem, device, dropout=dropout)
         return self.supports(problem, device)
 
 
+FOUND_OUT: dict[tuple[Kernel, str], Callable[[Problem], str | None]] = {}
+"""By (kernel, device): what a kernel that declares no `supports` was found not to take, and why; as
+good as declared."""
 REGISTRY: dict[str, Kernel] = {}
 UNAVAILABLE: dict[str, str] = {}
 _LOADED: dict[Path, list[Kernel]] = {}

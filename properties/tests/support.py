@@ -13,7 +13,7 @@ from verify.properties.catalogue import Property
 from verify.properties.property import PROPERTIES
 from verify.records.events import CaseFinished, Event
 from verify.registry import KEYWORDS, Kernel
-from verify.sandbox.capabilities import HEADS, SCALES
+from verify.sandbox.domain import HEADS, SCALES
 from verify.spec.case import Case
 from verify.spec.inputs import Recipe, drawn_from
 from verify.spec.masks import ways

@@ -25,6 +25,8 @@ def evaluate(kernel: Kernel, device: str, prop: Property, case: Case) -> CaseFin
     try:
         verdict = prop.check(kernel, case, device)
     except Finding as finding:
+        if finding.refused:
+            return finished(kernel, prop, case, Outcome.REFUSED, reason=finding.sentence)
         if not known:
             raise
         measured = finding.measured

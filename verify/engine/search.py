@@ -27,6 +27,7 @@ from verify.engine.evaluate import evaluate, finished
 from verify.generation.strategies import cases
 from verify.properties.catalogue import Property
 from verify.records.events import (
+    TESTED,
     CaseFinished,
     CaseStarted,
     Ended,
@@ -263,7 +264,7 @@ class Search:
         return replace(event, seed=self._seed, seconds=round(seconds, 4))
 
     def _count(self, event: CaseFinished) -> None:
-        if event.outcome is Outcome.UNSUPPORTED:
+        if event.outcome not in TESTED:
             self.unsupported[event.reason] += 1
         else:
             self.tested += 1

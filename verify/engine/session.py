@@ -50,7 +50,8 @@ from verify.records.events import (
 from verify.records.journal import Drawn, Journal, cases, completed
 from verify.records.shared import Shared
 from verify.registry import Kernel
-from verify.sandbox.capabilities import Options, known, learn, options
+from verify.sandbox.capabilities import known, learn, options
+from verify.sandbox.options import Options
 from verify.sandbox.process import Interrupted, Limits
 from verify.spec.case import Case
 from verify.spec.finding import Finding

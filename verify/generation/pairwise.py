@@ -14,7 +14,9 @@ from typing import Any
 from allpairspy import AllPairs
 
 from verify.registry import Kernel
-from verify.sandbox.capabilities import PLAIN, Options, options
+from verify.sandbox.capabilities import fitted, options
+from verify.sandbox.domain import changed, relation
+from verify.sandbox.options import Options
 from verify.spec.case import ARRANGED, Case
 from verify.spec.masks import FULL, KINDS, TWO, Mask, ways
 from verify.spec.problem import Problem
@@ -43,13 +45,7 @@ def levels(case: Case) -> Row:
         "heads": "grouped" if p.group > 1 else "one" if p.heads_q == 1 else "several",
         "batch": "one" if p.batch == 1 else "several",
         "dim_v": "dim_qk" if p.dim_v == p.dim_qk else "another",
-        "lengths": "one query"
-        if p.len_q == 1
-        else "equal"
-        if p.len_q == p.len_k
-        else "more keys"
-        if p.len_k > p.len_q
-        else "more queries",
+        "lengths": relation(p),
         "layout": "contiguous" if not names else names[0] if len(names) == 1 else "several",
     }
 
@@ -77,19 +73,33 @@ def _parameters(taken: Options, needs: Requirements) -> dict[str, list[str]]:
     arranged = [
         name for name in ARRANGED if len(taken.layouts[name]) > 1 and not left_out.get(name, False)
     ]
+    kinds = {
+        "several": lambda q, k: q == k > 1,
+        "one": lambda q, k: q == 1,
+        "grouped": lambda q, k: q > k,
+    }
+    dims = {"dim_qk": lambda a, b: a == b, "another": lambda a, b: a != b}
+    relations = {_relation(q, k) for q, k in t["lengths"]}
     return {
         "dtype": list(t["dtype"]),
         "mask": masks,
         "mask_as": list(t["mask_as"]) or ["rule"],
         "bias": ["none"] if needs.no_bias else list(t["bias"]),
-        "softcap": ["none"] + ["softcap"] * any(t["softcap"]),
-        "scale": ["default"] + ["given", "odd"] * (len(t["scale"]) > 1),
-        "heads": ["several", "one"] + ["grouped"] * any(q > k for q, k in t["heads"]),
-        "batch": ["several", "one"],
-        "dim_v": ["dim_qk"] + ["another"] * (len(t["dim_v"]) > 1),
-        "lengths": ["more keys", "more queries", "equal", "one query"],
+        "softcap": _either("none", "softcap", t["softcap"]),
+        "scale": ["default"] * (None in t["scale"]) + ["given", "odd"] * (len(t["scale"]) > 1),
+        "heads": [name for name, of in kinds.items() if any(of(*h) for h in t["heads"])],
+        "batch": ["several"] * (2 in t["batch"]) + ["one"] * (1 in t["batch"]),
+        "dim_v": [name for name, of in dims.items() if any(of(*d) for d in t["dims"])],
+        "lengths": [name for name in RELATIONS if name in relations],
         "layout": ["contiguous", *arranged] + ["several"] * (len(arranged) > 1),
     }
+
+
+RELATIONS = ("more keys", "more queries", "equal", "one query")
+
+
+def _either(without: str, with_it: str, values: tuple[Any, ...]) -> list[str]:
+    return [without] * (not all(values)) + [with_it] * any(values)
 
 
 def rows(kernel: Kernel, device: str, needs: Requirements = NOTHING) -> tuple[Row, ...]:
@@ -98,12 +108,14 @@ def rows(kernel: Kernel, device: str, needs: Requirements = NOTHING) -> tuple[Ro
     Kernels that declare the same and take the same have the same rows, which are found once, here,
     unless another process has.
     """
-    key = _key(kernel, device, needs)
-    if key not in _ROWS:
-        taken = options(kernel, device)
-        parameters = _parameters(taken, needs)
-        _ROWS[key] = _rows(kernel, device, taken, parameters, grads=needs.grads)
-    return _ROWS[key]
+    about = kernel, device, needs
+    if about not in _OF_KERNEL:
+        key = _key(*about)
+        if key not in _ROWS:
+            taken = options(kernel, device)
+            _ROWS[key] = _rows(kernel, device, taken, _parameters(taken, needs), needs)
+        _OF_KERNEL[about] = _ROWS[key]
+    return _OF_KERNEL[about]
 
 
 def learn_rows(kernel: Kernel, device: str, needs: Requirements, found: tuple[Row, ...]) -> None:
@@ -112,11 +124,12 @@ def learn_rows(kernel: Kernel, device: str, needs: Requirements, found: tuple[Ro
 
 
 _ROWS: dict[Any, tuple[Row, ...]] = {}
+_OF_KERNEL: dict[tuple[Kernel, str, Requirements], tuple[Row, ...]] = {}
 
 
 def _key(kernel: Kernel, device: str, needs: Requirements) -> Any:
     parameters = _parameters(options(kernel, device), needs)
-    declared = kernel.takes, kernel.dtypes, kernel.supports, device, needs.grads
+    declared = kernel.takes, kernel.dtypes, kernel.supports, device, needs
     return declared, tuple((name, *values) for name, values in parameters.items())
 
 
@@ -125,20 +138,21 @@ def _rows(
     device: str,
     taken: Options,
     parameters: dict[str, list[str]],
-    *,
-    grads: bool,
+    needs: Requirements,
 ) -> tuple[Row, ...]:
     names = list(parameters)
+    pairs: dict[tuple[tuple[str, str], ...], bool] = {}
+
+    def together(pair: tuple[tuple[str, str], ...]) -> bool:
+        if pair not in pairs:
+            pairs[pair] = _reached(kernel, device, dict(pair), taken, needs)
+        return pairs[pair]
 
     def legal(values: list[str]) -> bool:
-        row = dict(zip(names, values, strict=False))
-        if row.get("mask") == FULL.way and row.get("mask_as", "rule") != "rule":
-            return False
-        if row.get("layout") == "bias" and row.get("bias", "none") in ("none", "alibi"):
-            return False
-        if len(values) < 2:
+        row = list(zip(names, values, strict=False))
+        if len(row) < 2:
             return True
-        return kernel.unsupported(_problem(row, taken, grads=grads), device) is None
+        return all(together((other, row[-1])) for other in row[:-1])
 
     # the first row is what a case shrinks to
     found: list[Row] = [{name: values[0] for name, values in parameters.items()}]
@@ -148,6 +162,19 @@ def _rows(
         ]
         found += [dict(zip(names, row, strict=True)) for row in AllPairs(mixed, filter_func=legal)]
     return (*found, *(row for row in found if _usual(row)))
+
+
+def _reached(kernel: Kernel, device: str, row: Row, taken: Options, needs: Requirements) -> bool:
+    """Whether the kernel takes a problem of these levels, whatever else it is."""
+    if row.get("mask") == FULL.way and row.get("mask_as", "rule") != "rule":
+        return False
+    if row.get("layout") == "bias" and row.get("bias", "none") in ("none", "alibi"):
+        return False
+    wanted = _problem(row, taken, needs)
+    if kernel.unsupported(wanted, device) is None:
+        return True
+    found = levels(Case(fitted(kernel, device, wanted, needs)))
+    return all(found[name] == level for name, level in row.items() if name != "layout")
 
 
 def _usual(row: Row) -> bool:
@@ -161,32 +188,40 @@ def _turned(values: list[str], by: int) -> list[str]:
     return values[by:] + values[:by]
 
 
-def _problem(row: Row, taken: Options, *, grads: bool) -> Problem:
-    """The problem of a row, or of the first values of one, all else plain."""
-    heads = (
-        next((h for h in taken.taken["heads"] if h[0] > h[1]), (2, 2))
-        if row.get("heads") == "grouped"
-        else (2, 2)
-    )
-    mask = example(row.get("mask", FULL.way))
-    return PLAIN.but(
-        dtype=row["dtype"],
-        heads_q=heads[0],
-        heads_kv=heads[1],
-        mask=mask,
-        mask_as=row.get("mask_as", "rule") if mask != FULL else "rule",
-        bias=row.get("bias", "none"),
-        softcap=next((c for c in taken.taken["softcap"] if c), 0.0)
-        if row.get("softcap") == "softcap"
-        else 0.0,
-        scale={"given": 0.5, "odd": 1e-3}.get(row.get("scale", ""), None),
-        dim_v=next((d for d in taken.taken["dim_v"] if d != PLAIN.dim_v), PLAIN.dim_v)
-        if row.get("dim_v") == "another"
-        else PLAIN.dim_v,
-        len_q={"one query": 1, "more queries": 17}.get(row.get("lengths", ""), 16),
-        len_k={"more keys": 17}.get(row.get("lengths", ""), 16),
-        grads=grads,
-    )
+def _problem(row: Row, taken: Options, needs: Requirements) -> Problem:
+    """The problem of a row, or of some of its levels, all else plain."""
+    t, plain = taken.taken, taken.anchors[0]
+    mask = example(row["mask"]) if "mask" in row else plain.mask
+    heads = {"grouped": lambda q, k: q > k, "one": lambda q, k: q == 1}
+    wanted_heads = heads.get(row.get("heads", ""), lambda q, k: q == k > 1)
+    unequal = row.get("dim_v") == "another"
+    chosen: dict[str, Any] = {
+        "dtype": row.get("dtype", plain.dtype),
+        "mask": mask,
+        "mask_as": row.get("mask_as", "rule") if mask != FULL else "rule",
+        "bias": row.get("bias", plain.bias),
+        "softcap": {"softcap": max(t["softcap"]), "none": 0.0}.get(
+            row.get("softcap", ""), plain.softcap
+        ),
+        "scale": {"given": 0.5, "odd": 1e-3, "default": None}.get(
+            row.get("scale", ""), plain.scale
+        ),
+        "batch": {"several": 2, "one": 1}.get(row.get("batch", ""), plain.batch),
+    }
+    if "heads" in row:
+        pair = next(h for h in t["heads"] if wanted_heads(*h))
+        chosen |= {"heads_q": pair[0], "heads_kv": pair[1]}
+    if "dim_v" in row:
+        dims = next(d for d in t["dims"] if (d[0] != d[1]) == unequal)
+        chosen |= {"dim_qk": dims[0], "dim_v": dims[1]}
+    if "lengths" in row:
+        one = next(p for p in t["lengths"] if _relation(*p) == row["lengths"])
+        chosen |= {"len_q": one[0], "len_k": one[1]}
+    return changed(plain, chosen, needs.pinned) or plain
+
+
+def _relation(len_q: int, len_k: int) -> str:
+    return relation(Problem(len_q=len_q, len_k=len_k))
 
 
 def _pairs(row: Row) -> set[tuple[tuple[str, str], tuple[str, str]]]:

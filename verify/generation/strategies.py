@@ -9,16 +9,18 @@ sizes, uneven pairs, GQA, alignment, composed masks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from itertools import product
 from typing import Any
 
 from hypothesis import strategies as st
 
-from verify.generation.pairwise import ODD_SCALES, Row, rows
+from verify.generation.pairwise import ODD_SCALES, Row, example, rows
 from verify.generation.sizes import Size, affordable
 from verify.registry import Kernel
-from verify.sandbox.capabilities import options, plain_problem
+from verify.sandbox.capabilities import fitted, options, plain_problem
+from verify.sandbox.domain import LARGE_DIMS, changed
 from verify.spec.case import Case
 from verify.spec.inputs import Recipe, Stress, drawn_from
 from verify.spec.masks import FULL, KINDS, TWO, Kind, Mask, ways
@@ -76,6 +78,17 @@ does not have all at once.
 """
 
 
+@cache
+def _below(n: int) -> st.SearchStrategy[int]:
+    """0 to n - 1; made once, since making a strategy takes longer than drawing from it."""
+    return st.integers(0, n - 1)
+
+
+def _pick(draw: Callable[..., Any], values: Sequence[Any]) -> Any:
+    """One of the values; shrinks to the first."""
+    return values[draw(_below(len(values)))]
+
+
 @st.composite
 def masks(
     draw: Callable[..., Any],
@@ -91,10 +104,10 @@ def masks(
     """
     wanted = [name for name in ways() if name in names] or [FULL.way]
     if not two:
-        return draw(_part(draw(st.sampled_from(wanted)), batch, len_q, len_k))
+        return draw(_part(_pick(draw, wanted), batch, len_q, len_k))
     pairs = list(product(wanted, wanted))
     usual = [(a, b) for a, b in pairs if _kind(a).anchor == "last" and _kind(b).per_batch]
-    one, other = draw(st.sampled_from(pairs + usual * (len(pairs) // max(1, len(usual)))))
+    one, other = _pick(draw, pairs + usual * (len(pairs) // max(1, len(usual))))
     return draw(_part(one, batch, len_q, len_k)) & draw(_part(other, batch, len_q, len_k))
 
 
@@ -135,17 +148,17 @@ def problems(
     row: Row,
     needs: Requirements = NOTHING,
 ) -> Problem:
-    """A problem that follows a row in part. Every choice is drawn whether it is used or not, the
-    mask last, so that shrinking one of them leaves the others as they are; a combination of three
-    may still be unsupported.
+    """A problem that follows a row in part, as near to it as the kernel goes along. Every choice is
+    drawn whether it is used or not, the mask's arguments last, so that shrinking one of them leaves
+    the others as they are.
     """
     taken, used = (
         options(kernel, device).taken,
-        {name: draw(st.integers(1, 8)) > 8 - often for name, often in USED.items()},
+        {name: draw(_below(8)) >= 8 - often for name, often in USED.items()},
     )
     lengths = _lengths(kernel, device)
-    len_q, len_k, shape = draw(lengths), draw(lengths), draw(st.integers(0, 24))
-    if shape > 21 and 0 in taken["len_k"]:
+    len_q, len_k, shape = draw(lengths), draw(lengths), draw(_below(25))
+    if shape > 21 and (16, 0) in taken["lengths"]:
         len_q, len_k = EMPTY[len_q % len(EMPTY)]
     elif used["lengths"]:
         len_q, len_k = _as_row(row["lengths"], len_q, len_k)
@@ -153,7 +166,7 @@ def problems(
     used["heads"] |= used["bias"] and row["bias"] == "alibi"  # a slope for each head
     alone = row["mask"] if used["mask"] and row["mask"] != TWO else FULL.way
     used["batch"] |= _kind(alone).per_batch  # an argument for each entry
-    several = draw(st.sampled_from(BATCHES))
+    several = _pick(draw, BATCHES)
     batch = several if used["batch"] and row["batch"] == "several" else 1
     kinds = {
         "one": lambda q, k: q == 1,
@@ -161,13 +174,12 @@ def problems(
         "grouped": lambda q, k: q > k,
     }
     wanted = [h for h in taken["heads"] if kinds[row["heads"]](*h)] or list(taken["heads"])
-    heads = draw(st.sampled_from(wanted))
+    heads = _pick(draw, sorted(wanted))
     heads_q, heads_kv = heads if used["heads"] else (1, 1)
     size = Size(batch, heads_q, heads_kv, len_q, len_k)
     interpreted = device == "cpu" and kernel.affordable(device) is not None
     size = affordable(size, device, interpreted=interpreted)
-    len_q, len_k = size.len_q, size.len_k
-    dim, other = draw(st.sampled_from(taken["dim_qk"])), draw(st.sampled_from(taken["dim_v"]))
+    dim_qk, dim_v = draw(_dims(taken["dims"], apart=used["dim_v"] and row["dim_v"] == "another"))
     caps, scales = (
         [c for c in taken["softcap"] if c] or [0.0],
         [c for c in taken["scale"] if c is not None] or [None],
@@ -175,35 +187,55 @@ def problems(
     odd = [c for c in scales if c in ODD_SCALES] or scales
     usual = [c for c in scales if c not in ODD_SCALES] or scales
     cap, given, strange = (
-        draw(st.sampled_from(caps)),
-        draw(st.sampled_from(usual)),
-        draw(st.sampled_from(odd)),
+        _pick(draw, caps),
+        _pick(draw, usual),
+        _pick(draw, odd),
     )
-    allowed = _allowed(row["mask"] if used["mask"] else FULL.way, taken["mask"], needs)
-    two = used["mask"] and row["mask"] == TWO
-    mask = FULL if needs.full_mask else draw(masks(allowed, size.batch, len_q, len_k, two=two))
-    return Problem(
+    mask = example(row["mask"]) if used["mask"] and not needs.full_mask else FULL
+    if needs.hides and mask == FULL:
+        mask = example(_pick(draw, sorted(_allowed(FULL.way, taken["mask"], needs))))
+    whole = Problem(
         batch=size.batch,
         heads_q=size.heads_q,
         heads_kv=size.heads_kv,
-        len_q=len_q,
-        len_k=len_k,
-        dim_qk=dim,
-        dim_v=other if used["dim_v"] and row["dim_v"] == "another" else dim,
+        len_q=size.len_q,
+        len_k=size.len_k,
+        dim_qk=dim_qk,
+        dim_v=dim_v,
         dtype=row["dtype"],
-        mask=mask,
-        mask_as=row["mask_as"]
-        if mask != FULL and (used["mask_as"] or "rule" not in taken["mask_as"])
-        else "rule",
         bias=row["bias"] if used["bias"] else "none",
         scale={"given": given, "odd": strange}.get(row["scale"]) if used["scale"] else None,
         softcap=cap if used["softcap"] and row["softcap"] == "softcap" else 0.0,
         grads=needs.grads,
     )
+    handed = row["mask_as"] if used["mask_as"] or "rule" not in taken["mask_as"] else "rule"
+    near = fitted(kernel, device, changed(whole, {"mask": mask, "mask_as": handed}) or whole, needs)
+    ways = _allowed(near.mask.way, taken["mask"], needs)
+    drawn = draw(masks(ways, near.batch, near.len_q, near.len_k, two=near.mask.way == TWO))
+    return fitted(kernel, device, changed(near, {"mask": drawn}) or near, needs)
+
+
+@st.composite
+def _dims(
+    draw: Callable[..., Any], taken: tuple[tuple[int, int], ...], *, apart: bool
+) -> tuple[int, int]:
+    """(dim_qk, dim_v) of those that are taken; large ones where there are no others, unequal ones
+    where there are no equal ones.
+    """
+    equal, pairs = ([p for p in sorted(taken) if (p[0] == p[1]) == same] for same in (True, False))
+    usual, usual_pairs = (
+        [p for p in of if not {*p} & {*LARGE_DIMS}] or of for of in (equal, pairs)
+    )
+    dims, others = (_pick(draw, usual or usual_pairs) for _ in range(2))
+    pair = _pick(draw, usual_pairs or usual)
+    together = draw(_below(4)) == 3 or len(usual) < 2
+    if not apart:
+        return dims
+    return pair if together else (dims[0], others[0])
 
 
 def _allowed(way: str, taken: Iterable[Mask], needs: Requirements) -> frozenset[str]:
-    """Ways of drawing that a row's mask may be of; one that hides something where it must."""
+    """Ways of drawing that a mask may be of; those that hide something where one must."""
     if way == TWO or (way == FULL.way and needs.hides):
         return frozenset(mask.way for mask in taken) - {FULL.way}
     return frozenset({way})
@@ -228,16 +260,16 @@ def cases(
     draw: Callable[..., Any], kernel: Kernel, device: str, needs: Requirements = NOTHING
 ) -> Case:
     """A whole case for this kernel on this device ("cpu", "cuda")."""
-    row = draw(st.sampled_from(rows(kernel, device, needs)))
+    row = _pick(draw, rows(kernel, device, needs))
     hard_on: list[Stress] = ["delta"] if needs.grads else []
     if kernel.numerics(plain_problem(kernel, device), device).quantised is not None:
         hard_on.append("scales")
-    recipe = Recipe.parse(draw(st.sampled_from(drawn_from(*hard_on))))
-    seed = draw(st.integers(0, 999))
+    recipe = Recipe.parse(_pick(draw, drawn_from(*hard_on)))
+    seed = draw(_below(1000))
     problem = draw(problems(kernel, device, row, needs))
     problem = kernel.bucket(problem) if kernel.bucket else problem
     taken = options(kernel, device).layouts
-    chosen = {name: draw(st.sampled_from(layouts)) for name, layouts in taken.items()}
+    chosen = {name: _pick(draw, layouts) for name, layouts in taken.items()}
     arranged = [
         name
         for name in chosen
@@ -245,6 +277,6 @@ def cases(
         and (name != "do" or needs.grads)
         and row["layout"] in ("several", name)
     ]
-    used = draw(st.integers(1, 8)) > 8 - USED["layout"]
+    used = draw(_below(8)) >= 8 - USED["layout"]
     layouts = tuple((n, chosen[n]) for n in arranged if used and chosen[n] != "bhsd")
     return Case(problem, recipe, seed, layouts)

@@ -23,13 +23,16 @@ class Outcome(StrEnum):
     FAILED = "failed"
     """The property is broken; the case is about to be shrunk."""
     UNSUPPORTED = "unsupported"
+    """The kernel declares that it does not take it, or was found not to before the first case."""
+    REFUSED = "refused"
+    """The kernel raised of its own accord: `raise`, `assert` or NotImplementedError."""
 
 
 WRONG_OUTPUTS = ("zeros", "mean(V)", "scale*1.05")
 """Outputs of wrong kernels that a case against the oracle must reject to say anything: all zeros,
 the mean of the visible V, a softmax scale 5 % off.
 """
-TESTED = frozenset(Outcome) - {Outcome.UNSUPPORTED}
+TESTED = frozenset(Outcome) - {Outcome.UNSUPPORTED, Outcome.REFUSED}
 """The outcomes of cases in which the kernel was called and judged."""
 
 

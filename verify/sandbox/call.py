@@ -54,7 +54,8 @@ def _running() -> Iterator[None]:
             raise
         except (Exception, SystemExit) as error:
             said = str(error).strip().splitlines()[0] if str(error) else ""
-            raise Finding(f"raised {type(error).__name__}: {said}{_last_line(error)}") from error
+            sentence = f"raised {type(error).__name__}: {said}{_last_line(error)}"
+            raise Finding(sentence, refused=_own_accord(error)) from error
 
 
 @dataclass(frozen=True)
@@ -225,6 +226,15 @@ def _dirty(problem: Problem, inputs: Inputs) -> None:
         for name in (("out", "lse", "q", "k", "v") if problem.grads else ("out", "lse"))
     }
     leave({n * size for n in elements for size in (inputs.q.element_size(), 4)}, inputs.q.device)
+
+
+def _own_accord(error: BaseException) -> bool:
+    """Whether Python code said so, by `raise` or `assert`, and did not run into it: that is how
+    kernels refuse what they do not take.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    line = (frames[-1].line or "").strip() if frames else ""
+    return isinstance(error, NotImplementedError) or line.startswith(("raise ", "assert "))
 
 
 def _last_line(error: BaseException) -> str:

@@ -28,7 +28,9 @@ from verify import environment
 from verify.environment import CALL_SECONDS
 from verify.errors import VerifyError
 from verify.registry import Kernel
-from verify.sandbox.capabilities import Options, known, learn, options, probe, tries
+from verify.sandbox.capabilities import known, learn, options, tries
+from verify.sandbox.options import Options
+from verify.sandbox.probe import probe
 from verify.spec.case import Case
 from verify.spec.finding import Finding
 

@@ -23,7 +23,8 @@ import torch
 from verify import environment, registry
 from verify.registry import Kernel
 from verify.sandbox import call
-from verify.sandbox.capabilities import Options, learn
+from verify.sandbox.capabilities import learn
+from verify.sandbox.options import Options
 from verify.spec.finding import Finding
 
 PRINTED = 1 << 20

@@ -10,7 +10,11 @@ class Finding(AssertionError):
     reports it.
     """
 
-    def __init__(self, sentence: str, *, measured: dict[str, float] | None = None) -> None:
+    def __init__(
+        self, sentence: str, *, measured: dict[str, float] | None = None, refused: bool = False
+    ) -> None:
+        """refused: the kernel raised of its own accord (sandbox/call.py)."""
         super().__init__(sentence)
         self.sentence = sentence
         self.measured = measured or {}
+        self.refused = refused

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from verify.spec.masks import FULL
 from verify.spec.problem import Problem
@@ -20,6 +21,23 @@ class Requirements:
     """Neither a bias nor ALiBi."""
     grads: bool = False
     """Gradients are computed."""
+
+    @property
+    def pinned(self) -> dict[str, Any]:
+        """The fields of a problem that must have one value, with it."""
+        fields: dict[str, Any] = {"mask": FULL, "mask_as": "rule"} if self.full_mask else {}
+        fields |= {"bias": "none"} if self.no_bias else {}
+        return fields | ({"grads": True} if self.grads else {})
+
+    def __str__(self) -> str:
+        """As it is said of a problem."""
+        words = {
+            "without a mask": self.full_mask,
+            "with a mask that hides something": self.hides,
+            "without a bias": self.no_bias,
+            "with gradients": self.grads,
+        }
+        return ", ".join(word for word, needed in words.items() if needed) or "anything"
 
     def met_by(self, problem: Problem) -> Problem:
         """The problem, with gradients where they are needed."""

@@ -1,0 +1,68 @@
+"""Options: what a kernel takes, value by value, and why not the rest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from verify.sandbox.domain import Change, relation
+from verify.spec.problem import Problem
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a kernel takes; and why not, for the rest."""
+
+    taken: dict[str, tuple[Any, ...]]
+    """Values of each option; of dims (dim_qk, dim_v), of heads (heads_q, heads_kv), of lengths
+    (len_q, len_k)."""
+    refused: dict[str, dict[str, str]]
+    """For each option: value -> why not."""
+    layouts: dict[str, tuple[str, ...]]
+    """By tensor: those that it takes without an exception."""
+    returns_lse: bool = False
+    anchors: tuple[Problem, ...] = ()
+    """Accepted problems, one for each value taken; the first is the plainest."""
+    raised: dict[str, dict[Any, str]] = field(default_factory=dict)
+    """For each option what the kernel raises on, though it does not declare it."""
+    multiples: tuple[int, int] = (1, 1)
+    """What len_q and len_k must be multiples of, where they are not 1, by the same."""
+
+    def refusal(self, *, lse: bool = False) -> str | None:
+        """Why the kernel takes no problem at all here, or returns no LSE; None where it does."""
+        if not self.anchors:
+            return "; ".join(self.refused["problem"].values())
+        return "returns no LSE" if lse and not self.returns_lse else None
+
+    def raises(self, problem: Problem) -> str | None:
+        """Why the kernel was found not to take a problem, where it declares nothing about it."""
+        for option, reasons in self.raised.items():
+            if reason := reasons.get(value_in(option, problem)):
+                return reason
+        lengths = (problem.len_q, problem.len_k)
+        for name, n, multiple in zip(("len_q", "len_k"), lengths, self.multiples):
+            if n != 1 and n % multiple:
+                return f"{name}={n}: raises unless it is a multiple of {multiple}"
+        return None
+
+
+def value_of(change: Change) -> Any:
+    """The new values of a change: one, or a tuple."""
+    values = tuple(change.values())
+    return values if len(values) > 1 else values[0]
+
+
+def value_in(option: str, problem: Problem) -> Any:
+    """Where a problem stands in an option, as `raised` has it."""
+    pairs = {
+        "dims": lambda p: (p.dim_qk, p.dim_v),
+        "heads": lambda p: (p.heads_q, p.heads_kv),
+        "lengths": relation,
+        "mask": lambda p: p.mask.way,
+    }
+    return pairs[option](problem) if option in pairs else getattr(problem, option)
+
+
+def label(value: Any) -> str:
+    """A value as it is shown."""
+    return f"{value[0]}:{value[1]}" if isinstance(value, tuple) else str(value)

@@ -1,0 +1,206 @@
+"""Find out what a kernel takes, by what it declares and by its own refusals, and which layouts, by
+trying each.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from verify.registry import Kernel
+from verify.sandbox import domain
+from verify.sandbox.domain import PLAIN, Refuses, changed
+from verify.sandbox.options import Options, label, value_in, value_of
+from verify.spec.case import ARRANGED, Case
+from verify.spec.layouts import LAYOUTS
+from verify.spec.problem import Problem
+
+RAISED = "raised"
+"""How the finding of a call begins in which the kernel raises."""
+MOST_CALLS = 100
+"""Calls for each option, to find out what a kernel takes that declares nothing about it."""
+FEW_CALLS = 4
+"""The same where a call is slow: under Triton's interpreter, or where each shape is compiled."""
+NOT_ASKED = "was not asked: the kernel declares nothing, and enough calls were made"
+ALONG = {"mask": ("lengths",), "heads": ("lengths",), "grads": ("mask",)}
+"""Options that may change with another so that it is taken, where nothing is declared: each costs
+calls.
+"""
+OFTEN = 4
+"""A reason counts that is given a fourth as often as the one given most."""
+Tries = Callable[[Case], tuple[str, bool]]
+
+
+class _Asked:
+    """Asks what a kernel declares, and where that says nothing, calls it."""
+
+    def __init__(self, kernel: Kernel, device: str, tries: Tries) -> None:
+        self._kernel = kernel
+        self._device = device
+        self._tries = tries
+        self._left: int | None = None
+        self._known: dict[Problem, str | None] = {}
+
+    def declared(self, problem: Problem) -> str | None:
+        """What the kernel declares."""
+        return self._kernel.unsupported(problem, self._device)
+
+    def allow(self, calls: int) -> None:
+        """From now on the kernel is called, at most so many times."""
+        self._left = calls
+
+    def stop(self) -> None:
+        """From now on it is not."""
+        self._left = None
+
+    def __call__(self, problem: Problem) -> str | None:
+        """Why it does not take the problem: declared, or raised; not what it does worse."""
+        if problem in self._known:
+            return self._known[problem]
+        reason = self.declared(problem)
+        if reason or self._left is None:
+            return reason
+        if not self._left:
+            return NOT_ASKED
+        self._left -= 1
+        sentence, _ = self._tries(Case(problem))
+        raised = sentence.startswith(RAISED)
+        if sentence and not raised:
+            self.stop()  # it ends or spoils its process: no need to do that again
+        self._known[problem] = sentence if raised else None
+        return self._known[problem]
+
+
+def probe(kernel: Kernel, device: str, tries: Tries) -> Options:
+    """Find a problem that the kernel takes, then each option's values, then layouts.
+
+    Where a kernel declares no `supports`, it is called: what it refuses with an exception is not
+    taken; on which it does something worse, it is.
+    """
+    asks = _Asked(kernel, device, tries)
+    base = domain.first_accepted(asks.declared, {})
+    if base is None:
+        return Options({}, {"problem": _reasons(asks.declared)}, dict.fromkeys(ARRANGED, ()))
+    sentence, returns_lse = tries(Case(base))
+    deadly = bool(sentence) and not sentence.startswith(RAISED)
+    calls = None
+    if kernel.supports is None and not deadly:
+        calls = MOST_CALLS if kernel.affordable(device) is None else FEW_CALLS
+        asks.allow(2 * calls)
+        base = domain.first_accepted(asks, {}, most=0) or base
+        asks.stop()
+        sentence, returns_lse = tries(Case(base))
+        if sentence:  # it fails on every problem: what it declares counts, and any case will show it
+            asks, calls = _Asked(kernel, device, tries), None
+    taken, refused, anchors = _values(base, asks, calls)
+    raised = {} if calls is None else _raised(taken, refused)
+    multiples = (1, 1) if calls is None else _multiples(taken, refused)
+    layouts, why = _layouts(kernel, device, anchors, None if deadly else tries)
+    return Options(taken, refused | why, layouts, returns_lse, tuple(anchors), raised, multiples)
+
+
+def _values(
+    base: Problem, asks: _Asked, calls: int | None
+) -> tuple[dict[str, tuple[Any, ...]], dict[str, dict[str, str]], list[Problem]]:
+    """(values taken, values refused and why, an accepted problem for each that is taken); calls: so
+    many may be made for each option, None: what is declared counts.
+    """
+    taken: dict[str, tuple[Any, ...]] = {}
+    refused: dict[str, dict[str, str]] = {}
+    found = [base]
+    every = tuple(domain.choices())
+    for option, changes in domain.choices().items():
+        kept, reasons = [], {}
+        along = every if calls is None else ALONG.get(option, ())
+        if calls is not None:
+            asks.allow(calls)
+        for change in changes:
+            value = value_of(change)
+            anchor = domain.anchor_with(base, change, asks, {}, along)
+            if anchor is None:
+                one = changed(base, change)
+                reasons[label(value)] = (asks(one) if one else None) or "no such problem"
+            else:
+                kept.append(value)
+                found.append(anchor)
+        taken[option], refused[option] = tuple(dict.fromkeys(kept)), reasons
+    asks.stop()
+    return taken, refused, list(dict.fromkeys(found))
+
+
+def _multiples(
+    taken: dict[str, tuple[Any, ...]], refused: dict[str, dict[str, str]]
+) -> tuple[int, int]:
+    """What lengths must be multiples of: the largest number that divides those that are taken, if
+    it divides not all that are refused.
+    """
+    found = []
+    for axis in (0, 1):
+        good = {pair[axis] for pair in taken["lengths"]} - {0, 1}
+        bad = {pair[axis] for pair in domain.LENGTHS if label(pair) in refused["lengths"]} - good
+        fits = [m for m in domain.MULTIPLES if good and not any(n % m for n in good)]
+        found.append(max((m for m in fits if any(n > 1 and n % m for n in bad)), default=1))
+    return found[0], found[1]
+
+
+def _raised(
+    taken: dict[str, tuple[Any, ...]], refused: dict[str, dict[str, str]]
+) -> dict[str, dict[Any, str]]:
+    """What a kernel that declares nothing was found to raise on, by the values of problems."""
+    found: dict[str, dict[Any, str]] = {}
+    for option, changes in domain.choices().items():
+        asked = [(value_in(option, p), value_of(c)) for c in changes if (p := changed(PLAIN, c))]
+        accepted = {stands for stands, value in asked if value in taken[option]}
+        reasons = {stands: refused[option].get(label(value), "") for stands, value in asked}
+        kept = {v: r for v, r in reasons.items() if v not in accepted and _learned(r)}
+        if kept:
+            found[option] = kept
+    return found
+
+
+def _learned(reason: str) -> bool:
+    return reason.startswith(RAISED) or reason == NOT_ASKED
+
+
+def _reasons(declared: Refuses) -> dict[str, str]:
+    """Why no problem is taken: the reason that is given most, and what else is given often."""
+    asked = [changed(PLAIN, c) for values in domain.choices().values() for c in values]
+    given = Counter(declared(p) for p in asked if p is not None).most_common()
+    often = [str(reason) for reason, times in given if times >= given[0][1] / OFTEN]
+    return {str(n): reason for n, reason in enumerate(often)}
+
+
+def _layouts(
+    kernel: Kernel, device: str, anchors: list[Problem], tries: Tries | None
+) -> tuple[dict[str, tuple[str, ...]], dict[str, dict[str, str]]]:
+    """(by tensor the layouts that are taken, why not the others)"""
+    taken, refused = {}, dict[str, dict[str, str]]()
+    for tensor in ARRANGED:
+        reasons = {way: _refuses(kernel, device, anchors, tensor, way, tries) for way in LAYOUTS}
+        refused |= {f"{tensor} {way}": {"layout": why} for way, why in reasons.items() if why}
+        taken[tensor] = tuple(way for way, why in reasons.items() if not why)
+    return taken, refused
+
+
+def _refuses(
+    kernel: Kernel,
+    device: str,
+    anchors: list[Problem],
+    tensor: str,
+    layout: str,
+    tries: Tries | None,
+) -> str:
+    """Why a kernel does not take a tensor in a layout: what it raises."""
+    if kernel.layouts and layout not in kernel.layouts(device):
+        return "is left out by its declaration"
+    problem = next((p for p in anchors if _has(p, tensor)), None)
+    if layout == "bhsd" or tries is None or problem is None:
+        return ""
+    sentence, _ = tries(Case(problem, layouts=((tensor, layout),)))
+    return sentence if sentence.startswith(RAISED) else ""
+
+
+def _has(problem: Problem, tensor: str) -> bool:
+    """Whether the problem has a tensor [B,H,L,D] that its layout changes."""
+    return (tensor != "do" or problem.grads) and (tensor in problem.shapes)
