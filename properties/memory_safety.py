@@ -19,7 +19,7 @@ from verify.spec.layouts import laid_out
 from verify.spec.problem import Problem
 
 
-@holds(backward=True)
+@holds(arranged=True, backward=True)
 def layout(kernel: Kernel, case: Case, device: str) -> Verdict:
     """The same values in other strides, NaN in the gaps: the same output and gradients."""
     known, chosen = truth(case, device), dict(case.layouts)
@@ -127,7 +127,7 @@ def _as_wanted(after: Tensor, wanted: Tensor, what: str, sure: Tensor) -> None:
         raise Finding(f"{what}: out{at} {how}; {int(wrong.sum())} elements so")
 
 
-@holds(calls=1)
+@holds(calls=1, style=True)
 def reject(kernel: Kernel, case: Case, device: str) -> Verdict:
     """Arguments that contradict each other raise; none is dropped or broadcast in silence."""
     p, x = case.problem.but(grads=False), truth(case, device).inputs

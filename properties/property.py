@@ -18,7 +18,7 @@ from verify.reference.compare import compare
 from verify.reference.reference import Truth
 from verify.registry import Kernel
 from verify.sandbox.call import Output, call
-from verify.sandbox.capabilities import anchors, options, plain_problem
+from verify.sandbox.capabilities import anchors, options
 from verify.spec.case import Case
 from verify.spec.finding import Finding
 from verify.spec.requirements import NOTHING, Requirements
@@ -53,6 +53,8 @@ class Property:
     """So many times, or so, it calls the kernel on a case."""
     core: bool = False
     """It compares every element with the exact answer; such properties get a large share."""
+    style: bool = False
+    """What it finds is no wrong result: shown last, and a failure only where that is asked for."""
 
     def refusal(self, kernel: Kernel, device: str) -> str | None:
         """Return why it cannot be judged on this kernel at all, or None where it can."""
@@ -62,8 +64,7 @@ class Property:
             return refusal
         if anchors(kernel, device, self.needs):
             return None
-        wanted = plain_problem(kernel, device).but(**self.needs.pinned)
-        return kernel.unsupported(wanted, device) or f"takes no problem {self.needs}"
+        return f"takes no problem {self.needs}"
 
 
 PROPERTIES: dict[str, Property] = {}
@@ -77,10 +78,14 @@ def holds(
     hides: bool = False,
     no_bias: bool = False,
     grads: bool = False,
+    grouped: bool = False,
+    several: bool = False,
+    arranged: bool = False,
     lse: bool = False,
     takes: str = "",
     calls: int = 2,
     core: bool = False,
+    style: bool = False,
     backward: bool = False,
 ) -> Callable[[Callable[..., Verdict]], Callable[..., Verdict]]:
     """Register a function (kernel, case, device) -> Verdict as a property, by its name.
@@ -88,11 +93,20 @@ def holds(
     The arguments are the fields of Requirements and of Property. With `backward` it is registered
     as NAME-gradients, too, whose cases have gradients.
     """
-    needs = Requirements(full_mask=full_mask, hides=hides, no_bias=no_bias, grads=grads)
+    needs = Requirements(
+        full_mask=full_mask,
+        hides=hides,
+        no_bias=no_bias,
+        grads=grads,
+        grouped=grouped,
+        several=several,
+        arranged=arranged,
+    )
 
     def register(check: Callable[..., Verdict]) -> Callable[..., Verdict]:
         name = check.__name__.replace("_", "-")
-        law = Property(name, (check.__doc__ or "").strip(), check, needs, lse, takes, calls, core)
+        text = (check.__doc__ or "").strip()
+        law = Property(name, text, check, needs, lse, takes, calls, core, style)
         PROPERTIES[name] = law
         if backward:
             other = f"{name}-gradients"

@@ -57,7 +57,7 @@ def query_permutation(kernel: Kernel, case: Case, device: str) -> Verdict:
     )
 
 
-@holds()
+@holds(several=True)
 def batch_permutation(kernel: Kernel, case: Case, device: str) -> Verdict:
     """Permuting the batch entries of every input (padding lengths too) permutes the output."""
     pi = _permutation(case, case.problem.batch, device)
@@ -100,7 +100,7 @@ def head_permutation(kernel: Kernel, case: Case, device: str) -> Verdict:
     )
 
 
-@holds()
+@holds(several=True)
 def replicate(kernel: Kernel, case: Case, device: str) -> Verdict:
     """Identical requests: entry 0 of the batch in every entry gives every entry the same output."""
     problem, x = case.problem, truth(case, device).inputs
@@ -128,7 +128,7 @@ def replicate(kernel: Kernel, case: Case, device: str) -> Verdict:
     return Verdict(bitwise=bool((out == out[:1]).all()))
 
 
-@holds()
+@holds(several=True)
 def alone(kernel: Kernel, case: Case, device: str) -> Verdict:
     """out(q[b, h]) alone = out[b, h]: a batch entry and a key head with its query heads depend on
     no other.
@@ -151,7 +151,7 @@ def alone(kernel: Kernel, case: Case, device: str) -> Verdict:
     return Verdict(bitwise=torch.equal(out, whole))
 
 
-@holds(calls=3)
+@holds(calls=3, grouped=True)
 def grouped_heads(kernel: Kernel, case: Case, device: str) -> Verdict:
     """GQA: out(Q, K, V) = out(Q, repeat_interleave(K, group), repeat_interleave(V, group))."""
     p, known = case.problem, truth(case, device)

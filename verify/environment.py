@@ -17,7 +17,7 @@ CALL_SECONDS = 60.0
 """A call of a kernel that takes longer hangs; it includes compilation."""
 OUTSIDE = "VERIFY_PROCESSES"
 """The environment variable that says how many processes share the machine with this whole run."""
-WORKERS_PER_GPU = 20
+WORKERS_PER_GPU = 16
 """Cases are small and the CPU does most of the work: so many processes share a GPU well."""
 WAITING = 4
 """One worker in so many waits for processes that it started."""
@@ -46,17 +46,21 @@ def prepare(device: str | None = None) -> str:
     return device
 
 
+def cores() -> int:
+    """How many CPU cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def workers(device: str | None) -> int:
     """How many xdist workers suit this machine: somewhat more than cores, since tests wait for
     processes that they start; at most a few for each GPU.
     """
     import torch
 
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
     gpus = 0 if device == "cpu" else torch.cuda.device_count()
-    suited = cores + max(1, cores // WAITING)
+    suited = cores() + max(1, cores() // WAITING)
     return gpus * max(1, min(WORKERS_PER_GPU, suited // gpus)) if gpus else suited
 
 

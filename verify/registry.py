@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 from verify.errors import VerifyError
 from verify.spec.arithmetic import FLASH, Arithmetic
 from verify.spec.problem import DTYPES, Problem
+from verify.styles import Lacks, adapted
 
 if TYPE_CHECKING:
     from verify.spec.case import Case  # a decorated file must load without torch
@@ -136,6 +137,8 @@ class Kernel:
     its cases are small, too."""
     origin: str = ""
     """Where it is defined: file:line."""
+    lacks: Lacks | None = None
+    """Why a call in its style (styles.py) cannot express a problem; None where it can."""
 
     def __post_init__(self) -> None:
         if wrong := [d for d in self.dtypes if d not in DTYPES]:
@@ -179,6 +182,8 @@ class Kernel:
         for keyword, needed in needs:
             if needed and keyword not in self.takes:
                 return f"takes no `{keyword}`"
+        if self.lacks and (reason := self.lacks(problem)):
+            return reason
         if self.supports is None:
             found_out = FOUND_OUT.get((self, device))
             return found_out(problem) if found_out else None
@@ -200,23 +205,28 @@ def kernel(
     /,
     *,
     name: str | None = None,
+    style: str = "",
     **declared: Unpack[Declared],
 ) -> Any:
     """Register a kernel; usable bare or with arguments. Returns the function unchanged.
 
-    name: default: the function's, with - for _. What else may be declared are fields of Kernel:
-    arithmetic, supports, dtypes, empty_row, known_issues, vendor, stages, tiles, layouts, bucket,
-    affordable. Raises VerifyError for anything else, for an unknown keyword in the function's
-    signature, or for a name already taken.
+    name: default: the function's, with - for _. style: how it is called if not as a kernel is:
+    "sdpa", "flash_attn" or "bshd" (styles.py); `supports` speaks of the problems that remain. What
+    else may be declared are fields of Kernel: arithmetic, supports, dtypes, empty_row,
+    known_issues, vendor, stages, tiles, layouts, bucket, affordable. Raises VerifyError for
+    anything else, for an unknown style, for an unknown keyword in the function's signature or one
+    that does not fit the style, or for a name already taken.
     """
     if unknown := declared.keys() - Declared.__annotations__.keys():
-        takes = ", ".join(("name", *Declared.__annotations__))
+        takes = ", ".join(("name", "style", *Declared.__annotations__))
         raise VerifyError(f"@kernel({min(unknown)}=...): unknown; it takes {takes}")
     if fn is None:
-        return functools.partial(kernel, name=name, **declared)
+        return functools.partial(kernel, name=name, style=style, **declared)
     label = name or getattr(fn, "__name__", "kernel").replace("_", "-")
     origin = _origin(fn)
-    registered = Kernel(label, fn, _keywords(fn, label), origin=origin, **declared)
+    called, lacks = adapted(fn, style, label) if style else (fn, None)
+    keywords = _keywords(called, label)
+    registered = Kernel(label, called, keywords, origin=origin, lacks=lacks, **declared)
     other = REGISTRY.get(label)
     if other and other.origin != origin:
         places = f"{other.origin} and {origin}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +14,8 @@ from rich.console import Console
 
 from verify.reports.pages import WIDTH
 
+STARTED = time.monotonic()
+"""When this process began, but for what Python itself takes."""
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,

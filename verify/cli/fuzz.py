@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from verify import environment
+from verify.cli import app
 from verify.cli.app import Device, Target, command, console, plain, with_run_options
 from verify.records.events import (
     TESTED,
@@ -45,7 +46,7 @@ def fuzz(target: Target, given: dict[str, Any]) -> None:
         given.setdefault("seconds", SECONDS)
     environment.prepare(given.get("device"))
     config = RunConfig.of(lambda option: given.get(option.field))
-    raise typer.Exit(_run(config.but(targets=(target,))))
+    raise typer.Exit(_run(config.but(targets=(target,)), app.STARTED))
 
 
 @command
@@ -62,7 +63,7 @@ def resume(
         config = RunConfig.from_json(asked).but(records=folder)
         environment.prepare(config.device)
         plain(f"resumed: {', '.join(config.targets)}, seed {config.seed}, {config.device}")
-        codes.append(_run(config, resumed=True))
+        codes.append(_run(config, time.monotonic(), resumed=True))
     raise typer.Exit(max(codes))
 
 
@@ -70,7 +71,9 @@ def resume(
 def replay(
     *,
     target: Target,
-    case: Annotated[str, typer.Argument(help="a case id, as printed by a finding")],
+    case: Annotated[
+        str, typer.Argument(help="a case id, or CASE~PROPERTY:NUMBER, as printed by a finding")
+    ],
     property: Annotated[str, typer.Option(help="the property to judge")] = "oracle",
     in_process: Annotated[
         bool, typer.Option("--in-process", help="call the kernel here, for a debugger")
@@ -85,28 +88,36 @@ def replay(
     """
     device = environment.prepare(device)
     from verify import registry
+    from verify.diagnosis.derived import Derived
     from verify.engine import replay as replaying
     from verify.properties.catalogue import named
     from verify.spec.case import Case
 
+    kernels = registry.named(target, registry.find(target))
+    if derived := Derived.parse(case):
+        holds = replaying.replay_call(
+            target, kernels, device, derived, plain, in_process=in_process
+        )
+        raise typer.Exit(int(not holds))
     parsed = Case.parse(case)
     if sanitizer:
         raise typer.Exit(replaying.run_sanitized(sanitizer, target, parsed, property))
-    kernels = registry.named(target, registry.find(target))
     holds = replaying.replay(
         target, kernels, device, named(property), parsed, plain, in_process=in_process
     )
     raise typer.Exit(int(not holds))
 
 
-def _run(config: Any, *, resumed: bool = False) -> int:
-    """Run, show what happens, print the summary whatever ended it. Return the exit code."""
+def _run(config: Any, started: float, *, resumed: bool = False) -> int:
+    """Run, show what happens, print the summary whatever ended it. Return the exit code. started:
+    when the user's time began, of time.monotonic().
+    """
     from verify.engine.session import Session
 
     events: list[Event] = []
     with Session(config, resumed=resumed) as session:
         with _progress(config.seconds) as show, _ctrl_c(session.stop):
-            for event in session.run():
+            for event in session.run(started):
                 events.append(event)
                 show(event)
                 _announce(event, config.seed, resumed=resumed)
@@ -141,19 +152,25 @@ def _announce(event: Event, seed: int, *, resumed: bool) -> None:
 def _show_finding(number: int, found: Found) -> None:
     from verify.properties.catalogue import named
 
-    cut = "" if found.shrunk else " (not shrunk: interrupted)"
-    console.print(f"\n[bold]finding {number}[/bold]: {found.kernel} breaks {found.property}{cut}")
+    cut = "" if found.shrunk else " (not shrunk: cut short)"
+    what = "style (fails a strict run only)" if found.style else f"finding {number}"
+    console.print(f"\n[bold]{what}[/bold]: {found.kernel} breaks {found.property}{cut}")
     plain(f"  law     {' '.join(named(found.property).law.split())}")
     plain(f"  case    {found.case}")
     plain(f"  what    {found.reason}")
+    if found.also:
+        plain(f"  also    the same cause breaks {', '.join(found.also)}")
     if found.worst and found.worst_reason != found.reason:
         plain(f"  worst   {found.worst}: {found.worst_reason}")
     if found.explained is None:
         return
     for line_number, line in enumerate(found.explained.why):
         plain(f"  {'' if line_number else 'why':7} {line}")
-    plain(f"  script  {found.explained.script}")
+    if found.explained.script:
+        plain(f"  script  {found.explained.script}")
     plain(f"  replay  {found.explained.replay}")
+    if found.explained.call:
+        plain(f"  call    {found.explained.call}")
 
 
 def _close(events: list[Event], names: str, folder: Path) -> None:
@@ -165,7 +182,8 @@ def _close(events: list[Event], names: str, folder: Path) -> None:
     seconds = sum(e.seconds for e in events if isinstance(e, RunFinished))
     verdict = "NOTHING JUDGED"
     if judged:
-        verdict = counted(len(found), "finding") if found else "no finding"
+        wrong = [one for one in found if not one.style]
+        verdict = counted(len(wrong), "finding") if wrong else "no finding"
         verdict += f" in {counted(len(judged), 'judged case')}"
     plain(f"\n{names}: {verdict}, {seconds:.0f} s; records in {folder}")
     searching = sum(e.seconds for e in events if isinstance(e, PropertyFinished))

@@ -5,16 +5,18 @@ at which stage.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from verify.bounds.expected import DIRECTIONS
+from verify.diagnosis.derived import Derived, call_of, wrong_call
 from verify.diagnosis.hypotheses import stages
 from verify.diagnosis.reproducer import script
 from verify.diagnosis.trial import CALLS, Trial, ample, memory, strides, tried, unsteady
-from verify.reference.reference import truth
+from verify.reference.reference import about, truth
 from verify.registry import Kernel
 from verify.sandbox.call import call
 from verify.spec.case import Case, Inputs, visibility
@@ -22,6 +24,8 @@ from verify.spec.finding import Finding
 from verify.spec.problem import Problem
 
 __all__ = ["explain", "script", "show"]
+ANOTHER = "this very case is right, another call is not: "
+"""What stands before the name of the call that is wrong."""
 SMALL = 8
 """Tensors of at most this many rows and columns are shown."""
 
@@ -42,7 +46,22 @@ def explain(kernel: Kernel, device: str, case: Case, law: str) -> list[str]:
     lines += _where(trial, trial.wrong[0]) if trial.wrong else ()
     if wavering := list(unsteady(trial, calls)):
         return lines + _likely(wavering)
-    return lines + (_told(trial) if trial.wrong else _elsewhere(law))
+    return lines + (_told(trial) if trial.wrong else _elsewhere(kernel, device, case, law))
+
+
+def explain_call(kernel: Kernel, device: str, derived: Derived) -> list[str]:
+    """What is wrong with one call that a property makes, a fact a line; nothing where it is right.
+
+    Raises Finding where the call itself fails; VerifyError where the property makes no such call.
+    """
+    made = call_of(kernel, device, derived)
+    known = about(made.problem, made.inputs)
+    output = made.output or call(kernel, made.problem, made.inputs, dropout=made.dropout)
+    trial = Trial(kernel, replace(derived.case, problem=made.problem), known, output)
+    if not trial.wrong:
+        return []
+    wrong = f"{made.problem}: wrong: {', '.join(trial.wrong)}"
+    return [wrong, *_where(trial, trial.wrong[0]), *_told(trial)]
 
 
 def show(kernel: Kernel, device: str, case: Case) -> list[str]:
@@ -79,13 +98,18 @@ def _told(trial: Trial) -> list[str]:
     return [*found, f"told on {larger.case}"] if larger else found
 
 
-def _elsewhere(law: str) -> list[str]:
-    """What follows from nothing being wrong now."""
+def _elsewhere(kernel: Kernel, device: str, case: Case, law: str) -> list[str]:
+    """What follows from nothing being wrong on this case: another call that the law makes is."""
     if law in ("oracle", "gradients", "repeat"):
         return _likely(
             [f"state kept between calls, or a race (the same case is right in {CALLS} calls now)"]
         )
-    return [f"this very case is right: what breaks {law} is another call that it makes"]
+    found = wrong_call(kernel, device, case, law)
+    if found is None:
+        return [f"each call that {law} makes is right by itself: what breaks it is between them"]
+    derived, trial = found
+    wrong = f"{ANOTHER}{derived}: {trial.known.problem}: wrong: {', '.join(trial.wrong)}"
+    return [wrong, *_where(trial, trial.wrong[0]), *_told(trial)]
 
 
 def _failing(kernel: Kernel, case: Case, device: str) -> list[str]:

@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from verify.bounds.metrics import distance
+from verify.diagnosis.derived import Derived, call_of
 from verify.kernels import torch_sdpa
 from verify.properties.property import TENSORS
-from verify.reference.reference import Truth, truth
+from verify.reference.reference import Truth, about, truth
 from verify.registry import Kernel
 from verify.sandbox.call import call, keywords
 from verify.spec.case import ARRANGED, Case, Inputs, visibility
@@ -30,19 +31,24 @@ LITERAL = 64
 """Tensors of at most so many elements are written as numbers, larger ones as compressed bytes."""
 
 
-def script(kernel: Kernel, device: str, case: Case, deadly: bool = False) -> str:  # noqa: FBT001, FBT002 (a task's arguments)
-    """A Python script that shows this case with torch and the kernel alone; it exits 1 where an
-    element is farther off than the kernel's declared arithmetic may be, else 0. `deadly`: the
-    kernel does not survive the case, and is not called.
+def script(kernel: Kernel, device: str, case: Case | Derived, deadly: bool = False) -> str:  # noqa: FBT001, FBT002 (a task's arguments)
+    """A Python script that shows this case, or this call of a property, with torch and the kernel
+    alone; it exits 1 where an element is farther off than the kernel's declared arithmetic may be,
+    else 0. `deadly`: the kernel does not survive the case, and is not called.
     """
-    p, known = case.problem, truth(case, device)
-    x = known.inputs
+    if isinstance(case, Derived):
+        made = call_of(kernel, device, case)
+        known = about(made.problem, made.inputs)
+    else:
+        known = truth(case, device)
+    p, x = known.problem, known.inputs
     there = [
         name for name in ARRANGED if getattr(x, name) is not None and (p.grads or name != "do")
     ]
     tensors = [f"{name} = {_laid_out(getattr(x, name))}" for name in there]
     tensors += [f"slopes = {_values(x.slopes)}.to(device)"] if x.slopes is not None else []
-    imports, called = (_sdpa if kernel.name.startswith("sdpa-") else _registered)(kernel, p, x)
+    bundled_sdpa = getattr(kernel.fn, "func", None) is torch_sdpa.sdpa
+    imports, called = (_sdpa if bundled_sdpa else _registered)(kernel, p, x)
     return Template(SCRIPT).substitute(
         title=f"{kernel.name} on {case}",
         imports=imports,

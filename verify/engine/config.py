@@ -67,7 +67,11 @@ class RunConfig:
         cli="--device",
         pytest="--device",
     )
-    workers: int = _option(1, "processes that call the kernel at once", cli="--workers")
+    workers: int | None = _option(
+        None,
+        "processes that call the kernel at once; default: one for each core, on a GPU one",
+        cli="--workers",
+    )
     call_seconds: float = _option(
         CALL_SECONDS,
         "a call that takes longer hangs",

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from verify.diagnosis.explain import explain
+from verify.diagnosis.derived import Derived
+from verify.diagnosis.explain import ANOTHER, explain
 from verify.diagnosis.reproducer import script
 from verify.properties.catalogue import Property
 from verify.spec.case import Case
@@ -26,7 +27,15 @@ def why(run: Run, case: Case, prop: Property) -> list[str]:
         return [f"not explained: {type(error).__name__}: {error}"]
 
 
-def write_script(run: Run, case: Case, path: Path) -> str:
+def wrong_call(lines: list[str]) -> Derived | None:
+    """The call of a property that these facts name as the wrong one."""
+    for line in lines:
+        if line.startswith(ANOTHER):
+            return Derived.parse(line.removeprefix(ANOTHER).partition(": ")[0])
+    return None
+
+
+def write_script(run: Run, case: Case | Derived, path: Path) -> str:
     """Write the script that shows a finding. Return its path, or why there is none."""
     try:
         try:

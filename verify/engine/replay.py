@@ -8,14 +8,15 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, files
 from typing import Any
 
-from verify.diagnosis.explain import show
+from verify.diagnosis.derived import Derived
+from verify.diagnosis.explain import explain_call, show
 from verify.engine.evaluate import check
 from verify.engine.explanation import Run, why
 from verify.errors import VerifyError
@@ -47,19 +48,55 @@ def replay(
 
     Raises VerifyError for several kernels, or a case that the kernel or the property does not take.
     """
-    if len(kernels) > 1:
-        names = ", ".join(kernels)
-        raise VerifyError(f"{target}: registers {len(kernels)} kernels; name one: {names}")
-    ((alone, kernel),) = kernels.items()
+    alone, kernel = _only(target, kernels)
     case = replace(case, problem=prop.needs.met_by(case.problem))
     if refusal := prop.needs.refusal(case.problem):
         raise VerifyError(f"property {prop.name!r} {refusal}")
     if reason := kernel.unsupported(case.problem, device):
         raise VerifyError(f"{kernel.name} does not support {case.problem}: {reason}")
+    with _running(alone, kernel, device, in_process=in_process) as run:
+        return _replayed(run, kernel, prop, case, write)
+
+
+def replay_call(
+    target: str,
+    kernels: dict[str, Kernel],
+    device: str,
+    derived: Derived,
+    write: Write,
+    *,
+    in_process: bool = False,
+) -> bool:
+    """Judge one call that a property makes against the exact answer. Return whether it is right.
+
+    Raises VerifyError for several kernels, or where the property makes no such call.
+    """
+    alone, kernel = _only(target, kernels)
+    with _running(alone, kernel, device, in_process=in_process) as run:
+        try:
+            lines = run(explain_call, derived)
+        except Finding as finding:
+            lines = [f"the call itself fails: {finding.sentence}"]
+    for line in lines or [f"{kernel.name}: call {derived.number} of {derived.prop} is right"]:
+        write(line)
+    return not lines
+
+
+def _only(target: str, kernels: dict[str, Kernel]) -> tuple[str, Kernel]:
+    if len(kernels) > 1:
+        names = ", ".join(kernels)
+        raise VerifyError(f"{target}: registers {len(kernels)} kernels; name one: {names}")
+    return next(iter(kernels.items()))
+
+
+@contextmanager
+def _running(target: str, kernel: Kernel, device: str, *, in_process: bool) -> Iterator[Run]:
     if in_process:
-        return _replayed(partial(_here, kernel, device), kernel, prop, case, write)
-    with isolated(alone, kernel, device) as worker:
-        return _replayed(worker.run, kernel, prop, case, write)
+        yield partial(_here, kernel, device)
+        return
+    with isolated(target, kernel, device) as worker:
+        worker.options()
+        yield worker.run
 
 
 def _here(kernel: Kernel, device: str, function: Callable[..., Any], *arguments: Any) -> Any:

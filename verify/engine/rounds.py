@@ -15,6 +15,8 @@ from verify.spec.case import Case
 
 CORE_SHARE = 0.4
 """Of a run's cases: those of properties that compare with the oracle (Property.core)."""
+NOT_JUDGED = 0.25
+"""Of a judged case: what one counts that was drawn and could not be judged."""
 WAIT = 0.1
 """Seconds between looks at whether the run was stopped."""
 
@@ -44,7 +46,7 @@ class Rounds:
         self._stop = stop
         self._pool = ThreadPoolExecutor(workers) if workers else None
         self._most = workers + 1 if workers else 1
-        self._busy = 0
+        self._busy: set[Search] = set()
 
     def run(self) -> Iterator[Event | Search]:
         """The events, and each search when it has come to its end, until all have, or `stop` is
@@ -57,8 +59,11 @@ class Rounds:
                     one, case, answer = self._inbox.get(timeout=WAIT)
                 except queue.Empty:
                     continue
-                if case is None:
-                    self._busy -= 1
+                if one.ended or case is None or answer is not None:
+                    self._busy.discard(one)
+                if one.ended:
+                    self._raise(answer)
+                elif case is None:
                     yield one
                 elif answer is None:
                     yield one.started(case)
@@ -72,17 +77,20 @@ class Rounds:
                 self._pool.shutdown(cancel_futures=True)
 
     def _resume(self) -> None:
-        while self._idle and self._busy < self._most:
+        self._idle = [one for one in self._idle if not one.ended]
+        while self._idle and len(self._busy) < self._most:
             one = min(self._idle, key=self._turn)
             self._idle.remove(one)
             one.resume()
-            self._busy += 1
+            self._busy.add(one)
 
     def _turn(self, one: Search) -> tuple[bool, float]:
         """What is shrunk goes on; else by the divisors of Webster and Sainte-Lague, so that shares
-        are as near to the weights as whole cases allow, from the first round on.
+        are as near to the weights as whole cases allow, from the first round on. A case that was
+        not judged counts in part: a property of which few cases can be is drawn more often.
         """
-        return not one.shrinking, (one.asked + 0.5) / self._weight[one]
+        asked = one.tested + (one.asked - one.tested) * NOT_JUDGED
+        return not one.shrinking, (asked + 0.5) / self._weight[one]
 
     def _submit(self, one: Search, case: Case) -> None:
         """Have a case judged; what comes of it, an exception too, goes into the inbox."""
@@ -100,14 +108,19 @@ class Rounds:
             judge()
 
     def _take(self, one: Search, case: Case, answer: Any) -> Event | None:
-        self._busy -= 1
         self._idle.append(one)
+        if self._raise(answer):
+            return None
+        return one.judged(case, *answer)
+
+    def _raise(self, answer: Any) -> bool:
+        """Whether the run is to stop. Raises what judging a case raised."""
         if isinstance(answer, Interrupted | KeyboardInterrupt):
             self._stop.set()
-            return None
+            return True
         if isinstance(answer, BaseException):
             raise answer
-        return one.judged(case, *answer)
+        return False
 
 
 def weights(searches: list[Search]) -> dict[Search, float]:

@@ -1,12 +1,13 @@
 """The search for a case that breaks one property of one kernel, as a coroutine.
 
-Hypothesis draws cases and shrinks the one that fails; whoever runs the search judges them. The
+Hypothesis draws cases; one that fails is shrunk; whoever runs the search judges them. The
 search asks for one outcome at a time, so that several searches can go on at once, and the cases of
 a seed depend neither on who judges them, nor on time, nor on how many others there are.
 """
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 import time
@@ -16,15 +17,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias
 
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import seed as seeded
-from hypothesis.errors import Flaky
-from hypothesis.internal.conjecture.providers import AVAILABLE_PROVIDERS, HypothesisProvider
-
 from verify.engine.config import SHRINK_SECONDS
 from verify.engine.corpus import Corpus
+from verify.engine.drawing import draw
 from verify.engine.evaluate import evaluate, finished
-from verify.generation.strategies import cases
+from verify.engine.shrink import Shrinker
 from verify.properties.catalogue import Property
 from verify.records.events import (
     TESTED,
@@ -41,29 +38,10 @@ from verify.registry import Kernel
 from verify.spec.case import Case
 from verify.spec.finding import Finding
 
-CHUNK = 50
-"""Cases that Hypothesis draws at a time; a new chunk has a new seed."""
 CHUNKS_IN_VAIN = 8
 """After so many chunks without another judged case there are taken to be no more."""
 SEED_STEP = 7919
 """Between the seeds of chunks, so that runs with neighbouring seeds do not repeat each other."""
-
-
-class Independent(HypothesisProvider):
-    """A Hypothesis backend (its documented interface for alternative ones) that draws as Hypothesis
-    does. With any backend but the default each case is drawn afresh; the default mutates earlier
-    cases, copying one choice over another, until most of them have the simplest value of most
-    options. Shrinking is Hypothesis's own.
-    """
-
-    def _maybe_draw_constant(self, *arguments: object, **keywords: object) -> None:
-        """Return None: the constants that Hypothesis reads in loaded modules would make a seed's
-        cases depend on what is loaded.
-        """
-
-
-BACKEND = "attention-verify"
-AVAILABLE_PROVIDERS[BACKEND] = Independent
 
 
 @dataclass(frozen=True)
@@ -75,6 +53,8 @@ class Budget:
     judged: int | None = None
     deadline: float | None = None
     shrink_seconds: float = SHRINK_SECONDS
+    end: float = math.inf
+    """When shrinking ends in any case."""
 
 
 class _Enough(BaseException):
@@ -206,6 +186,22 @@ class Search:
             cut=cut,
         )
 
+    def shown_by(self, case: Case, finding: Finding) -> list[CaseFinished | FindingShrunk]:
+        """The events of a case, found by another search, that fails here too; it ends this one."""
+        self.finding = self._worst = case, finding
+        failed = finished(
+            self.kernel,
+            self.prop,
+            case,
+            Outcome.FAILED,
+            reason=finding.sentence,
+            measured=finding.measured,
+        )
+        self.close()
+        found = self.shrunk()
+        assert found is not None
+        return [failed, found]
+
     def ending(self, ended: Ended) -> PropertyFinished:
         """The last event of the search."""
         return PropertyFinished(
@@ -216,6 +212,7 @@ class Search:
             judged=self.tested,
             seconds=round(self.seconds, 2),
             seed=self.run_seed,
+            style=self.prop.style,
         )
 
     def close(self) -> None:
@@ -282,39 +279,44 @@ class Search:
 
     def _search(self) -> None:
         for case in self._kept:
-            try:
-                self._attempt(case)
-            except Finding:
-                return  # it is small already
+            self._attempt(case)
         chunk = in_vain = 0
         while self.finding is None and not self.over() and in_vain < CHUNKS_IN_VAIN:
             before = self.tested
             self._seed = self.run_seed + SEED_STEP * chunk
-            try:
-                draw(self._attempt, self.kernel, self.prop, self.device, seed=self._seed)
-            except Finding:
-                pass
-            except Flaky:
-                self._doubt()
+            draw(self._attempt, self.kernel, self.prop, self.device, seed=self._seed)
             chunk += 1
             in_vain = 0 if self.tested > before else in_vain + 1
 
     def _attempt(self, case: Case) -> None:
-        """Ask for the outcome of one case; raise its Finding, which Hypothesis then shrinks."""
-        if self._shrinking_since is not None:
-            if time.monotonic() - self._shrinking_since > self.budget.shrink_seconds:
-                raise _Enough
-        elif self.over():
+        """Ask for the outcome of one case; shrink one that fails, which ends the search."""
+        if self.over():
             raise _Enough
-        elif before := self._known_outcome(case):
+        if before := self._known_outcome(case):
             self._count(finished(self.kernel, self.prop, case, before))
             return
+        if not self._fails(case):
+            return
+        if not self._late_for_shrinking() and not self._fails(case):
+            self._doubt()
+        else:
+            about = self.kernel, self.device, self.prop.needs
+            Shrinker(*about, self._fails).shrink(case)
+        raise _Enough
+
+    def _fails(self, case: Case) -> bool:
+        """Ask whether a case fails."""
+        if self.shrinking and self._late_for_shrinking():
+            raise _Enough
         self.inbox.put((self, case, None))
         answer = self._answers.get()
         if answer is None:
             raise _Enough
-        if isinstance(answer, Finding):
-            raise answer
+        return isinstance(answer, Finding)
+
+    def _late_for_shrinking(self) -> bool:
+        since = self._shrinking_since or 0.0
+        return time.monotonic() > min(since + self.budget.shrink_seconds, self.budget.end)
 
     def _known_outcome(self, case: Case) -> Outcome | None:
         """The outcome that is on record for a case, which then counts as judged once more."""
@@ -333,31 +335,6 @@ class Search:
             case, finding = self.finding
             sentence = f"not every time: {finding.sentence}"
             self.finding = case, Finding(sentence, measured=finding.measured)
-
-
-def draw(
-    attempt: Callable[[Case], None], kernel: Kernel, prop: Property, device: str, *, seed: int
-) -> None:
-    """Hand CHUNK cases of this seed to `attempt`; where it raises Finding, the smallest case that
-    does, and the Finding comes out.
-    """
-
-    @seeded(seed)
-    @settings(
-        max_examples=CHUNK,
-        database=None,
-        deadline=None,
-        phases=[Phase.generate, Phase.shrink],
-        suppress_health_check=list(HealthCheck),
-        report_multiple_bugs=False,
-        print_blob=False,
-        backend=BACKEND,
-    )
-    @given(cases(kernel, device, prop.needs))
-    def one_chunk(case: Case) -> None:
-        attempt(case)
-
-    one_chunk()
 
 
 def search(

@@ -11,15 +11,15 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
-from verify import environment, registry
+from verify import environment
+from verify.engine.clock import Alarm, Clock
 from verify.engine.config import RunConfig
 from verify.engine.corpus import Corpus
-from verify.engine.evaluate import evaluate, replay_command
-from verify.engine.explanation import why, write_script
+from verify.engine.evaluate import evaluate, finished
+from verify.engine.resolve import resolve
 from verify.engine.rounds import Rounds
 from verify.engine.search import (
     SEED_STEP,
@@ -31,17 +31,18 @@ from verify.engine.search import (
     search,
     timed,
 )
+from verify.engine.triage import Triage
 from verify.engine.workers import Workers
 from verify.generation import pairwise
 from verify.inspection import conventions
-from verify.properties.catalogue import PROPERTIES, Property, check_known_issues, named
+from verify.properties.catalogue import PROPERTIES, Property, named
 from verify.records.events import (
     CaseFinished,
     Ended,
     Event,
-    FindingExplained,
     FindingShrunk,
     KernelInspected,
+    Outcome,
     PairsTaken,
     PropertyFinished,
     RunFinished,
@@ -57,6 +58,8 @@ from verify.spec.case import Case
 from verify.spec.finding import Finding
 from verify.spec.requirements import NOTHING
 
+SHRINK_SHARE = 0.15
+"""Of a run's time: what one finding may take to be shrunk."""
 MOST_WORKERS = 8
 """Idle worker processes are kept up to so many, if the run needs no more."""
 E = TypeVar("E", bound=Event)
@@ -66,23 +69,6 @@ def run(config: RunConfig) -> Iterator[Event]:
     """Run what the configuration asks for, to its end or until the iterator is closed."""
     with Session(config) as session:
         yield from session.run()
-
-
-def resolve(targets: tuple[str, ...]) -> tuple[dict[str, Kernel], dict[str, str]]:
-    """Return the kernels of some targets, each by a target that finds it alone, and why others
-    cannot be imported. Without targets: all that are bundled or installed, other people's too.
-
-    Raises VerifyError for an unknown target, or a known issue with an unknown name in it.
-    """
-    if targets:
-        found = {n: k for t in targets for n, k in registry.named(t, registry.find(t)).items()}
-        unavailable: dict[str, str] = {}
-    else:
-        registry.load_bundled(*dict.fromkeys(registry.OPTIONAL.values()))
-        found, unavailable = dict(registry.REGISTRY), dict(registry.UNAVAILABLE)
-    for kernel in found.values():
-        check_known_issues(kernel)
-    return found, unavailable
 
 
 class Session:
@@ -116,13 +102,15 @@ class Session:
         self.journal = Journal(folder, journal)
         self._shared = shared or Shared()
         self.corpus = Corpus(config.corpus)
-        limits = Limits(config.call_seconds, processes=max(config.workers, Limits().processes))
-        most = max(config.workers, min(len(self.kernels), MOST_WORKERS))
+        self._threads = config.workers or (environment.cores() if self.device == "cpu" else 1)
+        limits = Limits(config.call_seconds, processes=max(self._threads, Limits().processes))
+        most = max(self._threads, min(len(self.kernels), MOST_WORKERS))
         self.workers = Workers(self.device, limits, most)
         self.interrupted = False
         self._drawn: set[str] = set()
         """Targets of which cases without requirements were drawn: their pairs are known."""
         self._described_once: set[str] = set()
+        self.triage = Triage(self._targets, self.device, self.folder, self._in_worker)
 
     def __enter__(self) -> Session:
         return self
@@ -198,30 +186,33 @@ class Session:
 
     # ---- all of them
 
-    def run(self) -> Iterator[Event]:
-        """Judge every property of every kernel, in rounds, and explain what is found."""
-        start = time.monotonic()
+    def run(self, since: float | None = None) -> Iterator[Event]:
+        """Judge every property of every kernel, in rounds, and explain what is found. since: when
+        the time that was asked for began, of time.monotonic(); default: now.
+        """
+        clock = Clock(time.monotonic() if since is None else since, self._seconds_left())
         facts = environment.describe(self.device)
         yield self._emit(RunStarted(config=self.config.to_json(), environment=facts))
-        for target in self.kernels:
-            yield self._emit(self._inspect(target))
         inbox: Inbox = queue.SimpleQueue()
-        stopped = self.workers.stop.is_set()
-        searches, refused = ([], []) if stopped else self._searches(inbox)
-        for refusal in refused:
-            yield self._emit(refusal)
-        numbers = count(1)
-        for event in self._rounds(searches, inbox):
-            yield self._emit(event)
-            if isinstance(event, FindingShrunk):
-                yield self._emit(self._explain(event.kernel, event.property, event.case, numbers))
-        self.interrupted = self.workers.stop.is_set()
+        searches: list[Search] = []
+        with Alarm(clock.end, self.stop) as over:
+            for target in self.kernels:
+                yield self._emit(self._inspect(target))
+            if over.rang or not self.workers.stop.is_set():
+                searches, refused = self._searches(inbox, clock)
+                yield from map(self._emit, refused)
+            for event in self._rounds(searches, inbox):
+                yield self._emit(event)
+                if isinstance(event, FindingShrunk):
+                    yield from map(self._emit, self.triage.found(event, searches))
+        self.interrupted = self.workers.stop.is_set() and not over.rang
         self.workers.stop.clear()
-        for one in searches:
-            if not one.ended:
-                yield from self._break_off(one, numbers)
+        with Alarm(clock.explain_until, self.stop):
+            for one in searches:
+                if not one.ended:
+                    yield from map(self._emit, self._break_off(one, timed_out=over.rang))
         yield from self.pairs()
-        spent = round(time.monotonic() - start, 2)
+        spent = round(clock.spent, 2)
         yield self._emit(RunFinished(interrupted=self.interrupted, seconds=spent))
 
     def _inspect(self, target: str) -> KernelInspected:
@@ -260,11 +251,13 @@ class Session:
             **found,
         )
 
-    def _searches(self, inbox: Inbox) -> tuple[list[Search], list[PropertyFinished]]:
-        """(a search for each property of each kernel; the events of those that cannot be judged)"""
-        seconds = self._seconds_left()
-        deadline = None if seconds is None else time.monotonic() + seconds
-        budget = Budget(self.config.cases, deadline, self.config.shrink_seconds)
+    def _searches(self, inbox: Inbox, clock: Clock) -> tuple[list[Search], list[PropertyFinished]]:
+        """(a search for each property of each kernel, the events of those not to be judged)"""
+        deadline = None if clock.seconds is None else clock.judge_until
+        shrink = self.config.shrink_seconds
+        if clock.seconds is not None:
+            shrink = min(shrink, SHRINK_SHARE * clock.seconds)
+        budget = Budget(self.config.cases, deadline, shrink, clock.end)
         found, refused = [], []
         for target, kernel in self.kernels.items():
             for prop in self.properties:
@@ -318,9 +311,11 @@ class Session:
         """The events of all searches, as they happen."""
 
         def judge(one: Search, case: Case) -> tuple[Answer, float]:
+            if reason := self.triage.set_aside(one, case):
+                return finished(one.kernel, one.prop, case, Outcome.UNSUPPORTED, reason=reason), 0.0
             return timed(partial(self._evaluate, self._targets[one.kernel.name]), one.prop, case)
 
-        threads = 0 if self.config.in_process else self.config.workers
+        threads = 0 if self.config.in_process else self._threads
         rounds = Rounds(searches, inbox, judge, self.workers.stop, threads)
         for event in rounds.run():
             if isinstance(event, Search):
@@ -329,29 +324,14 @@ class Session:
             else:
                 yield event
 
-    def _break_off(self, one: Search, numbers: Iterator[int]) -> Iterator[Event]:
-        """The events of a search that the end of the run cut short."""
+    def _break_off(self, one: Search, *, timed_out: bool) -> Iterator[Event]:
+        """The events of a search that the end of the run, or of its time, cut short."""
         one.close()
         if found := one.shrunk(cut=True):
-            yield self._emit(found)
-            yield self._emit(self._explain(found.kernel, found.property, found.case, numbers))
-        yield self._emit(one.ending(Ended.INTERRUPTED))
-
-    def _explain(
-        self, kernel_name: str, prop_name: str, case_id: str, numbers: Iterator[int]
-    ) -> FindingExplained:
-        target = self._targets[kernel_name]
-        prop, case = named(prop_name), Case.parse(case_id)
-        ask = partial(self._in_worker, target)
-        path = self.folder / f"finding-{next(numbers)}.py"
-        return FindingExplained(
-            kernel=kernel_name,
-            property=prop_name,
-            case=case_id,
-            why=why(ask, case, prop),
-            script=write_script(ask, case, path),
-            replay=replay_command(target, prop, case),
-        )
+            yield found
+            yield self.triage.explain(found)
+        ended = Ended.TIME if one.tested else Ended.NO_TIME
+        yield one.ending(ended if timed_out else Ended.INTERRUPTED)
 
     # ---- in a worker, or here
 

@@ -15,7 +15,7 @@ from allpairspy import AllPairs
 
 from verify.registry import Kernel
 from verify.sandbox.capabilities import fitted, options
-from verify.sandbox.domain import changed, relation
+from verify.sandbox.domain import PLAIN, changed, relation
 from verify.sandbox.options import Options
 from verify.spec.case import ARRANGED, Case
 from verify.spec.masks import FULL, KINDS, TWO, Mask, ways
@@ -87,11 +87,16 @@ def _parameters(taken: Options, needs: Requirements) -> dict[str, list[str]]:
         "bias": ["none"] if needs.no_bias else list(t["bias"]),
         "softcap": _either("none", "softcap", t["softcap"]),
         "scale": ["default"] * (None in t["scale"]) + ["given", "odd"] * (len(t["scale"]) > 1),
-        "heads": [name for name, of in kinds.items() if any(of(*h) for h in t["heads"])],
-        "batch": ["several"] * (2 in t["batch"]) + ["one"] * (1 in t["batch"]),
+        "heads": ["grouped"]
+        if needs.grouped
+        else [name for name, of in kinds.items() if any(of(*h) for h in t["heads"])],
+        "batch": ["several"] * (2 in t["batch"])
+        + ["one"] * (1 in t["batch"] and not needs.several),
         "dim_v": [name for name, of in dims.items() if any(of(*d) for d in t["dims"])],
         "lengths": [name for name in RELATIONS if name in relations],
-        "layout": ["contiguous", *arranged] + ["several"] * (len(arranged) > 1),
+        "layout": ["contiguous"] * (not (needs.arranged and arranged))
+        + arranged
+        + ["several"] * (len(arranged) > 1),
     }
 
 
@@ -118,6 +123,12 @@ def rows(kernel: Kernel, device: str, needs: Requirements = NOTHING) -> tuple[Ro
     return _OF_KERNEL[about]
 
 
+def plainest(kernel: Kernel, device: str, needs: Requirements) -> Row:
+    """The levels of what a case shrinks to: one head, the rest as plain as the kernel takes it."""
+    wanted = PLAIN.but(heads_q=1, heads_kv=1)
+    return levels(Case(fitted(kernel, device, wanted, needs)))
+
+
 def learn_rows(kernel: Kernel, device: str, needs: Requirements, found: tuple[Row, ...]) -> None:
     """Take over what was found elsewhere."""
     _ROWS[_key(kernel, device, needs)] = found
@@ -129,7 +140,7 @@ _OF_KERNEL: dict[tuple[Kernel, str, Requirements], tuple[Row, ...]] = {}
 
 def _key(kernel: Kernel, device: str, needs: Requirements) -> Any:
     parameters = _parameters(options(kernel, device), needs)
-    declared = kernel.takes, kernel.dtypes, kernel.supports, device, needs
+    declared = kernel.takes, kernel.dtypes, kernel.lacks, kernel.supports, device, needs
     return declared, tuple((name, *values) for name, values in parameters.items())
 
 
@@ -217,7 +228,7 @@ def _problem(row: Row, taken: Options, needs: Requirements) -> Problem:
     if "lengths" in row:
         one = next(p for p in t["lengths"] if _relation(*p) == row["lengths"])
         chosen |= {"len_q": one[0], "len_k": one[1]}
-    return changed(plain, chosen, needs.pinned) or plain
+    return changed(plain, chosen, needs.wanted) or plain
 
 
 def _relation(len_q: int, len_k: int) -> str:

@@ -165,7 +165,8 @@ def problems(
     used["bias"] |= row["layout"] == "bias"
     used["heads"] |= used["bias"] and row["bias"] == "alibi"  # a slope for each head
     alone = row["mask"] if used["mask"] and row["mask"] != TWO else FULL.way
-    used["batch"] |= _kind(alone).per_batch  # an argument for each entry
+    used["batch"] |= _kind(alone).per_batch or needs.several  # an argument for each entry
+    used["heads"] |= needs.grouped
     several = _pick(draw, BATCHES)
     batch = several if used["batch"] and row["batch"] == "several" else 1
     kinds = {
@@ -269,7 +270,7 @@ def cases(
     problem = draw(problems(kernel, device, row, needs))
     problem = kernel.bucket(problem) if kernel.bucket else problem
     taken = options(kernel, device).layouts
-    chosen = {name: _pick(draw, layouts) for name, layouts in taken.items()}
+    chosen = {name: _pick(draw, _layouts(ways, needs)) for name, ways in taken.items()}
     arranged = [
         name
         for name in chosen
@@ -277,6 +278,11 @@ def cases(
         and (name != "do" or needs.grads)
         and row["layout"] in ("several", name)
     ]
-    used = draw(_below(8)) >= 8 - USED["layout"]
+    used = draw(_below(8)) >= 8 - USED["layout"] or needs.arranged
     layouts = tuple((n, chosen[n]) for n in arranged if used and chosen[n] != "bhsd")
     return Case(problem, recipe, seed, layouts)
+
+
+def _layouts(taken: tuple[str, ...], needs: Requirements) -> Sequence[str]:
+    others = [layout for layout in taken if layout != "bhsd"]
+    return others if needs.arranged and others else taken

@@ -151,6 +151,10 @@ class FindingExplained:
     """The path of a script that shows it, or why there is none."""
     replay: str = ""
     """The command that shows it again."""
+    call: str = ""
+    """The command that shows the wrong call alone, where it is not that of the case."""
+    same_as: str = ""
+    """The property whose finding has the same cause, where that was found before."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +170,8 @@ class PropertyFinished:
     """From the first to the last of its cases, drawing and shrinking included."""
     seed: int | None = None
     """The run's."""
+    style: bool = False
+    """What the property finds is no wrong result."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from verify.records.events import (
     FindingShrunk,
     KernelInspected,
     Outcome,
+    PropertyFinished,
 )
 
 
@@ -31,12 +32,24 @@ class Found:
     vendor: str = ""
     """Whose kernel it is, where it is somebody else's."""
     explained: FindingExplained | None = None
+    style: bool = False
+    """It is no wrong result: shown last, and no failure unless that is asked for."""
+    also: tuple[str, ...] = ()
+    """Other properties that the same cause breaks."""
 
 
 def findings(events: Iterable[Event]) -> list[Found]:
-    """Every finding, one for each kernel and property, in the order in which they were found."""
+    """Every finding, one for each kernel and cause: wrong results first, in the order in which they
+    were found, then what is a matter of style.
+    """
     events = list(events)
     vendor = {e.kernel: e.vendor for e in events if isinstance(e, KernelInspected) and e.vendor}
+    style = {e.property for e in events if isinstance(e, PropertyFinished) and e.style}
+    same = {
+        (e.kernel, e.property): e.same_as
+        for e in events
+        if isinstance(e, FindingExplained) and e.same_as
+    }
     explained = {
         (e.kernel, e.property, e.case): e for e in events if isinstance(e, FindingExplained)
     }
@@ -46,7 +59,11 @@ def findings(events: Iterable[Event]) -> list[Found]:
             found.setdefault((event.kernel, event.property), event)
         elif isinstance(event, FindingShrunk):
             found[event.kernel, event.property] = event
-    return [
+    also = {
+        about: tuple(prop for (kernel, prop), by in same.items() if (kernel, by) == about)
+        for about in found
+    }
+    all_found = [
         Found(
             event.kernel,
             event.property,
@@ -57,9 +74,13 @@ def findings(events: Iterable[Event]) -> list[Found]:
             worst_reason=event.worst_reason if isinstance(event, FindingShrunk) else "",
             vendor=vendor.get(event.kernel, ""),
             explained=explained.get((event.kernel, event.property, event.case)),
+            style=event.property in style,
+            also=also[event.kernel, event.property],
         )
         for event in found.values()
+        if (event.kernel, event.property) not in same
     ]
+    return sorted(all_found, key=lambda one: one.style)
 
 
 def tested(events: Iterable[Event]) -> list[CaseFinished]:
@@ -68,10 +89,13 @@ def tested(events: Iterable[Event]) -> list[CaseFinished]:
 
 
 def exit_code(events: Iterable[Event], *, strict: bool) -> int:
-    """1 where something was found, in other people's kernels only if strict, or where nothing was
-    judged; else 0.
+    """1 where something was found, or where nothing was judged; else 0. Only if strict: where it
+    was found in other people's kernels, is a matter of style, or is a problem that the kernel
+    declares and refuses.
     """
     events = list(events)
     if not tested(events):
         return 1
-    return int(any(strict or not found.vendor for found in findings(events)))
+    refused = any(isinstance(e, CaseFinished) and e.outcome is Outcome.REFUSED for e in events)
+    fails = any(strict or not (found.vendor or found.style) for found in findings(events))
+    return int(fails or (strict and refused))

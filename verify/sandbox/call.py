@@ -5,12 +5,14 @@ by autograd.
 from __future__ import annotations
 
 import math
+import sysconfig
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from verify.registry import Kernel
 from verify.sandbox.allocations import Allocations, leave
+from verify.sandbox.interpreter import mend_bfloat16
 from verify.sandbox.torch_state import Settings
 from verify.spec.case import TORCH_DTYPES, Inputs, visibility
 from verify.spec.finding import Finding
@@ -34,6 +37,7 @@ memory that its watchdog reads.
 @contextmanager
 def watched() -> Iterator[None]:
     """Around what runs a kernel's code."""
+    mend_bfloat16()  # where the kernel, loaded by now, will run in Triton's interpreter
     since[0] = time.monotonic()
     try:
         yield
@@ -74,6 +78,29 @@ class Output:
     """Whether the LSE can be backpropagated through."""
 
 
+@dataclass
+class Called:
+    """A call that was made, and what it returned; None where it raised."""
+
+    problem: Problem
+    inputs: Inputs
+    dropout: float
+    output: Output | None = None
+
+
+_RECORDS: list[list[Called]] = []
+
+
+@contextmanager
+def recorded() -> Iterator[list[Called]]:
+    """Every call made within the block, in order."""
+    _RECORDS.append([])
+    try:
+        yield _RECORDS[-1]
+    finally:
+        _RECORDS.pop()
+
+
 def call(
     kernel: Kernel,
     problem: Problem,
@@ -93,6 +120,22 @@ def call(
     dlse [B,H,Q] through the LSE, to the inputs of `wrt`; a kernel whose out carries no graph gives
     no gradients. `between` is called after the forward and before the backward.
     """
+    made = Called(problem, inputs, dropout)
+    for record in _RECORDS:
+        record.append(made)
+    made.output = _call(kernel, problem, inputs, dropout, wrt, dlse, between)
+    return made.output
+
+
+def _call(
+    kernel: Kernel,
+    problem: Problem,
+    inputs: Inputs,
+    dropout: float,
+    wrt: tuple[str, ...],
+    dlse: Tensor | None,
+    between: Callable[[], object] | None,
+) -> Output:
     before = {
         f.name: memory(t) for f in fields(Inputs) if (t := getattr(inputs, f.name)) is not None
     }
@@ -206,10 +249,16 @@ def _backward(
     ends, cotangents = [out], [leaves.do]
     if lse is not None and lse.requires_grad and dlse is not None:
         ends, cotangents = [out, lse], [leaves.do, dlse.to(lse)]
-    gradients = torch.autograd.grad(
-        ends, [getattr(leaves, n) for n in names], cotangents, materialize_grads=True
-    )
-    return {"d" + n: g for n, g in zip(names, gradients, strict=True)}
+    inputs = [getattr(leaves, n) for n in names]
+    try:
+        gradients = torch.autograd.grad(ends, inputs, cotangents, materialize_grads=True)
+    except RuntimeError as error:
+        if ".backward()" not in str(error):
+            raise
+        torch.autograd.backward(ends, cotangents)  # as reentrant checkpointing asks for
+        gradients = tuple(torch.zeros_like(x) for x in inputs)
+    found = zip(names, inputs, gradients, strict=True)
+    return {"d" + n: g if x.grad is None else g + x.grad for n, x, g in found}
 
 
 def _changed(name: str, inputs: Inputs, leaves: Inputs) -> Finding:
@@ -237,6 +286,12 @@ def _own_accord(error: BaseException) -> bool:
     return isinstance(error, NotImplementedError) or line.startswith(("raise ", "assert "))
 
 
+LIBRARIES = (*map(sysconfig.get_path, ("stdlib", "purelib", "platlib")), str(Path(__file__).parent))
+"""Where no line of a kernel's author is; this folder is between the kernel and whoever calls it."""
+
+
 def _last_line(error: BaseException) -> str:
+    """Where it was raised: the innermost line of the kernel's author."""
     frames = traceback.extract_tb(error.__traceback__)
-    return f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    own = [frame for frame in frames if not frame.filename.startswith(LIBRARIES)] or frames
+    return f" ({own[-1].filename}:{own[-1].lineno})" if own else ""

@@ -9,12 +9,11 @@ from functools import partial
 from verify.registry import FOUND_OUT, Kernel
 from verify.sandbox import domain
 from verify.sandbox.call import call
-from verify.sandbox.domain import PLAIN, changed, nearest
+from verify.sandbox.domain import PLAIN, Refuses, changed, nearest
 from verify.sandbox.options import Options
 from verify.sandbox.probe import probe
 from verify.spec.case import Case
 from verify.spec.finding import Finding
-from verify.spec.masks import FULL
 from verify.spec.problem import Problem
 from verify.spec.requirements import NOTHING, Requirements
 
@@ -51,26 +50,27 @@ def anchors(kernel: Kernel, device: str, needs: Requirements = NOTHING) -> tuple
 
 
 def _anchors(kernel: Kernel, device: str, needs: Requirements) -> list[Problem]:
-    found, pinned = options(kernel, device), needs.pinned
-    refuses = partial(kernel.unsupported, device=device)
-    moved = [changed(anchor, pinned) for anchor in found.anchors]
-    fitting = [p for p in dict.fromkeys(moved) if p is not None and refuses(p) is None]
+    found, refuses = options(kernel, device), _refuses(kernel, device, needs)
+    moved = (changed(anchor, needs.wanted) for anchor in found.anchors)
+    fitting = [
+        problem
+        for problem in dict.fromkeys([*found.anchors, *moved])
+        if problem is not None and refuses(problem) is None
+    ]
     if not fitting and found.anchors:
-        other = domain.first_accepted(refuses, pinned)
+        other = domain.first_accepted(refuses, needs.wanted)
         fitting = [] if other is None else [other]
-    if not needs.hides or any(p.mask != FULL for p in fitting):
-        return [p for p in fitting if not needs.hides or p.mask != FULL]
-    masks = [{"mask": mask} for mask in found.taken["mask"] if mask != FULL]
-    more = (
-        domain.anchor_with(p, m, refuses, pinned, domain.choices()) for p in fitting for m in masks
-    )
-    return list(dict.fromkeys(p for p in more if p is not None))
+    return fitting
+
+
+def _refuses(kernel: Kernel, device: str, needs: Requirements) -> Refuses:
+    """Why a problem is not one that the kernel takes and a property needs."""
+    return lambda problem: needs.lacks(problem) or kernel.unsupported(problem, device)
 
 
 def fitted(kernel: Kernel, device: str, wanted: Problem, needs: Requirements = NOTHING) -> Problem:
     """The problem most like the wanted one that the kernel takes and a property can judge."""
-    refuses = partial(kernel.unsupported, device=device)
-    return nearest(wanted, anchors(kernel, device, needs), refuses, needs.pinned)
+    return nearest(wanted, anchors(kernel, device, needs), _refuses(kernel, device, needs))
 
 
 def tries(kernel: Kernel, device: str, case: Case) -> tuple[str, bool]:

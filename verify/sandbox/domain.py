@@ -117,26 +117,21 @@ def changed(problem: Problem, *changes: Change) -> Problem | None:
         return None
 
 
-def first_accepted(refuses: Refuses, pinned: Change, most: int = MOST_SAMPLES) -> Problem | None:
-    """Any problem that is taken, as plain as it is found; None where none of many is."""
-    asked = {
-        name: [c for c in values if not c.keys() & pinned.keys()]
-        for name, values in choices().items()
-    }
-    for problem in _asked(asked, pinned, refuses, most):
+def first_accepted(refuses: Refuses, wanted: Change, most: int = MOST_SAMPLES) -> Problem | None:
+    """Any problem that is taken, as plain as it is found; None where none of many is. wanted: what
+    the plain one is changed by.
+    """
+    start = changed(PLAIN, wanted)
+    for problem in _asked(start, refuses, most) if start else ():
         if refuses(problem) is None:
-            return nearest(changed(PLAIN, pinned) or problem, (problem,), refuses, pinned)
+            return nearest(start, (problem,), refuses) if start else problem
     return None
 
 
-def _asked(
-    asked: dict[str, list[Change]], pinned: Change, refuses: Refuses, most: int
-) -> Iterator[Problem]:
+def _asked(start: Problem, refuses: Refuses, most: int) -> Iterator[Problem]:
     """Plain; one change, from every refusal of a new reason; two changes; many."""
-    start = changed(PLAIN, pinned)
-    if start is None:
-        return
     yield start
+    asked = choices()
     singles = [change for values in asked.values() for change in values]
     reasons, steps = {_kind(refuses(start))}, [start]
     while steps:
@@ -149,8 +144,8 @@ def _asked(
     for one, other in combinations(asked.values(), 2):
         yield from _distinct(changed(start, *pair) for pair in product(one, other))
     rng = random.Random(0)  # noqa: S311 - no secret
-    drawn = [values for values in asked.values() if values]
-    yield from _distinct(changed(start, *map(rng.choice, drawn)) for _ in range(most))
+    values = list(asked.values())
+    yield from _distinct(changed(start, *map(rng.choice, values)) for _ in range(most))
 
 
 def _kind(reason: str | None) -> str | None:
@@ -163,7 +158,7 @@ def _distinct(problems: Iterable[Problem | None]) -> Iterator[Problem]:
 
 
 def anchor_with(
-    base: Problem, change: Change, refuses: Refuses, pinned: Change, along: Iterable[str]
+    base: Problem, change: Change, refuses: Refuses, along: Iterable[str]
 ) -> Problem | None:
     """An accepted problem with this change of an accepted one, and where it needs it with another,
     of the options `along`; with two where one gives another reason. None where none is found.
@@ -171,9 +166,8 @@ def anchor_with(
     one = changed(base, change)
     if one is None or refuses(one) is None:
         return one
-    fixed, reason = change.keys() | pinned.keys(), _kind(refuses(one))
-    asked = choices()
-    others = [c for name in along for c in asked[name] if not c.keys() & fixed]
+    asked, reason = choices(), _kind(refuses(one))
+    others = [c for name in along for c in asked[name] if not c.keys() & change.keys()]
     for steps in _steps(base, change, others, refuses, reason):
         problem = changed(base, change, *steps)
         if problem is not None and refuses(problem) is None:
@@ -194,26 +188,22 @@ def _steps(
         yield from ((other, another) for another in others if not other.keys() & another.keys())
 
 
-def nearest(
-    wanted: Problem, anchors: Iterable[Problem], refuses: Refuses, pinned: Change
-) -> Problem:
+def nearest(wanted: Problem, anchors: Iterable[Problem], refuses: Refuses) -> Problem:
     """The accepted problem that is most like the wanted one: of the nearest anchors, moved option
     by option as far as the kernel goes along, the one that differs in the fewest.
     """
     if refuses(wanted) is None:
         return wanted
     starts = sorted(anchors, key=lambda anchor: len(_differences(anchor, wanted)))[:STARTS]
-    moved = [_moved(start, wanted, refuses, pinned) for start in starts]
+    moved = [_moved(start, wanted, refuses) for start in starts]
     return min(moved, key=lambda problem: len(_differences(problem, wanted)))
 
 
-def _moved(start: Problem, wanted: Problem, refuses: Refuses, pinned: Change) -> Problem:
+def _moved(start: Problem, wanted: Problem, refuses: Refuses) -> Problem:
     problem = start
     for _ in range(2):  # an option may be taken only after another
         for moves in _moves(wanted, problem):
             for move in moves:
-                if move.keys() & pinned.keys():
-                    continue
                 one = changed(problem, move)
                 if one == problem:
                     break

@@ -91,7 +91,7 @@ def probe(kernel: Kernel, device: str, tries: Tries) -> Options:
         base = domain.first_accepted(asks, {}, most=0) or base
         asks.stop()
         sentence, returns_lse = tries(Case(base))
-        if sentence:  # it fails on every problem: what it declares counts, and any case will show it
+        if sentence:  # it fails on every problem: what it declares counts; any case will show it
             asks, calls = _Asked(kernel, device, tries), None
     taken, refused, anchors = _values(base, asks, calls)
     raised = {} if calls is None else _raised(taken, refused)
@@ -117,7 +117,7 @@ def _values(
             asks.allow(calls)
         for change in changes:
             value = value_of(change)
-            anchor = domain.anchor_with(base, change, asks, {}, along)
+            anchor = domain.anchor_with(base, change, asks, along)
             if anchor is None:
                 one = changed(base, change)
                 reasons[label(value)] = (asks(one) if one else None) or "no such problem"

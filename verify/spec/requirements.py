@@ -21,12 +21,20 @@ class Requirements:
     """Neither a bias nor ALiBi."""
     grads: bool = False
     """Gradients are computed."""
+    grouped: bool = False
+    """Several query heads use one key head."""
+    several: bool = False
+    """Several batch entries."""
+    arranged: bool = False
+    """Some tensor is not contiguous."""
 
     @property
-    def pinned(self) -> dict[str, Any]:
-        """The fields of a problem that must have one value, with it."""
+    def wanted(self) -> dict[str, Any]:
+        """Fields of a plain problem that meets them, as far as they are of one value."""
         fields: dict[str, Any] = {"mask": FULL, "mask_as": "rule"} if self.full_mask else {}
         fields |= {"bias": "none"} if self.no_bias else {}
+        fields |= {"batch": 2} if self.several else {}
+        fields |= {"heads_q": 2, "heads_kv": 1} if self.grouped else {}
         return fields | ({"grads": True} if self.grads else {})
 
     def __str__(self) -> str:
@@ -36,8 +44,22 @@ class Requirements:
             "with a mask that hides something": self.hides,
             "without a bias": self.no_bias,
             "with gradients": self.grads,
+            "with grouped heads": self.grouped,
+            "of several batch entries": self.several,
         }
         return ", ".join(word for word, needed in words.items() if needed) or "anything"
+
+    def lacks(self, problem: Problem) -> str | None:
+        """Why a problem is not drawn for the property; None where it may be."""
+        met = (
+            (not self.full_mask or problem.mask == FULL)
+            and (not self.hides or problem.mask != FULL)
+            and (not self.no_bias or problem.bias == "none")
+            and (not self.grads or problem.grads)
+            and (not self.grouped or problem.group > 1)
+            and (not self.several or problem.batch > 1)
+        )
+        return None if met else f"is judged on problems {self}"
 
     def met_by(self, problem: Problem) -> Problem:
         """The problem, with gradients where they are needed."""

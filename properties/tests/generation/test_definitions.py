@@ -10,7 +10,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from verify.cli.main import app
-from verify.engine.search import draw
+from verify.engine.drawing import draw
 from verify.errors import VerifyError
 from verify.generation.pairwise import levels, rows
 from verify.properties.catalogue import PROPERTIES, check_known_issues
