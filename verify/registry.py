@@ -43,6 +43,12 @@ BUNDLED = ("naive", "torch_sdpa", "triton.fa2", "triton.fp8")
 OPTIONAL = {"fa3": "fa3_wheel", "fa3-fp8": "fa3_wheel", "flex-attention": "flex"}
 """Kernels of other files of kernels/, which are loaded where they are asked for by name."""
 USUAL = ("fp32", "fp16", "bf16")
+CONVENTIONS = {
+    "empty_row": ("zero", "nan", "mean"),
+    "head_map": ("blocks", "cycle"),
+    "lse_base": ("e", "2"),
+}
+"""Fields of Kernel in which right kernels differ, with their values, ours first."""
 Supports = Callable[..., str | None]
 Stages = Callable[..., dict[str, Callable[[], Any]]]
 
@@ -94,6 +100,8 @@ class Declared(TypedDict, total=False):
     supports: Supports | None
     dtypes: tuple[str, ...]
     empty_row: str
+    head_map: str
+    lse_base: str
     known_issues: tuple[KnownIssue, ...]
     vendor: str
     stages: Stages | None
@@ -105,7 +113,7 @@ class Declared(TypedDict, total=False):
 
 @dataclass(frozen=True, eq=False)
 class Kernel:
-    """A registered kernel. Raises VerifyError for a dtype or an `empty_row` that does not exist."""
+    """A registered kernel. Raises VerifyError for a dtype or a convention that does not exist."""
 
     name: str
     fn: Callable[..., Any]
@@ -118,7 +126,12 @@ class Kernel:
     `dropout` is told of dropout, too."""
     dtypes: tuple[str, ...] = USUAL
     empty_row: str = "zero"
-    """What a row without a visible key gives: "zero" or "nan"."""
+    """What a row without a visible key gives: "zero"; "nan", and then its gradients are not judged;
+    "mean", that of all V."""
+    head_map: str = "blocks"
+    """Which key head the query head h uses: "blocks", h // group; "cycle", h % heads_kv."""
+    lse_base: str = "e"
+    """Of the logarithm that its LSE is: "e" or "2"."""
     known_issues: tuple[KnownIssue, ...] = ()
     vendor: str = ""
     """Whose it is, where it is not the user's nor bundled: what breaks is reported as theirs."""
@@ -146,8 +159,11 @@ class Kernel:
             raise VerifyError(
                 f"kernel {self.name!r}: dtypes={self.dtypes!r}: {wrong[0]!r} is none of {known}"
             )
-        if self.empty_row not in ("zero", "nan"):
-            raise VerifyError(f"kernel {self.name!r}: empty_row={self.empty_row!r}: zero or nan")
+        for name, known in CONVENTIONS.items():
+            if (value := getattr(self, name)) not in known:
+                raise VerifyError(
+                    f"kernel {self.name!r}: {name}={value!r}: one of {', '.join(known)}"
+                )
 
     def numerics(self, problem: Problem, device: str) -> Arithmetic:
         """The arithmetic declared for this problem on this device."""
@@ -168,6 +184,19 @@ class Kernel:
         """Why this kernel can't do this problem on this device ("cpu", "cuda"), with this dropout;
         None where it can.
         """
+        if reason := self._unexpressed(problem, dropout):
+            return reason
+        if self.lacks and (reason := self.lacks(problem)):
+            return reason
+        if self.supports is None:
+            found_out = FOUND_OUT.get((self, device))
+            return found_out(problem) if found_out else None
+        if dropout and "dropout" in inspect.signature(self.supports).parameters:
+            return self.supports(problem, device, dropout=dropout)
+        return self.supports(problem, device)
+
+    def _unexpressed(self, problem: Problem, dropout: float) -> str | None:
+        """Why its dtypes, keywords and conventions do not have this problem."""
         by_rule = "problem" in self.takes and problem.mask_as == "rule"
         needs = [
             ("bias", problem.bias in ("bhqk", "hqk", "qk") or problem.mask_as == "float"),
@@ -182,14 +211,15 @@ class Kernel:
         for keyword, needed in needs:
             if needed and keyword not in self.takes:
                 return f"takes no `{keyword}`"
-        if self.lacks and (reason := self.lacks(problem)):
-            return reason
-        if self.supports is None:
-            found_out = FOUND_OUT.get((self, device))
-            return found_out(problem) if found_out else None
-        if dropout and "dropout" in inspect.signature(self.supports).parameters:
-            return self.supports(problem, device, dropout=dropout)
-        return self.supports(problem, device)
+        if self.empty_row == "nan" and problem.grads and _has_empty_row(problem):
+            return "a row that sees no key is NaN, and so are its gradients"
+        return None
+
+
+def _has_empty_row(problem: Problem) -> bool:
+    from verify.spec.case import has_empty_row  # noqa: PLC0415 - a decorated file loads without torch
+
+    return has_empty_row(problem)
 
 
 FOUND_OUT: dict[tuple[Kernel, str], Callable[[Problem], str | None]] = {}
@@ -213,6 +243,7 @@ def kernel(
     name: default: the function's, with - for _. style: how it is called if not as a kernel is:
     "sdpa", "flash_attn" or "bshd" (styles.py); `supports` speaks of the problems that remain. What
     else may be declared are fields of Kernel: arithmetic, supports, dtypes, empty_row,
+    head_map, lse_base,
     known_issues, vendor, stages, tiles, layouts, bucket, affordable. Raises VerifyError for
     anything else, for an unknown style, for an unknown keyword in the function's signature or one
     that does not fit the style, or for a name already taken.

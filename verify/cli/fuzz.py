@@ -29,7 +29,7 @@ from verify.records.events import (
     RunStarted,
 )
 from verify.records.journal import interrupted, read
-from verify.records.summary import Found, exit_code, findings, tested
+from verify.records.summary import Found, declare, exit_code, findings, tested
 from verify.reports.terminal import counted, show_run
 
 
@@ -112,12 +112,13 @@ def _run(config: Any, started: float, *, resumed: bool = False) -> int:
     """Run, show what happens, print the summary whatever ended it. Return the exit code. started:
     when the user's time began, of time.monotonic().
     """
+    from verify.engine.run import Run
     from verify.engine.session import Session
 
     events: list[Event] = []
     with Session(config, resumed=resumed) as session:
         with _progress(config.seconds) as show, _ctrl_c(session.stop):
-            for event in session.run(started):
+            for event in Run(session).events(started):
                 events.append(event)
                 show(event)
                 _announce(event, config.seed, resumed=resumed)
@@ -132,6 +133,8 @@ def _run(config: Any, started: float, *, resumed: bool = False) -> int:
     show_run(events, write=plain, width=console.width)
     for number, found in enumerate(findings(events), 1):
         _show_finding(number, found)
+    for kernel, line in declare(events).items():
+        plain(f"\n{kernel} is not as declared, and right as it is: declare\n  @kernel({line})")
     _close(events, ", ".join(sorted(names)), session.folder)
     return exit_code(events, strict=config.strict)
 

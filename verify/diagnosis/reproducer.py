@@ -119,8 +119,12 @@ def _registered(kernel: Kernel, p: Problem, x: Inputs) -> tuple[str, str]:
     )
     names = "Problem, find" if "problem" in kernel.takes else "find"
     triton = f'os.environ["TRITON_INTERPRET"] = "{int(x.q.device.type == "cpu")}"'
-    imports = f"import os\n\n{triton}\nfrom verify.registry import {names}"
-    return imports, f"    return find({target!r})[0].fn(q, k, v{keyword})"
+    imports = (
+        f"import os\n\n{triton}\nfrom verify.registry import {names}\n"
+        "from verify.sandbox.interpreter import mend_bfloat16"
+    )
+    found = f"    fn = find({target!r})[0].fn\n    mend_bfloat16()\n"
+    return imports, f"{found}    return fn(q, k, v{keyword})"
 
 
 def _sdpa(kernel: Kernel, p: Problem, x: Inputs) -> tuple[str, str]:

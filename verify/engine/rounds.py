@@ -48,6 +48,11 @@ class Rounds:
         self._most = workers + 1 if workers else 1
         self._busy: set[Search] = set()
 
+    def again(self, one: Search, other: Search) -> None:
+        """Another search in the place of one that has ended."""
+        self._weight[other] = self._weight[one]
+        self._idle.append(other)
+
     def run(self) -> Iterator[Event | Search]:
         """The events, and each search when it has come to its end, until all have, or `stop` is
         set.

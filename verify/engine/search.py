@@ -186,6 +186,17 @@ class Search:
             cut=cut,
         )
 
+    def again(self) -> Search:
+        """A new search for the same."""
+        return Search(
+            self.kernel,
+            self.prop,
+            self.device,
+            budget=self.budget,
+            seed=self.run_seed,
+            inbox=self.inbox,
+        )
+
     def shown_by(self, case: Case, finding: Finding) -> list[CaseFinished | FindingShrunk]:
         """The events of a case, found by another search, that fails here too; it ends this one."""
         self.finding = self._worst = case, finding

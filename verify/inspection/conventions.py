@@ -16,8 +16,8 @@ from torch import Tensor
 
 from verify.registry import Kernel
 from verify.sandbox.call import Output, call
-from verify.sandbox.capabilities import options, plain_problem
-from verify.spec.case import Case, Inputs
+from verify.sandbox.capabilities import fitted, options, plain_problem
+from verify.spec.case import Case, Inputs, has_empty_row, visibility
 from verify.spec.finding import Finding
 from verify.spec.inputs import Recipe
 from verify.spec.layouts import laid_out
@@ -108,6 +108,53 @@ def _empty_row(kernel: Kernel, plain: Problem, device: str) -> str:
         return "not reached: " + (kernel.unsupported(problem, device) or "")
     lse = "" if output.lse is None else f", lse {output.lse[0, 0, 0].item():g}"
     return f"out {output.out[0, 0, 0, 0].item():g}{lse}"
+
+
+def detected(kernel: Kernel, device: str) -> dict[str, str]:
+    """Conventions of the kernel that it does not declare: field of Kernel -> value."""
+    if options(kernel, device).refusal():
+        return {}
+    plain, found = plain_problem(kernel, device), dict[str, str]()
+    for name, reads in DETECTED.items():
+        try:
+            value = reads(kernel, plain, device)
+        except (Finding, ArithmeticError, ValueError):
+            continue
+        if value and value != getattr(kernel, name):
+            found[name] = value
+    return found
+
+
+def _read_empty_row(kernel: Kernel, plain: Problem, device: str) -> str:
+    """V = 0, 1, 2, 3, of which the mean is no key's."""
+    wanted = plain.but(len_q=1, len_k=4, mask=Mask.parse("padding(0)"), batch=1)
+    problem = fitted(kernel, device, wanted)
+    if not (len(problem.mask.parts) == 1 and has_empty_row(problem)):
+        return ""
+    v = torch.arange(problem.len_k, dtype=torch.float32)[:, None].expand(problem.shapes["v"])
+    output = _run(kernel, problem, device, v=v)
+    if output is None:
+        return ""
+    seen = visibility(problem, output.out.device).any(-1).expand(output.out.shape[:3])
+    rows, mean = output.out[~seen], v.mean().item()
+    kinds = {"zero": rows == 0, "nan": rows.isnan(), "mean": (rows - mean).abs() < mean / 4}
+    return next((name for name, is_so in kinds.items() if bool(is_so.all())), "")
+
+
+def _read_head_map(kernel: Kernel, plain: Problem, device: str) -> str:
+    return {"h % heads_kv (repeat)": "cycle"}.get(_group(kernel, plain, device), "")
+
+
+def _read_lse_base(kernel: Kernel, plain: Problem, device: str) -> str:
+    return "2" if _lse(kernel, plain, device).startswith("base 2") else ""
+
+
+DETECTED: dict[str, Probe] = {
+    "empty_row": _read_empty_row,
+    "head_map": _read_head_map,
+    "lse_base": _read_lse_base,
+}
+"""By the field of Kernel that declares it."""
 
 
 def _group(kernel: Kernel, plain: Problem, device: str) -> str:

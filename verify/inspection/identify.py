@@ -27,11 +27,12 @@ from verify.oracles.formats import Jittered
 from verify.reference.reference import Truth, truth
 from verify.registry import Kernel
 from verify.sandbox.call import Output, call
-from verify.sandbox.capabilities import options
+from verify.sandbox.capabilities import anchors, fitted, options
 from verify.spec.arithmetic import Arithmetic
 from verify.spec.case import Case
 from verify.spec.finding import Finding
 from verify.spec.problem import Problem
+from verify.spec.requirements import Requirements
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ def identify(kernel: Kernel, device: str) -> Identity:
     unasked: dict[str, str] = {}
     for question in QUESTIONS:
         case = Case.parse(question.case.format(narrow=narrow, fine=fine))
-        reason = kernel.unsupported(case.problem, device)
+        case, reason = _taken(kernel, device, case)
         if "tile" in question.candidates and (
             found.normalized_probs or found.format("probs", narrow) == "fp32"
         ):
@@ -201,6 +202,30 @@ def identify(kernel: Kernel, device: str) -> Identity:
             found, **{a.field: a.found for a in new if a.certain and a.field not in OBSERVED}
         )
     return Identity(kernel, answers, unasked, found)
+
+
+def _taken(kernel: Kernel, device: str, case: Case) -> tuple[Case, str | None]:
+    """(the case that is most like this one and that the kernel takes, why not if there is none)"""
+    asked = case.problem
+    needs = Requirements(grads=asked.grads)
+    if not anchors(kernel, device, needs):
+        return case, kernel.unsupported(asked, device) or "takes no such problem"
+    problem = fitted(kernel, device, asked, needs)
+    same = problem.dtype == asked.dtype and problem.len_k <= 2 * asked.len_k
+    grouped = asked.group == 1 or problem.group > 1
+    if not (same and grouped):
+        return case, kernel.unsupported(asked, device) or "takes no such problem"
+    return replace(case, problem=problem), None
+
+
+def identified(kernel: Kernel, device: str) -> Arithmetic | None:
+    """The arithmetic that explains the kernel's errors, if it is another than it declares."""
+    if not isinstance(kernel.arithmetic, Arithmetic):
+        return None
+    found = identify(kernel, device)
+    sure = {a.field: a.found for a in found.answers if a.certain and a.field not in OBSERVED}
+    other = replace(kernel.arithmetic, **sure)
+    return None if other == kernel.arithmetic else other
 
 
 def _answers(

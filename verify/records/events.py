@@ -158,6 +158,20 @@ class FindingExplained:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DeclaredOtherwise:
+    """A kernel is right, but not as it declares: from here on it is judged as it is."""
+
+    kernel: str
+    declare: str
+    """What to declare: the arguments of `@kernel`."""
+    property: str = ""
+    """The property that it broke as declared; empty for conventions."""
+    case: str = ""
+    harmless: bool = False
+    """It declared nothing, and differs in what anybody may choose."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PropertyFinished:
     """The search for a case that breaks one property of one kernel has ended."""
 
@@ -200,6 +214,7 @@ Event = (
     | CaseFinished
     | FindingShrunk
     | FindingExplained
+    | DeclaredOtherwise
     | PropertyFinished
     | RunFinished
     | CaseUnfinished

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from verify.records.events import (
     TESTED,
     CaseFinished,
+    DeclaredOtherwise,
     Event,
     FindingExplained,
     FindingShrunk,
@@ -15,6 +16,9 @@ from verify.records.events import (
     Outcome,
     PropertyFinished,
 )
+
+OTHERWISE = 3
+"""The exit code of a kernel that is right, but not as declared."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,8 @@ def findings(events: Iterable[Event]) -> list[Found]:
             found.setdefault((event.kernel, event.property), event)
         elif isinstance(event, FindingShrunk):
             found[event.kernel, event.property] = event
+        elif isinstance(event, DeclaredOtherwise):
+            found.pop((event.kernel, event.property), None)
     also = {
         about: tuple(prop for (kernel, prop), by in same.items() if (kernel, by) == about)
         for about in found
@@ -83,19 +89,32 @@ def findings(events: Iterable[Event]) -> list[Found]:
     return sorted(all_found, key=lambda one: one.style)
 
 
+def declare(events: Iterable[Event], *, harmless: bool = True) -> dict[str, str]:
+    """By kernel that is right, but not as declared: what to declare. harmless: also where it is
+    free to choose, and declared nothing.
+    """
+    lines: dict[str, dict[str, str]] = {}
+    for event in events:
+        if isinstance(event, DeclaredOtherwise) and (harmless or not event.harmless):
+            lines.setdefault(event.kernel, {})[event.declare.partition("=")[0]] = event.declare
+    return {kernel: ", ".join(of.values()) for kernel, of in lines.items()}
+
+
 def tested(events: Iterable[Event]) -> list[CaseFinished]:
     """The cases in which a kernel was called and judged."""
     return [e for e in events if isinstance(e, CaseFinished) and e.outcome in TESTED]
 
 
 def exit_code(events: Iterable[Event], *, strict: bool) -> int:
-    """1 where something was found, or where nothing was judged; else 0. Only if strict: where it
-    was found in other people's kernels, is a matter of style, or is a problem that the kernel
-    declares and refuses.
+    """1 where something was found, or where nothing was judged; 3 where a kernel is right, but not
+    as it declares; else 0. Only if strict: where it was found in other people's kernels, is a
+    matter of style, or is a problem that the kernel declares and refuses.
     """
     events = list(events)
     if not tested(events):
         return 1
     refused = any(isinstance(e, CaseFinished) and e.outcome is Outcome.REFUSED for e in events)
     fails = any(strict or not (found.vendor or found.style) for found in findings(events))
-    return int(fails or (strict and refused))
+    if fails or (strict and refused):
+        return 1
+    return OTHERWISE if declare(events, harmless=False) else 0

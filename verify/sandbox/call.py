@@ -20,6 +20,7 @@ from torch import Tensor
 
 from verify.registry import Kernel
 from verify.sandbox.allocations import Allocations, leave
+from verify.sandbox.conventions import translated
 from verify.sandbox.interpreter import mend_bfloat16
 from verify.sandbox.torch_state import Settings
 from verify.spec.case import TORCH_DTYPES, Inputs, visibility
@@ -150,7 +151,7 @@ def _call(
         _dirty(problem, inputs)
         with _running():
             with allocations:
-                returned = kernel.fn(leaves.q, leaves.k, leaves.v, **others)
+                returned = translated(kernel, problem)(leaves.q, leaves.k, leaves.v, **others)
             out, lse = returned if isinstance(returned, tuple) else (returned, None)
             _check_form(
                 problem,

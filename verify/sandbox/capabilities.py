@@ -4,7 +4,10 @@ a property needs is most like a wanted one.
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache, partial
+from typing import Any
 
 from verify.registry import FOUND_OUT, Kernel
 from verify.sandbox import domain
@@ -71,6 +74,26 @@ def _refuses(kernel: Kernel, device: str, needs: Requirements) -> Refuses:
 def fitted(kernel: Kernel, device: str, wanted: Problem, needs: Requirements = NOTHING) -> Problem:
     """The problem most like the wanted one that the kernel takes and a property can judge."""
     return nearest(wanted, anchors(kernel, device, needs), _refuses(kernel, device, needs))
+
+
+@cache
+def variant(kernel: Kernel, device: str, changes: tuple[tuple[str, Any], ...]) -> Kernel:
+    """The same kernel, with other values of these fields; it takes what the kernel takes."""
+    other = replace(kernel, **dict(changes))
+    if found := known(kernel, device):
+        learn(other, device, found)
+    return other
+
+
+def as_variant(
+    kernel: Kernel,
+    device: str,
+    changes: tuple[tuple[str, Any], ...],
+    function: Callable[..., Any],
+    *arguments: Any,
+) -> Any:
+    """function(kernel, device, *arguments) of the kernel with these changes."""
+    return function(variant(kernel, device, changes), device, *arguments)
 
 
 def tries(kernel: Kernel, device: str, case: Case) -> tuple[str, bool]:

@@ -14,8 +14,9 @@ import pytest
 from verify.cli.main import app
 from verify.engine.config import Option, RunConfig, options
 from verify.engine.rounds import CORE_SHARE
+from verify.engine.run import Run as RunAll
+from verify.engine.run import run as run_all
 from verify.engine.session import Session
-from verify.engine.session import run as run_all
 from verify.errors import VerifyError
 from verify.properties.tests.support import ATTEND
 from verify.pytest_plugin import Run, pytest_addoption
@@ -109,7 +110,7 @@ def test_events_come_in_order_and_are_in_the_journal(config: RunConfig, file: st
     config = config.but(targets=(file,), cases=20, properties=("oracle",), shrink_seconds=2.0)
     events: list[Event] = []
     with Session(config) as session:
-        for event in session.run():
+        for event in RunAll(session).events():
             assert event in read(session.folder) or not isinstance(event, CaseFinished)
             events.append(event)
     kinds = [type(event) for event in events]
@@ -145,7 +146,7 @@ def test_a_run_that_is_stopped_says_what_it_left(config: RunConfig) -> None:
     config = config.but(targets=("naive",), cases=1000)
     events: list[Event] = []
     with Session(config) as session:
-        for event in session.run():
+        for event in RunAll(session).events():
             events.append(event)
             if sum(isinstance(e, CaseFinished) for e in events) == 5:
                 session.stop()
@@ -160,7 +161,7 @@ def test_properties_go_round_and_the_oracle_gets_its_share(config: RunConfig) ->
     config = config.but(targets=("naive",), cases=1000, in_process=True)
     order: list[str] = []
     with Session(config) as session:
-        for event in session.run():
+        for event in RunAll(session).events():
             if isinstance(event, CaseFinished):
                 order.append(event.property)
             if len(order) == 100:

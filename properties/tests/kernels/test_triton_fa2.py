@@ -29,8 +29,6 @@ from verify.spec.case import Case, Inputs
 from verify.spec.masks import Mask
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
-import triton
-import triton.language as tl
 
 from verify.kernels.triton import fa2, launch
 from verify.kernels.triton import fa2_backward as backward
@@ -298,25 +296,6 @@ def test_bad_tensors_are_refused_before_any_launch(changes: dict[str, Tensor], s
 def test_a_dense_mask_as_a_rule_is_refused() -> None:
     with pytest.raises(VerifyError, match="hand it over as a boolean tensor"):
         fa2.attention(*tensors().values(), scale=1.0, mask=Mask.parse("dense(50,1)"))
-
-
-@triton.jit
-def product(x, y, out, N: tl.constexpr):
-    """out = x y for [N, N]."""
-    at = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
-    tl.store(out + at, tl.dot(tl.load(x + at), tl.load(y + at)))
-
-
-@pytest.mark.skipif(
-    not INTERPRET, reason="only Triton's interpreter is wrong, and it is off where there is a GPU"
-)
-def test_the_interpreters_bf16_dot_is_still_wrong() -> None:
-    """When this fails, Triton has mended it (wrong in 3.6 to 3.9): take the BF16 detours out of
-    kernels/triton/fa2.py.
-    """
-    ones, out = torch.ones(16, 16, dtype=torch.bfloat16), torch.zeros(16, 16)
-    product[(1,)](ones, ones, out, 16)
-    assert not bool((out == 16).all())
 
 
 def test_the_lse_has_a_gradient() -> None:

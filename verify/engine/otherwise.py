@@ -1,0 +1,94 @@
+"""Right, but not as declared: a kernel whose conventions or arithmetic are others than it declares,
+and legitimate ones. It is judged as what it is from then on, and the line to declare is said.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+from verify.engine.evaluate import evaluate
+from verify.inspection import conventions
+from verify.inspection.identify import identified
+from verify.properties.catalogue import named
+from verify.records.events import DeclaredOtherwise, FindingShrunk
+from verify.registry import Kernel
+from verify.sandbox.capabilities import variant
+from verify.sandbox.process import Interrupted
+from verify.spec.arithmetic import FLASH, Arithmetic
+from verify.spec.case import Case
+from verify.spec.finding import Finding
+
+FREE = frozenset({"tile", "splits", "normalized_probs", "rowsum", "exp", "summation"})
+"""Fields of Arithmetic in which nobody is wrong who declared nothing."""
+
+
+class Otherwise:
+    """What the kernels of a run turn out to be other than they declare."""
+
+    def __init__(self, device: str, run: Callable[..., Any]) -> None:
+        """run: runs (target, function, *arguments) where the target's kernel is called, as a kernel
+        with `changes`.
+        """
+        self._device = device
+        self._run = run
+        self._changes: dict[str, dict[str, Any]] = defaultdict(dict)
+        self._identified: dict[str, Arithmetic | None] = {}
+
+    def changes(self, target: str) -> tuple[tuple[str, Any], ...]:
+        """Fields of the kernel, with the values that it is judged by."""
+        return tuple(sorted(self._changes[target].items()))
+
+    def conventions(self, target: str, kernel: Kernel) -> tuple[Kernel, list[DeclaredOtherwise]]:
+        """The kernel as its conventions were found to be, and an event where they are not those
+        that it declares.
+        """
+        try:
+            found = self._run(target, conventions.detected)
+        except (Finding, Interrupted):
+            return kernel, []
+        if not found:
+            return kernel, []
+        self._changes[target] |= found
+        line = ", ".join(f"{name}={value!r}" for name, value in found.items())
+        event = DeclaredOtherwise(kernel=kernel.name, declare=line)
+        return variant(kernel, self._device, self.changes(target)), [event]
+
+    def explains(
+        self, target: str, kernel: Kernel, found: FindingShrunk
+    ) -> DeclaredOtherwise | None:
+        """Whether a finding is none in the arithmetic that the kernel was found to have: then it is
+        judged by that.
+        """
+        prop = named(found.property)
+        if prop.style or not found.measured or not isinstance(kernel.arithmetic, Arithmetic):
+            return None
+        try:
+            if target not in self._identified:
+                self._identified[target] = self._run(target, identified)
+            arithmetic = self._identified[target]
+            if arithmetic is None:
+                return None
+            before = self._changes[target].copy()
+            self._changes[target]["arithmetic"] = arithmetic
+            try:
+                for case in dict.fromkeys((found.case, found.worst)):
+                    self._run(target, evaluate, prop, Case.parse(case))
+            except (Finding, Interrupted):
+                self._changes[target] = before
+                return None
+        except (Finding, Interrupted):
+            return None
+        return DeclaredOtherwise(
+            kernel=kernel.name,
+            property=found.property,
+            case=found.case,
+            declare=f"arithmetic={arithmetic}",
+            harmless=kernel.arithmetic == FLASH and _differ(arithmetic, FLASH) <= FREE,
+        )
+
+
+def _differ(one: Arithmetic, other: Arithmetic) -> set[str]:
+    return {f.name for f in fields(one) if getattr(one, f.name) != getattr(other, f.name)}
