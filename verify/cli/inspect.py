@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -10,33 +10,70 @@ from rich.table import Table
 from verify import environment
 from verify.cli.app import Device, Target, command, console, plain
 
+if TYPE_CHECKING:
+    from verify.sandbox.options import Options
+
 
 @command
-def kernels(device: Device = None) -> None:
-    """List the kernels, what each supports on this device and why not the rest."""
-    from verify import registry
-    from verify.sandbox.capabilities import options
-
+def kernels(
+    target: Annotated[
+        str | None,
+        typer.Argument(help="a kernel's name or path/to/file.py[::name]; default: all bundled"),
+    ] = None,
+    device: Device = None,
+) -> None:
+    """List kernels, what each was found to take on this device and why not the rest."""
     device = environment.prepare(device)
-    registry.load_bundled()
+    from verify.engine.resolve import resolve
+    from verify.sandbox.process import isolated
+
+    found, unavailable = resolve((target,) if target else (), bundled_only=True)
     table = Table(title=f"kernels on {device}")
-    for heading in ("kernel", "supports", "does not support"):
+    for heading in ("kernel", "takes", "does not take"):
         table.add_column(heading, overflow="fold")
-    for kernel in registry.REGISTRY.values():
-        found = options(kernel, device)
-        if why := found.refusal():
-            table.add_row(kernel.name, "nothing here", why)
-            continue
-        reasons: dict[str, list[str]] = {}
-        for option in found.taken:
-            for value, reason in found.refused[option].items():
-                reasons.setdefault(reason, []).append(f"{option}={value}")
-        not_taken = [f"{', '.join(what)}: {reason}" for reason, what in reasons.items()]
-        dtypes, masks = (", ".join(map(str, found.taken[name])) for name in ("dtype", "mask"))
-        table.add_row(kernel.name, f"{dtypes}; {masks}", "\n".join(not_taken) or "-")
-    for name, reason in registry.UNAVAILABLE.items():
+    for name, kernel in found.items():
+        with isolated(name, kernel, device) as worker:
+            taken = worker.options()
+        table.add_row(kernel.name, *taken_and_not(taken))
+    for name, reason in unavailable.items():
         table.add_row(name, "unavailable", reason)
     console.print(table)
+
+
+def taken_and_not(found: Options) -> tuple[str, str]:
+    """(what a kernel takes, option by option; what it does not, by reason)"""
+    from verify.sandbox.options import label
+
+    if why := found.refusal():
+        return "nothing here", why
+    shown = {name: [label(value) for value in values] for name, values in found.taken.items()}
+    shown["dims"] = [_dims(value) for value in found.taken["dims"]]
+    lines = [f"{name}: {', '.join(values)}" for name, values in shown.items() if values]
+    layouts: dict[str, list[str]] = {}
+    for tensor, ways in found.layouts.items():
+        layouts.setdefault(", ".join(ways), []).append(tensor)
+    lines += [f"layouts of {', '.join(tensors)}: {ways}" for ways, tensors in layouts.items()]
+    reasons: dict[str, dict[str, list[str]]] = {}
+    for option, values in found.refused.items():
+        for value, reason in values.items():
+            shown_value = _dims(tuple(value.split(":"))) if option == "dims" else value
+            reasons.setdefault(reason, {}).setdefault(option, []).append(shown_value)
+    multiples = zip(("len_q", "len_k"), found.multiples)
+    lines += [f"{name}: multiples of {n}" for name, n in multiples if n > 1]
+    rest = [f"{_values(what)}: {reason}" for reason, what in reasons.items()]
+    return "\n".join(lines), "\n".join(rest) or "-"
+
+
+def _values(what: dict[str, list[str]]) -> str:
+    """`dtype fp64; mask dense(60,1), full`; of layouts the tensor and its layout."""
+    return "; ".join(
+        option if values == ["layout"] else f"{option} {', '.join(values)}"
+        for option, values in what.items()
+    )
+
+
+def _dims(value: tuple[Any, ...]) -> str:
+    return str(value[0]) if value[0] == value[1] else f"{value[0]}:{value[1]}"
 
 
 @command

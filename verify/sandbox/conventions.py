@@ -21,7 +21,8 @@ def translated(kernel: Kernel, problem: Problem) -> Callable[..., Any]:
     """The kernel's function, of our conventions."""
     cycles = kernel.head_map == "cycle" and 1 < problem.heads_kv < problem.heads_q
     averages = kernel.empty_row == "mean" and has_empty_row(problem)
-    if not cycles and not averages and kernel.lse_base == "e":
+    sums_none = kernel.empty_row == "nan" and not problem.len_k
+    if not (cycles or averages or sums_none or kernel.lse_base == "2"):
         return kernel.fn
 
     def run(q: Tensor, k: Tensor, v: Tensor, **others: Any) -> Any:
@@ -36,6 +37,8 @@ def translated(kernel: Kernel, problem: Problem) -> Callable[..., Any]:
         out, lse, *rest = returned if isinstance(returned, tuple) else (returned, None)
         if cycles:
             out, lse = (t if t is None else _dealt(t, problem.group) for t in (out, lse))
+        if sums_none:  # softmax of nothing, times nothing, is 0 where softmax of -inf is NaN
+            out = torch.where(out == 0, torch.nan, out)
         if averages:
             seen = visibility(problem, q.device).any(-1, keepdim=True)
             out = torch.where(seen, out, 0.0)

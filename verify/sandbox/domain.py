@@ -200,17 +200,20 @@ def nearest(wanted: Problem, anchors: Iterable[Problem], refuses: Refuses) -> Pr
 
 
 def _moved(start: Problem, wanted: Problem, refuses: Refuses) -> Problem:
-    problem = start
-    for _ in range(2):  # an option may be taken only after another
+    problem, before = start, None
+    while problem != before:  # an option may be taken only after another
+        before = problem
         for moves in _moves(wanted, problem):
-            for move in moves:
-                one = changed(problem, move)
-                if one == problem:
-                    break
-                if one is not None and refuses(one) is None:
-                    problem = one
-                    break
+            problem = next(filter(None, (_after(problem, m, refuses) for m in moves)), problem)
     return problem
+
+
+def _after(problem: Problem, move: Change, refuses: Refuses) -> Problem | None:
+    """The problem after a move; None where it is not taken."""
+    if all(getattr(problem, name) == value for name, value in move.items()):
+        return problem
+    one = changed(problem, move)
+    return one if one is not None and refuses(one) is None else None
 
 
 def _moves(wanted: Problem, now: Problem) -> Iterator[list[Change]]:

@@ -26,7 +26,9 @@ class Options:
     raised: dict[str, dict[Any, str]] = field(default_factory=dict)
     """For each option what the kernel raises on, though it does not declare it."""
     multiples: tuple[int, int] = (1, 1)
-    """What len_q and len_k must be multiples of, where they are not 1, by the same."""
+    """What len_q and len_k must be multiples of, by the same."""
+    ones: tuple[bool, bool] = (True, True)
+    """Whether len_q and len_k may be 1 all the same."""
 
     def refusal(self, *, lse: bool = False) -> str | None:
         """Why the kernel takes no problem at all here, or returns no LSE; None where it does."""
@@ -40,8 +42,8 @@ class Options:
             if reason := reasons.get(value_in(option, problem)):
                 return reason
         lengths = (problem.len_q, problem.len_k)
-        for name, n, multiple in zip(("len_q", "len_k"), lengths, self.multiples):
-            if n != 1 and n % multiple:
+        for name, n, multiple, one in zip(("len_q", "len_k"), lengths, self.multiples, self.ones):
+            if n % multiple and not (n == 1 and one):
                 return f"{name}={n}: raises unless it is a multiple of {multiple}"
         return None
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from verify.registry import Kernel
@@ -95,9 +96,12 @@ def probe(kernel: Kernel, device: str, tries: Tries) -> Options:
             asks, calls = _Asked(kernel, device, tries), None
     taken, refused, anchors = _values(base, asks, calls)
     raised = {} if calls is None else _raised(taken, refused)
-    multiples = (1, 1) if calls is None else _multiples(taken, refused)
     layouts, why = _layouts(kernel, device, anchors, None if deadly else tries)
-    return Options(taken, refused | why, layouts, returns_lse, tuple(anchors), raised, multiples)
+    found = Options(taken, refused | why, layouts, returns_lse, tuple(anchors), raised)
+    if calls is None:
+        return found
+    ones = tuple(any(pair[axis] == 1 for pair in taken["lengths"]) for axis in (0, 1))
+    return replace(found, multiples=_multiples(taken, refused), ones=ones)
 
 
 def _values(

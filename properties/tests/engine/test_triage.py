@@ -1,0 +1,247 @@
+"""What is made of findings: one for each cause, as small as it gets, with the call that is wrong;
+or none, where a kernel is right and only declared otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+
+import pytest
+
+from verify import registry
+from verify.diagnosis.derived import Derived
+from verify.diagnosis.explain import explain, explain_call
+from verify.engine import causes
+from verify.engine.clock import Alarm, Clock
+from verify.engine.config import RunConfig
+from verify.engine.run import Run as WholeRun
+from verify.engine.session import Session
+from verify.errors import VerifyError
+from verify.properties.tests.support import ATTEND, searched
+from verify.pytest_plugin import Run
+from verify.records.events import CaseFinished, DeclaredOtherwise, Event, Outcome
+from verify.records.shared import Shared
+from verify.records.summary import OTHERWISE, declare, exit_code, findings
+from verify.registry import find
+from verify.spec.case import Case
+
+FILE = f"""{ATTEND}
+@kernel
+def steep(q, k, v, *, scale, mask):
+    return attend(q, k, v, 1.1 * scale, mask)
+
+@kernel
+def no_windows(q, k, v, *, scale, mask, problem):
+    wrong = "window" in problem.mask.names
+    return attend(q, k, v, 2 * scale if wrong else scale, mask)
+
+@kernel
+def last_key(q, k, v, *, scale, mask):
+    if k.shape[2] % 2 and k.shape[2] > 1:
+        seen = torch.arange(k.shape[2]) < k.shape[2] - 1
+        mask = seen.expand(1, 1, q.shape[2], -1) if mask is None else mask & seen
+    return attend(q, k, v, scale, mask)
+
+@kernel
+def careless(q, k, v, *, scale, mask):
+    return attend(q, k, v, scale, mask)
+
+@kernel
+def raises(q, k, v, *, scale, mask):
+    if q.shape[2] > 4:
+        q.view(3, -1, 7)
+    return attend(q, k, v, scale, mask)
+
+@kernel
+def refuses(q, k, v, *, scale, mask):
+    if q.shape[2] % 5 == 3:
+        raise ValueError("not so many queries")
+    return attend(q, k, v, scale, mask)
+
+@kernel
+def eager(q, k, v, *, scale, mask):
+    group = q.shape[1] // k.shape[1]
+    k, v = (t.repeat_interleave(group, 1) for t in (k, v))
+    s = q @ k.mT * scale
+    s = s if mask is None else s.masked_fill(~mask, -torch.inf)
+    return torch.softmax(s, -1) @ v
+
+@kernel
+def normalised_first(q, k, v, *, scale, mask):
+    group = q.shape[1] // k.shape[1]
+    k, v = (t.repeat_interleave(group, 1) for t in (k, v))
+    s = q.float() @ k.float().mT * scale
+    s = s if mask is None else s.masked_fill(~mask, -torch.inf)
+    p = torch.softmax(s, -1).nan_to_num().to(q.dtype)
+    return (p.float() @ v.float()).to(q.dtype).detach()
+
+@kernel
+def cycles(q, k, v, *, scale, mask):
+    group = q.shape[1] // k.shape[1]
+    return attend(q, k.repeat(1, group, 1, 1), v.repeat(1, group, 1, 1), scale, mask)
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(registry, "REGISTRY", dict(registry.REGISTRY))
+    (tmp_path / "mine.py").write_text(FILE)
+    return str(tmp_path / "mine.py")
+
+
+def run_of(
+    target: str, run: Run, *props: str, cases: int = 40, strict: bool = False
+) -> list[Event]:
+    folder = Path(target.partition("::")[0]).parent
+    config = RunConfig(
+        targets=(target,),
+        properties=props,
+        cases=cases,
+        seed=1,
+        device=run.device,
+        records=folder / "run",
+        corpus=folder / "corpus.tsv",
+        strict=strict,
+        in_process=True,  # so that which finding comes first depends on no clock
+    )
+    with Session(config) as session:
+        return list(WholeRun(session).events())
+
+
+def test_one_cause_is_one_finding(file: str, run: Run) -> None:
+    props = ("oracle", "gradients", "call-sequence", "key-permutation", "reject")
+    events = run_of(f"{file}::steep", run, *props)
+    scale, style = findings(events)
+    assert {scale.property, *scale.also} >= {"oracle", "gradients", "call-sequence"}
+    assert (style.property, style.style) == ("reject", True)
+    assert Case.parse(scale.case).problem.len_k == 2
+    assert exit_code(events, strict=False) == 1
+
+
+def test_style_alone_fails_a_strict_run_only(file: str, run: Run) -> None:
+    events = run_of(f"{file}::careless", run, "oracle", "reject", cases=5)
+    assert [found.property for found in findings(events)] == ["reject"]
+    assert exit_code(events, strict=False) == 0
+    assert exit_code(events, strict=True) == 1
+
+
+def test_what_a_finding_needs_is_set_aside_and_the_run_goes_on(file: str, run: Run) -> None:
+    events = run_of(f"{file}::no-windows", run, "oracle", "value-scaling", cases=60)
+    (found,) = findings(events)
+    assert Case.parse(found.case).problem.mask.names == {"window"}
+    aside = [e for e in events if isinstance(e, CaseFinished) and "set aside" in e.reason]
+    judged = [e for e in events if isinstance(e, CaseFinished) and e.outcome is Outcome.PASSED]
+    assert aside
+    assert all(Case.parse(e.case).problem.mask.names & {"window"} for e in aside)
+    assert len(judged) > 40
+
+
+def test_the_call_that_is_wrong_is_named_and_replayed(file: str, run: Run) -> None:
+    """Of even lengths: the property's own call, of one key less, is wrong."""
+    (kernel,) = find(f"{file}::last-key")
+    case = Case.parse("b1.h1.q2.k4.d1.fp32.causal_lower_right/integers#0")
+    lines = explain(kernel, run.device, case, "prefix")
+    named = next(line for line in lines if "another call is not: " in line)
+    derived = Derived.parse(named.partition("is not: ")[2].partition(": ")[0])
+    assert derived is not None
+    assert str(derived) == f"{case}~prefix:2"
+    assert "likely stage: the tail of the keys" in "\n".join(lines)
+    assert explain_call(kernel, run.device, derived)
+    assert not explain_call(kernel, run.device, Derived(case, "prefix", 1))
+    with pytest.raises(VerifyError, match="makes 2 calls"):
+        explain_call(kernel, run.device, Derived(case, "prefix", 9))
+    with pytest.raises(VerifyError, match="write it like CASE~prefix:2"):
+        Derived.parse(f"{case}~prefix")
+
+
+def test_a_case_is_shrunk_to_the_options_that_it_needs(file: str) -> None:
+    (kernel,) = find(f"{file}::last-key")
+    found = searched(kernel, "oracle", judged=200, shrink_seconds=100).finding
+    assert found is not None
+    assert found.case in (
+        "b1.h1.q1.k3.d1.fp32.full/integers#0",
+        "b1.h1.q1.k3.d1.fp32.full/integers#1",
+        "b1.h1.q1.k3.d1.fp32.full/normal#0",
+    )
+
+
+def test_what_a_kernel_raises_of_its_own_accord_is_a_refusal(file: str, run: Run) -> None:
+    events = run_of(f"{file}::refuses", run, "oracle", cases=60)
+    refused = [e for e in events if isinstance(e, CaseFinished) and e.outcome is Outcome.REFUSED]
+    assert refused
+    assert all("raised ValueError: not so many queries" in e.reason for e in refused)
+    assert not findings(events)
+    assert exit_code(events, strict=False) == 0
+    assert exit_code(events, strict=True) == 1
+
+
+def test_what_it_runs_into_is_a_finding_with_its_own_line(file: str) -> None:
+    (kernel,) = find(f"{file}::raises")
+    found = searched(kernel, "oracle", judged=60).finding
+    assert found is None or "mine.py:" in found.reason
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "says"),
+    [
+        ("eager", OTHERWISE, "stored_scores='input'"),
+        ("eager", OTHERWISE, "empty_row='nan'"),
+        ("normalised-first", 0, "normalized_probs=True"),
+        ("cycles", OTHERWISE, "head_map='cycle'"),
+    ],
+)
+def test_right_but_not_as_declared(name: str, code: int, says: str, file: str, run: Run) -> None:
+    if run.device != "cpu":
+        pytest.skip("products of half precision are summed otherwise on a GPU")
+    events = run_of(f"{file}::{name}", run, "oracle", cases=60)
+    assert not findings(events)
+    assert says in declare(events)[name]
+    assert exit_code(events, strict=False) == code
+
+
+def test_a_strict_run_judges_what_is_declared(file: str, run: Run) -> None:
+    events = run_of(f"{file}::cycles", run, "oracle", cases=40, strict=True)
+    assert not any(isinstance(event, DeclaredOtherwise) for event in events)
+    assert "h % heads_kv" in " ".join(findings(events)[0].explained.why)  # type: ignore[union-attr]
+
+
+def test_causes_are_told_apart() -> None:
+    line = "raised ValueError: size 7 (a.py:3)"
+    assert causes.key("ones", line, []) == causes.key("hull", line.replace("7", "9"), [])
+    assert causes.key("ones", line, []) != causes.key("ones", line.replace(":3", ":4"), [])
+    scale = ["wrong: out", "likely stage: the scale (out is that of 1.1 times the scale)"]
+    other = ["wrong: dq", "likely stage: the scale (out is that of 1.09 times the scale)"]
+    assert causes.key("oracle", "out[b0] = 1", scale) == causes.key("ones", "dq[b1] = 2", other)
+    assert causes.key("oracle", "out = 1", []) != causes.key("ones", "out = 1", [])
+
+
+def test_the_end_comes_when_it_was_asked_for() -> None:
+    clock = Clock(100.0, 60.0)
+    assert clock.since < clock.judge_until < clock.end < clock.explain_until
+    assert clock.end == 160.0
+    assert clock.explain_until <= 166.0
+    assert math.isinf(Clock(100.0).end)
+    rang: list[bool] = []
+    with Alarm(time.monotonic(), lambda: rang.append(True)) as alarm:
+        while not alarm.rang:
+            time.sleep(0.01)
+    assert rang == [True]
+    with Alarm(math.inf, lambda: rang.append(True)):
+        pass
+    assert rang == [True]
+
+
+def test_what_is_shared_is_made_once(tmp_path: Path) -> None:
+    made: list[int] = []
+
+    def make() -> int:
+        made.append(1)
+        return 7
+
+    for shared in (Shared(tmp_path), Shared(tmp_path)):
+        assert shared.once("seven", make) == 7
+    assert len(made) == 1
+    assert [Shared().once("seven", make) for _ in range(2)] == [7, 7]
+    assert len(made) == 3
