@@ -106,7 +106,7 @@ def _elsewhere(kernel: Kernel, device: str, case: Case, law: str) -> list[str]:
         )
     found = wrong_call(kernel, device, case, law)
     if found is None:
-        return [f"each call that {law} makes is right by itself: what breaks it is between them"]
+        return [f"each call that {law} makes on finite inputs is right by itself"]
     derived, trial = found
     wrong = f"{ANOTHER}{derived}: {trial.known.problem}: wrong: {', '.join(trial.wrong)}"
     return [wrong, *_where(trial, trial.wrong[0]), *_told(trial)]
