@@ -14,7 +14,7 @@ from verify.properties.property import Verdict, agree, answer, both, doubled, ho
 from verify.reference.compare import compare
 from verify.reference.reference import about, truth
 from verify.registry import Kernel
-from verify.sandbox.call import GRADIENTS, call
+from verify.sandbox.call import call
 from verify.spec.case import Case, visibility
 
 NO_GRAPH = "its output carries no autograd graph"
@@ -89,7 +89,7 @@ def cotangent_scaling(kernel: Kernel, case: Case, device: str) -> Verdict:
 def gradient_subsets(kernel: Kernel, case: Case, device: str) -> Verdict:
     """A gradient does not depend on which others are asked for."""
     known, draw = truth(case, device), rng(case)
-    names = [n for n in GRADIENTS if getattr(known.inputs, n) is not None]
+    names = [n for n in kernel.gradients if getattr(known.inputs, n) is not None]
     chosen = tuple(n for n in names if draw.random() < 0.5) or (names[case.seed % len(names)],)
     whole = answer(kernel, known)
     if whole.dq is None:

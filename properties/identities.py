@@ -191,7 +191,7 @@ def neutral_options(kernel: Kernel, case: Case, device: str) -> Verdict:
                 replace(x, slopes=torch.zeros(p.heads_q, device=device)),
             )
         )
-    if not p.softcap:
+    if not p.softcap and p.softmax_scale > 0:  # nobody asks for a cap of negated scores
         ways.append((f"a softcap of {HUGE_CAP:g}", p.but(softcap=HUGE_CAP), x))
     if p.scale is None:
         ways.append(("the scale written out", p.but(scale=p.softmax_scale), x))

@@ -2,6 +2,8 @@
 all that a kernel needs.
 """
 
+from typing import Any
+
 from verify.errors import VerifyError
 from verify.registry import KnownIssue, kernel
 from verify.spec.arithmetic import Arithmetic, Quantisation
@@ -16,4 +18,14 @@ __all__ = [
     "Quantisation",
     "VerifyError",
     "kernel",
+    "visibility",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`visibility`, which needs torch, where it is asked for."""
+    if name == "visibility":
+        from verify.spec.case import visibility  # noqa: PLC0415
+
+        return visibility
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

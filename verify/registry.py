@@ -43,6 +43,7 @@ BUNDLED = ("naive", "torch_sdpa", "triton.fa2", "triton.fp8")
 OPTIONAL = {"fa3": "fa3_wheel", "fa3-fp8": "fa3_wheel", "flex-attention": "flex"}
 """Kernels of other files of kernels/, which are loaded where they are asked for by name."""
 USUAL = ("fp32", "fp16", "bf16")
+DIFFERENTIABLE = ("q", "k", "v", "bias")
 CONVENTIONS = {
     "empty_row": ("zero", "nan", "mean"),
     "head_map": ("blocks", "cycle"),
@@ -102,6 +103,7 @@ class Declared(TypedDict, total=False):
     empty_row: str
     head_map: str
     lse_base: str
+    gradients: tuple[str, ...]
     known_issues: tuple[KnownIssue, ...]
     vendor: str
     stages: Stages | None
@@ -132,6 +134,8 @@ class Kernel:
     """Which key head the query head h uses: "blocks", h // group; "cycle", h % heads_kv."""
     lse_base: str = "e"
     """Of the logarithm that its LSE is: "e" or "2"."""
+    gradients: tuple[str, ...] = DIFFERENTIABLE
+    """The inputs for which it has gradients, if it has any."""
     known_issues: tuple[KnownIssue, ...] = ()
     vendor: str = ""
     """Whose it is, where it is not the user's nor bundled: what breaks is reported as theirs."""
@@ -158,6 +162,11 @@ class Kernel:
             known = ", ".join(DTYPES)
             raise VerifyError(
                 f"kernel {self.name!r}: dtypes={self.dtypes!r}: {wrong[0]!r} is none of {known}"
+            )
+        if unknown := set(self.gradients) - set(DIFFERENTIABLE):
+            raise VerifyError(
+                f"kernel {self.name!r}: gradients={self.gradients!r}: {min(unknown)!r} is none of "
+                f"{', '.join(DIFFERENTIABLE)}"
             )
         for name, known in CONVENTIONS.items():
             if (value := getattr(self, name)) not in known:
@@ -243,7 +252,7 @@ def kernel(
     name: default: the function's, with - for _. style: how it is called if not as a kernel is:
     "sdpa", "flash_attn" or "bshd" (styles.py); `supports` speaks of the problems that remain. What
     else may be declared are fields of Kernel: arithmetic, supports, dtypes, empty_row,
-    head_map, lse_base,
+    head_map, lse_base, gradients,
     known_issues, vendor, stages, tiles, layouts, bucket, affordable. Raises VerifyError for
     anything else, for an unknown style, for an unknown keyword in the function's signature or one
     that does not fit the style, or for a name already taken.
@@ -359,7 +368,7 @@ def _import_from(folder: Path) -> None:
     """
     ours = Path(importlib.import_module("verify.kernels").__path__[0]).resolve()
     if folder != ours and str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
+        sys.path.append(str(folder))  # last: a file may be named like the package that it adapts
 
 
 def named(target: str, kernels: Sequence[Kernel]) -> dict[str, Kernel]:

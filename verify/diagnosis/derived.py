@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from verify.diagnosis.trial import Trial
 from verify.errors import VerifyError
-from verify.properties.property import named
+from verify.properties.catalogue import named
 from verify.reference.reference import about
 from verify.registry import Kernel
 from verify.sandbox.call import Called, recorded

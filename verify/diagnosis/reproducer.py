@@ -109,7 +109,9 @@ def _expressions(p: Problem, x: Inputs, handed: dict[str, Any]) -> dict[str, str
 
 
 def _registered(kernel: Kernel, p: Problem, x: Inputs) -> tuple[str, str]:
-    """(imports, the call) of a kernel found by its file, or by its name."""
+    """(imports, the call) of a kernel found by its file, or by its name. A user's file is loaded
+    without this project, but where its kernel is handed what this project makes.
+    """
     path = Path(kernel.origin.rpartition(":")[0])
     ours = path.suffix != ".py" or path.parent == Path(torch_sdpa.__file__).parent
     target = kernel.name if ours else f"{path}::{kernel.name}"
@@ -117,6 +119,9 @@ def _registered(kernel: Kernel, p: Problem, x: Inputs) -> tuple[str, str]:
         f", {name}={text}"
         for name, text in sorted(_expressions(p, x, keywords(kernel, p, x)).items())
     )
+    interpreted = x.q.device.type == "cpu" and _has_triton(kernel)
+    if not (ours or "problem" in kernel.takes or kernel.lacks or interpreted):
+        return LOAD, f"    return load({str(path)!r}, {kernel.name!r})(q, k, v{keyword})"
     names = "Problem, find" if "problem" in kernel.takes else "find"
     triton = f'os.environ["TRITON_INTERPRET"] = "{int(x.q.device.type == "cpu")}"'
     imports = (
@@ -125,6 +130,12 @@ def _registered(kernel: Kernel, p: Problem, x: Inputs) -> tuple[str, str]:
     )
     found = f"    fn = find({target!r})[0].fn\n    mend_bfloat16()\n"
     return imports, f"{found}    return fn(q, k, v{keyword})"
+
+
+def _has_triton(kernel: Kernel) -> bool:
+    """Whether the file of the kernel's function names Triton."""
+    held = getattr(getattr(kernel.fn, "func", kernel.fn), "__globals__", {}).values()
+    return any(getattr(value, "__name__", "") == "triton" for value in held)
 
 
 def _sdpa(kernel: Kernel, p: Problem, x: Inputs) -> tuple[str, str]:
@@ -182,6 +193,30 @@ def _allowed(kernel: Kernel, known: Truth, *, deadly: bool) -> Iterator[str]:
         honest = float("nan") if got is None or expected is None else expected.rmse(name, got)[1]
         yield f"{name!r}: ({at}, {limit[at].item()!r}, {honest:.3g})"
 
+
+LOAD = '''import importlib.util
+import types
+from pathlib import Path
+
+
+def load(path, name):
+    """A function that a file registers, without the tool that it registers it with."""
+    found, stand_in = {}, types.ModuleType("verify")
+
+    def kernel(fn=None, /, *, name=None, **declared):
+        if fn is None:
+            return lambda fn: kernel(fn, name=name, **declared)
+        found[name or getattr(fn, "__name__", "kernel").replace("_", "-")] = fn
+        return fn
+
+    stand_in.kernel, stand_in.__getattr__ = kernel, lambda name: lambda *given, **named: None
+    sys.modules["verify"] = stand_in
+    sys.path.append(str(Path(path).parent))
+    spec = importlib.util.spec_from_file_location("kernels_of_the_user", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return found[name]
+'''
 
 SCRIPT = '''"""$title
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from verify.registry import Kernel
+from verify.registry import DIFFERENTIABLE, Kernel
 from verify.sandbox.allocations import Allocations, leave
 from verify.sandbox.conventions import translated
 from verify.sandbox.interpreter import mend_bfloat16
@@ -28,7 +28,7 @@ from verify.spec.finding import Finding
 from verify.spec.layouts import memory, moved, touched
 from verify.spec.problem import Problem
 
-GRADIENTS = ("q", "k", "v", "bias")
+GRADIENTS = DIFFERENTIABLE
 since: Any = [0.0]
 """When the present call began, time.monotonic(), 0 between calls. In a worker process this is
 memory that its watchdog reads.
@@ -142,7 +142,7 @@ def _call(
     }
     after = {name: held.clone() for name, held in before.items()}
     leaves = Inputs(**{name: moved(getattr(inputs, name), to) for name, to in after.items()})
-    for tensor in (getattr(leaves, name) for name in wrt if problem.grads):
+    for tensor in (getattr(leaves, n) for n in wrt if problem.grads and n in kernel.gradients):
         if tensor is not None:
             tensor.requires_grad_()
     others = keywords(kernel, problem, leaves, dropout=dropout)
