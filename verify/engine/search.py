@@ -11,6 +11,7 @@ import math
 import queue
 import threading
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -40,6 +41,8 @@ from verify.spec.finding import Finding
 
 CHUNKS_IN_VAIN = 8
 """After so many chunks without another judged case there are taken to be no more."""
+PROPERTIES_APART, CHUNKS_APART = 1000, 10_000
+"""Each property has chunks of its own, by its name: else all with the same needs see the same."""
 SEED_STEP = 7919
 """Between the seeds of chunks, so that runs with neighbouring seeds do not repeat each other."""
 
@@ -292,9 +295,10 @@ class Search:
         for case in self._kept:
             self._attempt(case)
         chunk = in_vain = 0
+        first = zlib.crc32(self.prop.name.encode()) % PROPERTIES_APART * CHUNKS_APART
         while self.finding is None and not self.over() and in_vain < CHUNKS_IN_VAIN:
             before = self.tested
-            self._seed = self.run_seed + SEED_STEP * chunk
+            self._seed = self.run_seed + SEED_STEP * (first + chunk)
             draw(self._attempt, self.kernel, self.prop, self.device, seed=self._seed)
             chunk += 1
             in_vain = 0 if self.tested > before else in_vain + 1

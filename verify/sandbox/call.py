@@ -146,6 +146,8 @@ def _call(
         if tensor is not None:
             tensor.requires_grad_()
     others = keywords(kernel, problem, leaves, dropout=dropout)
+    mask = others.get("mask")
+    handed = None if mask is None else mask.clone()
     settings, allocations = Settings(inputs.q.device.type, draws=dropout > 0), Allocations()
     try:
         _dirty(problem, inputs)
@@ -173,6 +175,8 @@ def _call(
         changed = settings.restore()
     if changed:
         raise Finding(f"changed torch's {changed}")
+    if mask is not None and not torch.equal(mask, handed):
+        raise Finding("changed its input mask")
     wanted, found = allocations.bands()
     if (at := touched([*before.values(), *wanted], [*after.values(), *found])) is not None:
         raise (

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch import Tensor
 
 from verify.errors import VerifyError
 from verify.registry import REGISTRY, Kernel, find, kernel
@@ -182,3 +183,52 @@ def test_settings_are_put_back_where_a_kernel_raises() -> None:
     with pytest.raises(Finding, match="raised ValueError: no"):
         run(fails)
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_a_mask_is_an_input_that_must_not_be_changed() -> None:
+    def careless(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None) -> Tensor:
+        if mask is not None:
+            mask |= True
+        return torch.zeros(*q.shape[:3], v.shape[3])
+
+    case = Case.parse("b1.h1.q2.k3.d1.fp32.causal_upper_left/integers#0")
+    kernel = Kernel("careless", careless, frozenset({"mask"}))
+    with pytest.raises(Finding, match="changed its input mask"):
+        call(kernel, case.problem, case.inputs("cpu"))
+
+
+def test_gradients_that_a_kernel_stores_itself_are_seen() -> None:
+    """In the leaves' `.grad`, beside what autograd gives."""
+
+    class Stores(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, q: Tensor, v: Tensor) -> Tensor:
+            ctx.q = q
+            return torch.zeros(*q.shape[:3], v.shape[3])
+
+        @staticmethod
+        def backward(ctx: Any, do: Tensor) -> Any:
+            ctx.q.grad = torch.ones_like(ctx.q)
+            return None, None
+
+    def stores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return Stores.apply(q, v)
+
+    case = Case.parse("b1.h1.q2.k3.d1.fp32.full.grads/integers#0")
+    output = call(Kernel("stores", stores, frozenset()), case.problem, case.inputs("cpu"))
+    assert output.dq is not None
+    assert output.dq.tolist() == torch.ones(1, 1, 2, 1).tolist()
+
+
+def test_a_kernel_may_have_no_gradient_of_its_bias() -> None:
+    def plain(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None) -> Tensor:
+        s = q @ k.mT
+        return torch.softmax(s if bias is None else s + bias, -1) @ v
+
+    case = Case.parse("b1.h1.q2.k3.d1.fp32.full.bias=qk.grads/integers#0")
+    kernel = Kernel("plain", plain, frozenset({"bias"}), gradients=("q", "k", "v"))
+    output = call(kernel, case.problem, case.inputs("cpu"))
+    assert output.dbias is None
+    assert output.dq is not None
+    with pytest.raises(VerifyError, match="'mask' is none of q, k, v, bias"):
+        Kernel("wrong", plain, frozenset({"bias"}), gradients=("q", "mask"))
