@@ -18,6 +18,7 @@ from verify.records.events import (
     WRONG_OUTPUTS,
     CaseFinished,
     CaseUnfinished,
+    DeclaredOtherwise,
     Ended,
     Event,
     FindingShrunk,
@@ -80,6 +81,8 @@ def matrix(events: Iterable[Event]) -> Table:
             ended[event.kernel, event.property] = event.ended
         elif isinstance(event, FindingShrunk):
             found.add((event.kernel, event.property))
+        elif isinstance(event, DeclaredOtherwise):
+            found.discard((event.kernel, event.property))
     pairs = {*cases, *ended}
     kernels = sorted({kernel for kernel, _ in pairs})
     table = Table()

@@ -45,7 +45,7 @@ OPTIONAL = {"fa3": "fa3_wheel", "fa3-fp8": "fa3_wheel", "flex-attention": "flex"
 USUAL = ("fp32", "fp16", "bf16")
 DIFFERENTIABLE = ("q", "k", "v", "bias")
 CONVENTIONS = {
-    "empty_row": ("zero", "nan", "mean"),
+    "empty_row": ("zero", "nan", "mean", "nan from a bias"),
     "head_map": ("blocks", "cycle"),
     "lse_base": ("e", "2"),
 }
@@ -129,7 +129,7 @@ class Kernel:
     dtypes: tuple[str, ...] = USUAL
     empty_row: str = "zero"
     """What a row without a visible key gives: "zero"; "nan", and then its gradients are not judged;
-    "mean", that of all V."""
+    "nan from a bias", if a bias of -inf hides them; "mean", that of all V."""
     head_map: str = "blocks"
     """Which key head the query head h uses: "blocks", h // group; "cycle", h % heads_kv."""
     lse_base: str = "e"
@@ -174,6 +174,11 @@ class Kernel:
                     f"kernel {self.name!r}: {name}={value!r}: one of {', '.join(known)}"
                 )
 
+    @property
+    def bundled(self) -> bool:
+        """Whether it is one of ours, whose `supports` is complete."""
+        return self.origin.startswith(str(_ours()))
+
     def numerics(self, problem: Problem, device: str) -> Arithmetic:
         """The arithmetic declared for this problem on this device."""
         return (
@@ -197,12 +202,13 @@ class Kernel:
             return reason
         if self.lacks and (reason := self.lacks(problem)):
             return reason
-        if self.supports is None:
-            found_out = FOUND_OUT.get((self, device))
-            return found_out(problem) if found_out else None
-        if dropout and "dropout" in inspect.signature(self.supports).parameters:
-            return self.supports(problem, device, dropout=dropout)
-        return self.supports(problem, device)
+        if self.supports:
+            told = "dropout" in inspect.signature(self.supports).parameters if dropout else False
+            more = {"dropout": dropout} if told else {}
+            if reason := self.supports(problem, device, **more):
+                return reason
+        found_out = FOUND_OUT.get((self, device))
+        return found_out(problem) if found_out else None
 
     def _unexpressed(self, problem: Problem, dropout: float) -> str | None:
         """Why its dtypes, keywords and conventions do not have this problem."""
@@ -222,6 +228,9 @@ class Kernel:
                 return f"takes no `{keyword}`"
         if self.empty_row == "nan" and problem.grads and _has_empty_row(problem):
             return "a row that sees no key is NaN, and so are its gradients"
+        by_bias = self.empty_row == "nan from a bias" and problem.mask_as == "float"
+        if by_bias and _has_empty_row(problem):
+            return "a row that a bias leaves no key is NaN"
         return None
 
 
@@ -232,8 +241,8 @@ def _has_empty_row(problem: Problem) -> bool:
 
 
 FOUND_OUT: dict[tuple[Kernel, str], Callable[[Problem], str | None]] = {}
-"""By (kernel, device): what a kernel that declares no `supports` was found not to take, and why; as
-good as declared."""
+"""By (kernel, device): what a kernel was found not to take when it was called, and why; as good as
+declared."""
 REGISTRY: dict[str, Kernel] = {}
 UNAVAILABLE: dict[str, str] = {}
 _LOADED: dict[Path, list[Kernel]] = {}
@@ -366,9 +375,14 @@ def _import_from(folder: Path) -> None:
     """Let a file import its neighbours, then and when its kernel is called. Ours are imported by
     their package: in their folder, `triton` would be another.
     """
-    ours = Path(importlib.import_module("verify.kernels").__path__[0]).resolve()
-    if folder != ours and str(folder) not in sys.path:
+    if folder != _ours() and str(folder) not in sys.path:
         sys.path.append(str(folder))  # last: a file may be named like the package that it adapts
+
+
+@functools.cache
+def _ours() -> Path:
+    """The folder of the bundled kernels."""
+    return Path(importlib.import_module("verify.kernels").__path__[0]).resolve()
 
 
 def named(target: str, kernels: Sequence[Kernel]) -> dict[str, Kernel]:

@@ -9,6 +9,7 @@ from verify.properties.catalogue import Property
 from verify.properties.property import Verdict
 from verify.records.events import WRONG_OUTPUTS, CaseFinished, Outcome
 from verify.registry import Kernel
+from verify.sandbox.probe import RAISED
 from verify.spec.case import Case
 from verify.spec.finding import Finding
 
@@ -25,7 +26,7 @@ def evaluate(kernel: Kernel, device: str, prop: Property, case: Case) -> CaseFin
     try:
         verdict = prop.check(kernel, case, device)
     except Finding as finding:
-        if finding.refused:
+        if _refused(kernel, finding):
             return finished(kernel, prop, case, Outcome.REFUSED, reason=finding.sentence)
         if not known:
             raise
@@ -45,6 +46,14 @@ def evaluate(kernel: Kernel, device: str, prop: Property, case: Case) -> CaseFin
         bitwise=verdict.bitwise,
         measured=verdict.measured,
     )
+
+
+def _refused(kernel: Kernel, finding: Finding) -> bool:
+    """Whether the kernel said that it does not take the case: of its own accord, or, where it
+    declares nothing, by any exception but what the GPU raises.
+    """
+    ran_into = finding.sentence.startswith(RAISED) and "CUDA" not in finding.sentence
+    return finding.refused or (ran_into and kernel.supports is None)
 
 
 def check(kernel: Kernel, device: str, prop: Property, case: Case) -> Verdict:

@@ -20,8 +20,10 @@ from verify.diagnosis.explain import explain_call, show
 from verify.engine.evaluate import check
 from verify.engine.explanation import Run, why
 from verify.errors import VerifyError
+from verify.inspection import conventions
 from verify.properties.catalogue import Property
 from verify.registry import Kernel
+from verify.sandbox.capabilities import as_variant
 from verify.sandbox.process import isolated
 from verify.spec.case import Case
 from verify.spec.finding import Finding
@@ -55,7 +57,7 @@ def replay(
     if reason := kernel.unsupported(case.problem, device):
         raise VerifyError(f"{kernel.name} does not support {case.problem}: {reason}")
     with _running(alone, kernel, device, in_process=in_process) as run:
-        return _replayed(run, kernel, prop, case, write)
+        return _replayed(_as_found(run, write), kernel, prop, case, write)
 
 
 def replay_call(
@@ -74,7 +76,7 @@ def replay_call(
     alone, kernel = _only(target, kernels)
     with _running(alone, kernel, device, in_process=in_process) as run:
         try:
-            lines = run(explain_call, derived)
+            lines = _as_found(run, write)(explain_call, derived)
         except Finding as finding:
             lines = [f"the call itself fails: {finding.sentence}"]
     for line in lines or [f"{kernel.name}: call {derived.number} of {derived.prop} is right"]:
@@ -97,6 +99,20 @@ def _running(target: str, kernel: Kernel, device: str, *, in_process: bool) -> I
     with isolated(target, kernel, device) as worker:
         worker.options()
         yield worker.run
+
+
+def _as_found(run: Run, write: Write) -> Run:
+    """The same, of a kernel with the conventions that it is found to have, as `verify fuzz` judges
+    it.
+    """
+    try:
+        found = run(conventions.detected)
+    except Finding:
+        return run
+    if not found:
+        return run
+    write("judged with " + ", ".join(f"{name}={value!r}" for name, value in found.items()))
+    return partial(run, as_variant, tuple(sorted(found.items())))
 
 
 def _here(kernel: Kernel, device: str, function: Callable[..., Any], *arguments: Any) -> Any:

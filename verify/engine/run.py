@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 from verify import environment
@@ -15,6 +16,7 @@ from verify.engine.rounds import Rounds
 from verify.engine.search import SEED_STEP, Answer, Budget, Inbox, Search, keep, timed
 from verify.engine.session import Session
 from verify.inspection import conventions
+from verify.properties.catalogue import Property
 from verify.records.events import (
     DeclaredOtherwise,
     Ended,
@@ -27,10 +29,14 @@ from verify.records.events import (
     RunStarted,
 )
 from verify.records.journal import cases
+from verify.registry import Kernel
+from verify.sandbox.capabilities import known
 from verify.sandbox.process import Interrupted
 from verify.spec.case import Case
 from verify.spec.finding import Finding
 
+STYLE_CASES = 25
+"""Cases of a property whose findings are a matter of style."""
 SHRINK_SHARE = 0.15
 """Of a run's time: what one finding may take to be shrunk."""
 
@@ -97,16 +103,20 @@ class Run:
                 about = kernel.name, prop.name
                 if (*about, self._of.config.seed) in self._of.ended:
                     continue
+                if not known(kernel, self._of.device):  # time was up before it was known
+                    refused.append(_no_time(kernel, prop, self._of.config.seed))
+                    continue
                 if refusal := self._of.refused(kernel, prop):
                     refused.append(refusal)
                     continue
                 self._of.note(target, prop)
+                few = min(budget.judged or STYLE_CASES, STYLE_CASES)
                 found.append(
                     Search(
                         kernel,
                         prop,
                         self._of.device,
-                        budget=budget,
+                        budget=replace(budget, judged=few) if prop.style else budget,
                         seed=self._of.config.seed,
                         kept=self._of.corpus.cases(*about),
                         completed=self._of.judged.get(about),
@@ -171,3 +181,7 @@ class Run:
             yield self._of.triage.explain(found)
         ended = Ended.TIME if one.tested else Ended.NO_TIME
         yield one.ending(ended if timed_out else Ended.INTERRUPTED)
+
+
+def _no_time(kernel: Kernel, prop: Property, seed: int) -> PropertyFinished:
+    return PropertyFinished(kernel=kernel.name, property=prop.name, ended=Ended.NO_TIME, seed=seed)

@@ -25,6 +25,9 @@ from verify.sandbox.process import Interrupted
 from verify.spec.case import Case
 from verify.spec.finding import Finding
 
+COSTLY = ("ended its process", "did not return", "took ", "lost the GPU")
+"""How findings begin that cost a worker process: they are not shown by forty properties."""
+
 
 class Triage:
     """The findings of one run."""
@@ -53,8 +56,10 @@ class Triage:
         if explained.same_as or named(found.property).style:
             return
         case = Case.parse(found.case)
+        costly = found.reason.startswith(COSTLY)
         for one in searches:
-            if one.kernel.name == found.kernel and not (one.ended or one.prop.style):
+            of_kernel = one.kernel.name == found.kernel and not (one.ended or one.prop.style)
+            if of_kernel and not costly:
                 yield from self._shown_too(one, case, found.property)
         kernel = next(one.kernel for one in searches if one.kernel.name == found.kernel)
         self._put_aside(kernel, found, case)

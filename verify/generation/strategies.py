@@ -178,7 +178,7 @@ def problems(
     heads = _pick(draw, sorted(wanted))
     heads_q, heads_kv = heads if used["heads"] else (1, 1)
     size = Size(batch, heads_q, heads_kv, len_q, len_k)
-    interpreted = device == "cpu" and kernel.affordable(device) is not None
+    interpreted = device == "cpu" and options(kernel, device).slow
     size = affordable(size, device, interpreted=interpreted)
     dim_qk, dim_v = draw(_dims(taken["dims"], apart=used["dim_v"] and row["dim_v"] == "another"))
     caps, scales = (

@@ -21,7 +21,7 @@ from verify.spec.case import Case, Inputs, has_empty_row, visibility
 from verify.spec.finding import Finding
 from verify.spec.inputs import Recipe
 from verify.spec.layouts import laid_out
-from verify.spec.masks import Mask
+from verify.spec.masks import FULL, Mask
 from verify.spec.problem import Problem
 
 
@@ -125,11 +125,39 @@ def detected(kernel: Kernel, device: str) -> dict[str, str]:
     return found
 
 
+def grouped(kernel: Kernel, device: str) -> bool:
+    """Whether each query head has the mean of its key head's values, for other heads and lengths
+    than _group asks about.
+    """
+    plain = plain_problem(kernel, device)
+    problem = fitted(kernel, device, plain.but(heads_q=6, heads_kv=2, len_q=3, len_k=5))
+    if problem.group == 1 or not (problem.mask == FULL and problem.len_k):
+        return True
+    values = torch.arange(float(problem.heads_kv * problem.len_k))
+    v = values.view(1, problem.heads_kv, problem.len_k, 1).expand(problem.shapes["v"])
+    output = _run(kernel, problem, device, v=v)
+    if output is None:
+        return True
+    mean = v.mean(2, keepdim=True).repeat_interleave(problem.group, 1)
+    return bool(((output.out.float() - mean).abs() < problem.len_k / 4).all())
+
+
 def _read_empty_row(kernel: Kernel, plain: Problem, device: str) -> str:
+    """By a rule, and by a bias of -inf."""
+    ways = ("rule", "float") if "float" in options(kernel, device).taken["mask_as"] else ("rule",)
+    found = [_empty_row_of(kernel, plain.but(mask_as=way), device) for way in ways]
+    return "nan from a bias" if found == ["zero", "nan"] else found[0]
+
+
+def _empty_row_of(kernel: Kernel, plain: Problem, device: str) -> str:
     """V = 0, 1, 2, 3, of which the mean is no key's."""
-    wanted = plain.but(len_q=1, len_k=4, mask=Mask.parse("padding(0)"), batch=1)
-    problem = fitted(kernel, device, wanted)
+    mask = Mask.parse("padding(0)")
+    wanted = plain.but(len_q=1, len_k=4, mask=mask, batch=1, mask_as="rule")
+    handed = wanted.but(mask_as=plain.mask_as)
+    problem = fitted(kernel, device, handed)
     if not (len(problem.mask.parts) == 1 and has_empty_row(problem)):
+        return ""
+    if problem.mask_as != handed.mask_as:
         return ""
     v = torch.arange(problem.len_k, dtype=torch.float32)[:, None].expand(problem.shapes["v"])
     output = _run(kernel, problem, device, v=v)

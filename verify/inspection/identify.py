@@ -210,6 +210,10 @@ def _taken(kernel: Kernel, device: str, case: Case) -> tuple[Case, str | None]:
     needs = Requirements(grads=asked.grads)
     if not anchors(kernel, device, needs):
         return case, kernel.unsupported(asked, device) or "takes no such problem"
+    groups = [(q, k) for q, k in options(kernel, device).taken["heads"] if q > k]
+    widest = max(groups, key=lambda pair: pair[0] / pair[1], default=None)
+    if asked.group > 1 and widest and kernel.unsupported(asked, device):
+        asked = asked.but(heads_q=widest[0], heads_kv=widest[1])
     problem = fitted(kernel, device, asked, needs)
     same = problem.dtype == asked.dtype and problem.len_k <= 2 * asked.len_k
     grouped = asked.group == 1 or problem.group > 1

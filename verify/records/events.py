@@ -25,7 +25,7 @@ class Outcome(StrEnum):
     UNSUPPORTED = "unsupported"
     """The kernel declares that it does not take it, or was found not to before the first case."""
     REFUSED = "refused"
-    """The kernel raised of its own accord: `raise`, `assert` or NotImplementedError."""
+    """The kernel raised: of its own accord, or anything where it declares no `supports`."""
 
 
 WRONG_OUTPUTS = ("zeros", "mean(V)", "scale*1.05")

@@ -14,7 +14,7 @@ from verify.sandbox import domain
 from verify.sandbox.call import call
 from verify.sandbox.domain import PLAIN, Refuses, changed, nearest
 from verify.sandbox.options import Options
-from verify.sandbox.probe import probe
+from verify.sandbox.probe import NO_GRAPH, probe
 from verify.spec.case import Case
 from verify.spec.finding import Finding
 from verify.spec.problem import Problem
@@ -99,7 +99,9 @@ def as_variant(
 def tries(kernel: Kernel, device: str, case: Case) -> tuple[str, bool]:
     """(what is wrong with a call on this case, or nothing; whether it returns an LSE)"""
     try:
-        return "", call(kernel, case.problem, case.inputs(device)).lse is not None
+        output = call(kernel, case.problem, case.inputs(device))
+        graph = "" if output.dq is not None or not case.problem.grads else NO_GRAPH
+        return graph, output.lse is not None
     except Finding as finding:
         return finding.sentence, True  # whatever is wrong is for a property to say
 

@@ -41,7 +41,7 @@ def translated(kernel: Kernel, problem: Problem) -> Callable[..., Any]:
             out = torch.where(out == 0, torch.nan, out)
         if averages:
             seen = visibility(problem, q.device).any(-1, keepdim=True)
-            out = torch.where(seen, out, 0.0)
+            out = torch.where(seen | ~out.isfinite(), out, 0.0)
             lse = lse if lse is None else torch.where(seen.squeeze(-1), lse, -torch.inf)
         if kernel.lse_base == "2" and lse is not None:
             lse = lse * math.log(2.0)

@@ -66,6 +66,8 @@ LENGTHS = (
     (512, 512),
     (16, 0),
     (0, 16),
+    (0, 0),
+    (1, 0),
 )
 """(len_q, len_k): equal, one query, more keys, more queries, around a tile or a multiple of one,
 none.
@@ -167,12 +169,19 @@ def anchor_with(
     if one is None or refuses(one) is None:
         return one
     asked, reason = choices(), _kind(refuses(one))
-    others = [c for name in along for c in asked[name] if not c.keys() & change.keys()]
+    others = [
+        c for name in along for c in asked[name] if not (c.keys() & change.keys() or _none(c))
+    ]
     for steps in _steps(base, change, others, refuses, reason):
         problem = changed(base, change, *steps)
         if problem is not None and refuses(problem) is None:
             return problem
     return None
+
+
+def _none(change: Change) -> bool:
+    """Whether there are no queries or no keys then: what does nothing takes such a problem."""
+    return 0 in (change.get("len_q"), change.get("len_k"))
 
 
 def _steps(

@@ -21,6 +21,9 @@ class Options:
     layouts: dict[str, tuple[str, ...]]
     """By tensor: those that it takes without an exception."""
     returns_lse: bool = False
+    slow: bool = False
+    """A call takes long, as under Triton's interpreter: what was asked is little, and cases are
+    small."""
     anchors: tuple[Problem, ...] = ()
     """Accepted problems, one for each value taken; the first is the plainest."""
     raised: dict[str, dict[Any, str]] = field(default_factory=dict)
@@ -59,10 +62,20 @@ def value_in(option: str, problem: Problem) -> Any:
     pairs = {
         "dims": lambda p: (p.dim_qk, p.dim_v),
         "heads": lambda p: (p.heads_q, p.heads_kv),
-        "lengths": relation,
+        "lengths": _lengths,
         "mask": lambda p: p.mask.way,
     }
     return pairs[option](problem) if option in pairs else getattr(problem, option)
+
+
+def _lengths(problem: Problem) -> str:
+    """How the lengths stand to each other; none, and one query for one key, are classes of their
+    own.
+    """
+    q, k = problem.len_q, problem.len_k
+    if not q or not k:
+        return "no keys" if q else "no queries" if k else "nothing"
+    return "one query, one key" if q == k == 1 else relation(problem)
 
 
 def label(value: Any) -> str:

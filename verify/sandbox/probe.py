@@ -4,6 +4,7 @@ trying each.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +22,8 @@ RAISED = "raised"
 """How the finding of a call begins in which the kernel raises."""
 MOST_CALLS = 100
 """Calls for each option, to find out what a kernel takes that declares nothing about it."""
+SLOW_SECONDS = 0.3
+"""Of a call on a small problem: eager PyTorch takes a hundredth of that."""
 FEW_CALLS = 4
 """The same where a call is slow: under Triton's interpreter, or where each shape is compiled."""
 NOT_ASKED = "was not asked: the kernel declares nothing, and enough calls were made"
@@ -28,6 +31,7 @@ ALONG = {"mask": ("lengths",), "heads": ("lengths",), "grads": ("mask",)}
 """Options that may change with another so that it is taken, where nothing is declared: each costs
 calls.
 """
+NO_GRAPH = "its output carries no autograd graph"
 OFTEN = 4
 """A reason counts that is given a fourth as often as the one given most."""
 Tries = Callable[[Case], tuple[str, bool]]
@@ -67,7 +71,7 @@ class _Asked:
         self._left -= 1
         sentence, _ = self._tries(Case(problem))
         raised = sentence.startswith(RAISED)
-        if sentence and not raised:
+        if sentence and not raised and sentence != NO_GRAPH:
             self.stop()  # it ends or spoils its process: no need to do that again
         self._known[problem] = sentence if raised else None
         return self._known[problem]
@@ -86,8 +90,9 @@ def probe(kernel: Kernel, device: str, tries: Tries) -> Options:
     sentence, returns_lse = tries(Case(base))
     deadly = bool(sentence) and not sentence.startswith(RAISED)
     calls = None
-    if kernel.supports is None and not deadly:
-        calls = MOST_CALLS if kernel.affordable(device) is None else FEW_CALLS
+    slow = kernel.affordable(device) is not None or _slow(base, asks.declared, tries)
+    if not deadly and (kernel.supports is None or not kernel.bundled):
+        calls = FEW_CALLS if slow else MOST_CALLS
         asks.allow(2 * calls)
         base = domain.first_accepted(asks, {}, most=0) or base
         asks.stop()
@@ -96,12 +101,31 @@ def probe(kernel: Kernel, device: str, tries: Tries) -> Options:
             asks, calls = _Asked(kernel, device, tries), None
     taken, refused, anchors = _values(base, asks, calls)
     raised = {} if calls is None else _raised(taken, refused)
+    if not deadly and not _has_graph(anchors, tries):
+        taken["grads"], anchors = (False,), [p for p in anchors if not p.grads]
+        refused["grads"]["True"] = NO_GRAPH
+        raised = raised | {"grads": {True: NO_GRAPH}}
     layouts, why = _layouts(kernel, device, anchors, None if deadly else tries)
-    found = Options(taken, refused | why, layouts, returns_lse, tuple(anchors), raised)
+    found = Options(taken, refused | why, layouts, returns_lse, slow, tuple(anchors), raised)
     if calls is None:
         return found
     ones = tuple(any(pair[axis] == 1 for pair in taken["lengths"]) for axis in (0, 1))
     return replace(found, multiples=_multiples(taken, refused), ones=ones)
+
+
+def _has_graph(anchors: list[Problem], tries: Tries) -> bool:
+    """Whether out can be backpropagated through, where that can be asked."""
+    graded = next((p for p in anchors if p.grads), None)
+    return graded is None or NO_GRAPH not in tries(Case(graded))[0]
+
+
+def _slow(base: Problem, declared: Refuses, tries: Tries) -> bool:
+    """Whether a call on another small problem takes long, once one was made: each is compiled."""
+    ways = ({"heads_q": 3, "heads_kv": 3}, {"batch": 2}, {"dim_qk": 32, "dim_v": 32})
+    others = [p for way in ways if (p := changed(base, way)) and declared(p) is None]
+    start = time.monotonic()
+    tries(Case(next(iter(others), base)))
+    return time.monotonic() - start > SLOW_SECONDS
 
 
 def _values(

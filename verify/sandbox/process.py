@@ -119,6 +119,8 @@ class Isolated:
         that the worker's end is; Interrupted; RuntimeError for any other exception.
         """
         for last in (False, True):
+            if self._stop.is_set():
+                raise Interrupted
             try:
                 start = time.monotonic()
                 answer = self._running().run(function, arguments, self._limits, self._stop)
