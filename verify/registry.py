@@ -168,10 +168,10 @@ class Kernel:
                 f"kernel {self.name!r}: gradients={self.gradients!r}: {min(unknown)!r} is none of "
                 f"{', '.join(DIFFERENTIABLE)}"
             )
-        for name, known in CONVENTIONS.items():
-            if (value := getattr(self, name)) not in known:
+        for name, values in CONVENTIONS.items():
+            if (value := getattr(self, name)) not in values:
                 raise VerifyError(
-                    f"kernel {self.name!r}: {name}={value!r}: one of {', '.join(known)}"
+                    f"kernel {self.name!r}: {name}={value!r}: one of {', '.join(values)}"
                 )
 
     @property

@@ -175,7 +175,7 @@ def _call(
         changed = settings.restore()
     if changed:
         raise Finding(f"changed torch's {changed}")
-    if mask is not None and not torch.equal(mask, handed):
+    if mask is not None and handed is not None and not torch.equal(mask, handed):
         raise Finding("changed its input mask")
     wanted, found = allocations.bands()
     if (at := touched([*before.values(), *wanted], [*after.values(), *found])) is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from verify.sandbox.domain import Change, relation
+from verify.sandbox.domain import HEADS, Change, relation
 from verify.spec.problem import Problem
 
 
@@ -44,11 +44,19 @@ class Options:
         for option, reasons in self.raised.items():
             if reason := reasons.get(value_in(option, problem)):
                 return reason
+        alike = [pair for pair in HEADS if _kind(*pair) == _kind(problem.heads_q, problem.heads_kv)]
+        others = [self.raised.get("heads", {}).get(pair) for pair in alike]
+        if alike and all(others):  # also of heads that it was not asked about
+            return others[0]
         lengths = (problem.len_q, problem.len_k)
         for name, n, multiple, one in zip(("len_q", "len_k"), lengths, self.multiples, self.ones):
             if n % multiple and not (n == 1 and one):
                 return f"{name}={n}: raises unless it is a multiple of {multiple}"
         return None
+
+
+def _kind(heads_q: int, heads_kv: int) -> tuple[bool, bool]:
+    return heads_q > heads_kv, heads_kv > 1
 
 
 def value_of(change: Change) -> Any:

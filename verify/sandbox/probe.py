@@ -109,8 +109,9 @@ def probe(kernel: Kernel, device: str, tries: Tries) -> Options:
     found = Options(taken, refused | why, layouts, returns_lse, slow, tuple(anchors), raised)
     if calls is None:
         return found
-    ones = tuple(any(pair[axis] == 1 for pair in taken["lengths"]) for axis in (0, 1))
-    return replace(found, multiples=_multiples(taken, refused), ones=ones)
+    one_query, one_key = (any(pair[axis] == 1 for pair in taken["lengths"]) for axis in (0, 1))
+    multiples = _multiples(taken, refused)
+    return replace(found, multiples=multiples, ones=(one_query, one_key))
 
 
 def _has_graph(anchors: list[Problem], tries: Tries) -> bool:

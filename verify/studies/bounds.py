@@ -30,8 +30,8 @@ from verify import environment, registry
 from verify.bounds.constants import ELSEWHERE
 from verify.bounds.metrics import distance, measure
 from verify.bounds.proved import allowance
+from verify.engine.drawing import CHUNK, draw
 from verify.engine.evaluate import evaluate, finished
-from verify.engine.search import CHUNK, draw
 from verify.oracles import float64
 from verify.oracles.emulator import emulate
 from verify.properties.catalogue import PROPERTIES, Property
