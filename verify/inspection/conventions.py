@@ -14,9 +14,9 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from verify.registry import Kernel
+from verify.registry import CONVENTIONS, Kernel
 from verify.sandbox.call import Output, call
-from verify.sandbox.capabilities import fitted, options, plain_problem
+from verify.sandbox.capabilities import fitted, options, plain_problem, variant
 from verify.spec.case import Case, Inputs, has_empty_row, visibility
 from verify.spec.finding import Finding
 from verify.spec.inputs import Recipe
@@ -115,9 +115,11 @@ def detected(kernel: Kernel, device: str) -> dict[str, str]:
     if options(kernel, device).refusal():
         return {}
     plain, found = plain_problem(kernel, device), dict[str, str]()
+    ours = tuple((name, values[0]) for name, values in CONVENTIONS.items())
+    bare = variant(kernel, device, ours)  # not translated by what it declares
     for name, reads in DETECTED.items():
         try:
-            value = reads(kernel, plain, device)
+            value = reads(bare, plain, device)
         except (Finding, ArithmeticError, ValueError):
             continue
         if value and value != getattr(kernel, name):
