@@ -254,7 +254,7 @@ class Program:
         """out [B,H,Q,Dv], lse [B,H,Q]"""
         p = self.problem
         if self.has("raises without queries") and not p.len_q:
-            raise RuntimeError("invalid configuration argument: grid 0")
+            q.new_empty(0).view(1)  # fails as a launch with a grid of 0 does: not of its own accord
         key = (p.shapes["q"], p.shapes["k"], p.dtype)
         if self.has("result remembered by shape") and key in STATE:
             return STATE[key]

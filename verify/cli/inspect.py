@@ -25,6 +25,7 @@ def kernels(
     """List kernels, what each was found to take on this device and why not the rest."""
     device = environment.prepare(device)
     from verify.engine.resolve import resolve
+    from verify.sandbox.capabilities import options
     from verify.sandbox.process import isolated
 
     found, unavailable = resolve((target,) if target else (), bundled_only=True)
@@ -32,9 +33,11 @@ def kernels(
     for heading in ("kernel", "takes", "does not take"):
         table.add_column(heading, overflow="fold")
     for name, kernel in found.items():
+        if target is None:  # ours do not crash on a plain problem
+            table.add_row(kernel.name, *taken_and_not(options(kernel, device)))
+            continue
         with isolated(name, kernel, device) as worker:
-            taken = worker.options()
-        table.add_row(kernel.name, *taken_and_not(taken))
+            table.add_row(kernel.name, *taken_and_not(worker.options()))
     for name, reason in unavailable.items():
         table.add_row(name, "unavailable", reason)
     console.print(table)
