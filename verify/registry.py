@@ -176,8 +176,8 @@ class Kernel:
 
     @property
     def bundled(self) -> bool:
-        """Whether it is one of ours, whose `supports` is complete."""
-        return self.origin.startswith(str(_ours()))
+        """Whether it is one of ours, whose `supports` is complete; those made without a file are."""
+        return not self.origin or self.origin.startswith(str(_ours()))
 
     def numerics(self, problem: Problem, device: str) -> Arithmetic:
         """The arithmetic declared for this problem on this device."""
