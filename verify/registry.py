@@ -176,7 +176,7 @@ class Kernel:
 
     @property
     def bundled(self) -> bool:
-        """Whether it is one of ours, whose `supports` is complete; those made without a file are."""
+        """Whether it is one of ours, whose `supports` is complete, or made without a file."""
         return not self.origin or self.origin.startswith(str(_ours()))
 
     def numerics(self, problem: Problem, device: str) -> Arithmetic:
