@@ -162,7 +162,7 @@ class Session:
         """Find the rows that the property's cases follow, once."""
         about = self.kernels[target], self.device, prop.needs
         found = self._shared.once(
-            f"rows of {target} for {prop.needs}", partial(pairwise.rows, *about)
+            f"rows of {target} for {prop.needs!r}", partial(pairwise.rows, *about)
         )
         pairwise.learn_rows(*about, found)
 

@@ -46,6 +46,7 @@ class Requirements:
             "with gradients": self.grads,
             "with grouped heads": self.grouped,
             "of several batch entries": self.several,
+            "with a tensor that is not contiguous": self.arranged,
         }
         return ", ".join(word for word, needed in words.items() if needed) or "anything"
 

@@ -79,7 +79,7 @@ def test_both_front_ends_judge_the_same_cases(tmp_path: Path) -> None:
     matrix = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "verify.pytest_plugin"]
     matrix += ["-c", "/dev/null", "--noconftest", "--import-mode=importlib"]
     matrix += [f"--rootdir={tmp_path}", str(MATRIX), "--kernel", "naive"]
-    matrix += ["--draw-seed", "1", "--records", str(tmp_path / "pytest")]
+    matrix += ["--draw-seed", "1", "--records", str(tmp_path / "pytest"), "-n", "2"]
     for command in (fuzz, matrix):
         done = subprocess.run(
             [sys.executable, *command, *common],
