@@ -126,9 +126,9 @@ def _registered(kernel: Kernel, p: Problem, x: Inputs) -> tuple[str, str]:
     triton = f'os.environ["TRITON_INTERPRET"] = "{int(x.q.device.type == "cpu")}"'
     imports = (
         f"import os\n\n{triton}\nfrom verify.registry import {names}\n"
-        "from verify.sandbox.interpreter import mend_bfloat16"
+        "from verify.sandbox.interpreter import mend_interpreter"
     )
-    found = f"    fn = find({target!r})[0].fn\n    mend_bfloat16()\n"
+    found = f"    fn = find({target!r})[0].fn\n    mend_interpreter()\n"
     return imports, f"{found}    return fn(q, k, v{keyword})"
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from verify.registry import DIFFERENTIABLE, Kernel
 from verify.sandbox.allocations import Allocations, leave
 from verify.sandbox.conventions import translated
-from verify.sandbox.interpreter import mend_bfloat16
+from verify.sandbox.interpreter import mend_interpreter
 from verify.sandbox.torch_state import Settings
 from verify.spec.case import TORCH_DTYPES, Inputs, visibility
 from verify.spec.finding import Finding
@@ -38,7 +38,7 @@ memory that its watchdog reads.
 @contextmanager
 def watched() -> Iterator[None]:
     """Around what runs a kernel's code."""
-    mend_bfloat16()  # where the kernel, loaded by now, will run in Triton's interpreter
+    mend_interpreter()  # where the kernel, loaded by now, will run in Triton's interpreter
     since[0] = time.monotonic()
     try:
         yield

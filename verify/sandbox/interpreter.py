@@ -1,9 +1,14 @@
-"""BF16 in Triton's interpreter, which runs kernels on a CPU: there a value of BF16 is its bit
-pattern in uint16, and the interpreter of Triton 3.6 to 3.9 computes with that as an integer.
+"""Triton's interpreter, which runs kernels on a CPU, mended: what it computes in BF16, and twice
+what made it slow.
 
-Mended for every kernel, as a GPU computes: operands are widened to float32, and what is BF16 again
-is rounded to nearest even. tl.dot and reductions sum in float32. What moves the bits and does not
-look at them was right: loads, stores, shapes, the choice of tl.where.
+A value of BF16 is its bit pattern in uint16 there, and the interpreter of Triton 3.6 to 3.9
+computes with that as an integer. Mended for every kernel, as a GPU computes: operands are widened
+to float32, and what is BF16 again is rounded to nearest even. tl.dot and reductions sum in float32.
+What moves the bits and does not look at them was right: loads, stores, shapes, the choice of
+tl.where.
+
+It replaces the functions of triton.language at every call of a device function, though the launch
+did; and looks a format up in a table that it makes anew. Both together were a third of its time.
 """
 
 from __future__ import annotations
@@ -24,9 +29,9 @@ ONE_AND_A_HALF, ITS_SQUARE, NAN = 0x3FC0, 0x4010, 0x7FC0
 """Bit patterns."""
 
 
-def mend_bfloat16() -> None:
+def mend_interpreter() -> None:
     """Mend the interpreter, once, if it was imported, as it is by the first kernel that it will
-    run, and is wrong.
+    run: what is wrong, and what is slow.
     """
     interpreter = sys.modules.get("triton.runtime.interpreter")
     if interpreter is not None:
@@ -35,13 +40,40 @@ def mend_bfloat16() -> None:
 
 @functools.cache
 def _mend(interpreter: ModuleType) -> None:
-    """All of it or, where an interpreter is built otherwise than those that are known, nothing."""
-    try:
-        changes = [*_mended(interpreter)] if _wrong(interpreter) else []
-    except (AttributeError, TypeError, ValueError):
-        return
-    for owner, name, method in changes:
-        setattr(owner, name, method)
+    """Of each of the two all or, where an interpreter is built otherwise than those that are known,
+    nothing.
+    """
+    for changes in (_mended, _hastened):
+        try:
+            found = [*changes(interpreter)]
+        except (AttributeError, TypeError, ValueError):
+            continue
+        for owner, name, method in found:
+            setattr(owner, name, method)
+
+
+def _hastened(interpreter: ModuleType) -> Iterator[tuple[Any, str, Callable[..., Any]]]:
+    """(module, name, function in its place)"""
+    tl, patch, lookup = interpreter.tl, interpreter._patch_lang, interpreter._get_np_dtype
+    nothing, pointer = interpreter._LangPatchScope, tl.pointer_type
+    formats: dict[str, Any] = {}
+
+    def once(fn: Any) -> Any:
+        """Whoever launched has replaced the functions, and will put them back."""
+        seen = [x for x in fn.__globals__.values() if x is tl or x is tl.core]
+        replaced = seen and not any(tl.core.is_builtin(lang.load) for lang in seen)
+        return nothing() if replaced else patch(fn)
+
+    def looked_up(of: Any) -> Any:
+        scalar = of.element_ty if isinstance(of, tl.block_type) else of
+        if isinstance(scalar, pointer):
+            return lookup(of)
+        if scalar.name not in formats:
+            formats[scalar.name] = lookup(of)
+        return formats[scalar.name]
+
+    yield interpreter, "_patch_lang", once
+    yield interpreter, "_get_np_dtype", looked_up
 
 
 def _wrong(interpreter: ModuleType) -> bool:
@@ -54,7 +86,9 @@ def _wrong(interpreter: ModuleType) -> bool:
 
 
 def _mended(interpreter: ModuleType) -> Iterator[tuple[type, str, Callable[..., Any]]]:
-    """(class, name, method in its place)"""
+    """(class, name, method in its place); nothing where BF16 is right."""
+    if not _wrong(interpreter):
+        return
     values, builder = _Values(interpreter), interpreter.InterpreterBuilder
     for name in COMPUTE:
         yield builder, name, _computed(getattr(builder, name), values)

@@ -8,6 +8,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from verify.engine.evaluate import evaluate
 from verify.properties.tests.support import searched
 from verify.pytest_plugin import Run
 from verify.registry import REGISTRY, find
-from verify.sandbox.interpreter import mend_bfloat16
+from verify.sandbox.interpreter import mend_interpreter
 from verify.sandbox.process import isolated
 
 pytestmark = pytest.mark.interpreter
@@ -167,12 +168,17 @@ def file(tmp_path: Path, run: Run) -> Path:
 @pytest.fixture
 def operations(file: Path) -> ModuleType:
     """The same, loaded, the interpreter mended."""
-    spec = importlib.util.spec_from_file_location("bf16_operations", file)
+    return loaded(file)
+
+
+def loaded(file: Path) -> ModuleType:
+    """A file's module, the interpreter mended."""
+    spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    mend_bfloat16()
+    mend_interpreter()
     return module
 
 
@@ -223,14 +229,56 @@ def test_every_number_is_widened_exactly_and_rounded_to_nearest_even(
 def test_it_is_mended_once(operations: ModuleType) -> None:
     builder = sys.modules["triton.runtime.interpreter"].InterpreterBuilder
     before = dict(vars(builder))
-    mend_bfloat16()
+    mend_interpreter()
     assert dict(vars(builder)) == before
+
+
+NESTED = """
+import triton
+import triton.language as tl
+
+@triton.jit
+def doubled(x):
+    return x + x
+
+@triton.jit
+def plain(X, N: tl.constexpr):
+    tl.store(X + tl.arange(0, N), tl.load(X + tl.arange(0, N)) * 8)
+
+@triton.jit
+def nested(X, N: tl.constexpr):
+    x = tl.load(X + tl.arange(0, N))
+    tl.store(X + tl.arange(0, N), doubled(doubled(doubled(x))))
+"""
+
+
+def test_a_device_function_replaces_nothing_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The launch has, for all that it calls, and puts it back."""
+    file = tmp_path / "nested.py"
+    file.write_text(NESTED)
+    module = loaded(file)
+    interpreter = sys.modules["triton.runtime.interpreter"]
+    count: Counter[str] = Counter()
+    replace = interpreter._patch_builtin
+    for name in ("plain", "nested"):
+
+        def counted(*arguments: object, name: str = name) -> None:
+            count[name] += 1
+            replace(*arguments)
+
+        monkeypatch.setattr(interpreter, "_patch_builtin", counted)
+        getattr(module, name)[(1,)](x := torch.arange(8.0), 8)
+        assert torch.equal(x, 8 * torch.arange(8.0))
+        assert interpreter.tl.core.is_builtin(interpreter.tl.load)
+    assert 0 < count["plain"] == count["nested"]
 
 
 @pytest.mark.usefixtures("file")
 def test_nothing_is_imported_to_be_mended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "triton.runtime.interpreter", raising=False)
-    mend_bfloat16()
+    mend_interpreter()
     assert "triton.runtime.interpreter" not in sys.modules
 
 
