@@ -45,8 +45,10 @@ from verify.sandbox.process import Limits
 from verify.spec.case import Case
 from verify.spec.requirements import NOTHING
 
-MOST_WORKERS = 8
-"""Idle worker processes are kept up to so many, if the run needs no more."""
+MOST_WORKERS, FEWEST = 8, 3
+"""Idle worker processes are kept up to so many, if the run needs no more; among several processes
+that share the machine, fewer each, but for so many.
+"""
 E = TypeVar("E", bound=Event)
 
 
@@ -83,7 +85,8 @@ class Session:
         self.corpus = Corpus(config.corpus)
         self.threads = config.workers or (environment.cores() if self.device == "cpu" else 1)
         limits = Limits(config.call_seconds, processes=max(self.threads, Limits().processes))
-        most = max(self.threads, min(len(self.kernels), MOST_WORKERS))
+        idle = max(FEWEST, MOST_WORKERS // environment.processes())
+        most = max(self.threads, min(len(self.kernels), idle))
         self.workers = Workers(self.device, limits, most)
         self.interrupted = False
         self._drawn: set[str] = set()
