@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 
 from verify.errors import VerifyError
+from verify.spec.masks import FULL
 from verify.spec.problem import Problem
 
 Triple = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -40,9 +41,13 @@ class Distribution:
     """Values are whole numbers; bias and cotangent are then, too."""
     one_sign: bool
     """V has one sign; the cotangent then has one, too, so that delta = rowsum(dO * O) is large."""
+    says: Callable[[Problem], bool]
+    """Whether it is what it says on a problem; on others it is not drawn."""
 
 
 DISTRIBUTIONS: dict[str, Distribution] = {}
+BLOCK = 64
+"""Rows that a scale is often of."""
 
 
 def distribution(
@@ -51,25 +56,28 @@ def distribution(
     stresses: Mapping[Stress, int] | None = None,
     whole: bool = False,
     one_sign: bool = False,
+    says: Callable[[Problem], bool] = lambda problem: True,
 ) -> Callable[[Callable[..., Triple]], Callable[..., Triple]]:
     """Register a family of inputs by its function's name. Arguments: Distribution's fields."""
 
     def register(values: Callable[..., Triple]) -> Callable[..., Triple]:
-        family = Distribution(values, drawn, stresses or {}, whole, one_sign)
+        family = Distribution(values, drawn, stresses or {}, whole, one_sign, says)
         DISTRIBUTIONS[values.__name__] = family
         return values
 
     return register
 
 
-def drawn_from(*hard_on: Stress) -> list[str]:
+def drawn_from(*hard_on: Stress, problem: Problem | None = None) -> list[str]:
     """The texts that a case's distribution is drawn from, each as often as it should come up.
 
-    A failing case shrinks to the first. hard_on: what the kernel and the property have of it.
+    A failing case shrinks to the first. hard_on: what the kernel and the property have of it;
+    problem: the case's, where only those count that have something to say of it.
     """
     return [
         text
         for family in DISTRIBUTIONS.values()
+        if problem is None or family.says(problem)
         for text, times in family.drawn.items()
         for _ in range(times + sum(family.stresses.get(stress, 0) for stress in hard_on))
     ]
@@ -137,13 +145,47 @@ def rising(rng: np.random.Generator, problem: Problem, span: float = 20.0) -> Tr
     return q, k, v
 
 
-@distribution({"ties": 1})
-def ties(rng: np.random.Generator, problem: Problem) -> Triple:
-    """All keys equal: every score of a row ties, P is exactly 1 before normalising, O is the mean
-    of the visible V.
+@distribution({"apart(131072)": 1}, says=lambda problem: problem.len_k > 2)
+def apart(rng: np.random.Generator, problem: Problem, c: float = 131072.0) -> Triple:
+    """Scores of every third key lie c below the others', half above 0 and half below: farther apart
+    than FP16 has numbers, while V varies among the keys that count.
     """
     q, k, v = normal(rng, problem)
-    return q, np.broadcast_to(k[..., :1, :], k.shape).copy(), v
+    below = np.arange(problem.len_k) % 3 == 2
+    high = c / (problem.softmax_scale or 1.0) / 2.0
+    q[..., 0], k[..., 0] = abs(high) ** 0.5, np.where(below, -high, high) / abs(high) ** 0.5
+    return q, k, v
+
+
+@distribution({"peak_row(1e4)": 1}, says=lambda problem: problem.len_q > 1 <= problem.len_k)
+def peak_row(rng: np.random.Generator, problem: Problem, c: float = 1e4) -> Triple:
+    """One query's scores lie c above all others': what a maximum of a tile, not of each row, cannot
+    take.
+    """
+    q, k, v = normal(rng, problem)
+    high = c / (problem.softmax_scale or 1.0)
+    q[..., 0], k[..., 0] = 0.0, high / abs(high) ** 0.5
+    row = int(rng.integers(max(1, problem.len_q)))
+    q[:, :, row : row + 1, 0] = abs(high) ** 0.5
+    return q, k, v
+
+
+@distribution({"sunken(3e4)": 1}, says=lambda problem: problem.mask != FULL and problem.len_k > 1)
+def sunken(rng: np.random.Generator, problem: Problem, c: float = 3e4) -> Triple:
+    """Every score lies c below 0: what a finite mask value, such as -1e4, lets through."""
+    q, k, v = normal(rng, problem)
+    low = -c / (problem.softmax_scale or 1.0)
+    q[..., 0], k[..., 0] = abs(low) ** 0.5, low / abs(low) ** 0.5
+    return q, k, v
+
+
+@distribution({"ties": 1, "ties(3)": 1})
+def ties(rng: np.random.Generator, problem: Problem, keys: float = 1.0) -> Triple:
+    """So many different keys, again and again: scores of a row tie, with one key all of them, P is
+    exactly 1 before normalising; O is a mean of the visible V.
+    """
+    q, k, v = normal(rng, problem)
+    return q, k[..., np.arange(problem.len_k) % max(1, int(keys)), :], v
 
 
 @distribution({"sink": 2})
@@ -174,7 +216,34 @@ def hot_channel(rng: np.random.Generator, problem: Problem, factor: float = 30.0
     return q, k, v
 
 
-@distribution({"uneven_heads": 2}, stresses={"scales": 2})
+@distribution({"uneven_entries": 2}, stresses={"scales": 2}, says=lambda problem: problem.batch > 1)
+def uneven_entries(rng: np.random.Generator, problem: Problem, factor: float = 64.0) -> Triple:
+    """Batch entries from 1 to `factor` times as large in K and V: what a scale, a maximum or an
+    index shared among entries cannot take.
+    """
+    q, k, v = normal(rng, problem)
+    size = factor ** np.linspace(0.0, 1.0, problem.batch).reshape(-1, 1, 1, 1)
+    return q, k * size / factor**0.5, v * size
+
+
+@distribution(
+    {"uneven_blocks": 1}, stresses={"scales": 2}, says=lambda problem: problem.len_k > BLOCK
+)
+def uneven_blocks(rng: np.random.Generator, problem: Problem, factor: float = 64.0) -> Triple:
+    """Blocks of 64 rows from 1 to `factor` times as large in V, in any order, less so in K and Q:
+    what the scale of another block cannot take.
+    """
+    q, k, v = normal(rng, problem)
+    of_q, of_k = (
+        factor ** rng.random((problem.heads_kv, -(-n // BLOCK))).repeat(BLOCK, -1)[:, :n, None]
+        for n in (problem.len_q, problem.len_k)
+    )
+    return q * of_q.repeat(problem.group, 0) ** 0.25, k * of_k**0.5, v * of_k
+
+
+@distribution(
+    {"uneven_heads": 2}, stresses={"scales": 2}, says=lambda problem: problem.heads_kv > 1
+)
 def uneven_heads(rng: np.random.Generator, problem: Problem, factor: float = 64.0) -> Triple:
     """Heads from 1 to `factor` times as large in K and V: what a scale or an index shared among
     heads cannot take.

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 from hypothesis import strategies as st
@@ -216,29 +217,44 @@ def _none(rule: Rule, anchor: Anchor, *, common: bool = False, mirror: str = "")
     )
 
 
-SIDES = (0, 1, 2, 7, 17, 63, 64, 65, 130)
-"""How far a drawn window reaches; one that reaches over all keys hides nothing."""
+NEAR = (0, 1, 2, 7, 17, 63, 64, 65)
+FAR = (127, 128, 129, 130, 200, 255, 256, 511, 1000)
+"""How far a drawn window reaches: within a usual tile, beyond it; not over all keys, which hides
+nothing, but for once.
+"""
 
 
-def _side(len_k: int) -> SearchStrategy[int]:
-    return st.sampled_from([-1, *2 * [n for n in SIDES if n < len_k - 1], max(len_k - 1, 0)])
+def _sides(len_k: int) -> list[int]:
+    return [*(n for n in NEAR + FAR if n < len_k - 1), max(len_k - 1, 0)]
 
 
-def _sliding(batch: int, len_q: int, len_k: int) -> SearchStrategy[tuple[int, ...]]:
-    return st.tuples(_side(len_k), _side(len_k)).map(lambda sides: (sides[0], 0))
+@cache
+def _sliding(len_k: int) -> SearchStrategy[tuple[int, ...]]:
+    return st.sampled_from([(left, 0) for left in (*_sides(len_k), -1)])
 
 
-def _windows(batch: int, len_q: int, len_k: int) -> SearchStrategy[tuple[int, ...]]:
-    return st.tuples(_side(len_k), _side(len_k))
+@cache
+def _windows(len_k: int) -> SearchStrategy[tuple[int, ...]]:
+    """Half of them without a bound on one side."""
+    sides = st.sampled_from(_sides(len_k))
+    return st.tuples(sides, sides, st.integers(0, 3)).map(
+        lambda w: {2: (-1, w[1]), 3: (w[0], -1)}.get(w[2], w[:2])
+    )
 
 
-def _lengths(batch: int, len_q: int, len_k: int) -> SearchStrategy[tuple[int, ...]]:
-    return st.lists(st.integers(0, len_k), min_size=batch, max_size=batch).map(tuple)
+@cache
+def _lengths(batch: int, len_k: int) -> SearchStrategy[tuple[int, ...]]:
+    """Any; hardly anything beside all, in any order; both."""
+    some, ends = st.integers(0, len_k), st.sampled_from(sorted({0, min(1, len_k), len_k}))
+    beside = st.tuples(st.permutations(range(batch)), st.tuples(*[ends] * (batch - 1))).map(
+        lambda drawn: tuple((*drawn[1], len_k)[n] for n in drawn[0])
+    )
+    return st.one_of(st.tuples(*[some] * batch), beside, st.tuples(*[ends | some] * batch))
 
 
-def _sequences(batch: int, len_q: int, len_k: int) -> SearchStrategy[tuple[int, ...]]:
-    longest = max(1, min(len_q, len_k))
-    return st.lists(st.integers(1, longest), min_size=1, max_size=4).map(tuple)
+@cache
+def _sequences(longest: int) -> SearchStrategy[tuple[int, ...]]:
+    return st.lists(st.integers(1, max(1, longest)), min_size=1, max_size=4).map(tuple)
 
 
 KINDS: dict[str, Kind] = {
@@ -253,7 +269,7 @@ KINDS: dict[str, Kind] = {
         lambda a: min(a, default=-1) >= 0,
         lambda a, batch: [tuple((n, 0) for n in a)],
         "keys",
-        (Drawn("padding", "padding(5)", _lengths),),
+        (Drawn("padding", "padding(5)", lambda b, q, k: _lengths(b, k)),),
         per_batch=True,
     ),
     "window": Kind(
@@ -264,8 +280,8 @@ KINDS: dict[str, Kind] = {
         "last",
         (
             # one that ends at the diagonal is what most models have, and kernels have a path for it
-            Drawn("sliding", "window(3,0)", _sliding, lambda a: a[1] == 0),
-            Drawn("window", "window(3,1)", _windows),
+            Drawn("sliding", "window(3,0)", lambda b, q, k: _sliding(k), lambda a: a[1] == 0),
+            Drawn("window", "window(3,1)", lambda b, q, k: _windows(k)),
         ),
     ),
     "prefix_lm": Kind(
@@ -282,7 +298,7 @@ KINDS: dict[str, Kind] = {
         lambda a: min(a, default=0) >= 1,
         _boundaries,
         "first",
-        (Drawn("blocks", "blocks(2,3)", _sequences),),
+        (Drawn("blocks", "blocks(2,3)", lambda b, q, k: _sequences(min(q, k))),),
     ),
     "dense": Kind(
         dense,

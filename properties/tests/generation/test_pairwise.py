@@ -55,7 +55,9 @@ def test_a_kernel_with_buckets_is_drawn_in_their_shapes() -> None:
         for p in (case.problem for case in drawn)
     }
     assert shapes == {(dtype, dim, dim, *heads) for dtype, (dim, *heads) in SHAPES.items()}
-    assert {case.problem.batch for case in drawn} == {2, 3}
+    batches = {case.problem.batch for case in drawn}
+    assert {2, 3} <= batches
+    assert 1 not in batches
     assert len({case.problem.mask for case in drawn}) > 20
 
 
