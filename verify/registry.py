@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from verify.errors import VerifyError
 from verify.spec.arithmetic import FLASH, Arithmetic
+from verify.spec.masks import FULL
 from verify.spec.problem import DTYPES, Problem
 from verify.styles import Lacks, adapted
 
@@ -48,6 +49,7 @@ CONVENTIONS = {
     "empty_row": ("zero", "nan", "mean", "nan from a bias"),
     "head_map": ("blocks", "cycle"),
     "lse_base": ("e", "2"),
+    "own_mask": ("full", "causal_upper_left", "causal_lower_right"),
 }
 """Fields of Kernel in which right kernels differ, with their values, ours first."""
 Supports = Callable[..., str | None]
@@ -103,6 +105,7 @@ class Declared(TypedDict, total=False):
     empty_row: str
     head_map: str
     lse_base: str
+    own_mask: str
     gradients: tuple[str, ...]
     known_issues: tuple[KnownIssue, ...]
     vendor: str
@@ -134,6 +137,9 @@ class Kernel:
     """Which key head the query head h uses: "blocks", h // group; "cycle", h % heads_kv."""
     lse_base: str = "e"
     """Of the logarithm that its LSE is: "e" or "2"."""
+    own_mask: str = "full"
+    """What it applies whatever it is called with: "full", nothing; "causal_upper_left" or
+    "causal_lower_right", and then it is given problems with this mask alone."""
     gradients: tuple[str, ...] = DIFFERENTIABLE
     """The inputs for which it has gradients, if it has any."""
     known_issues: tuple[KnownIssue, ...] = ()
@@ -198,9 +204,14 @@ class Kernel:
         """Why this kernel can't do this problem on this device ("cpu", "cuda"), with this dropout;
         None where it can.
         """
-        if reason := self._unexpressed(problem, dropout):
+        asked = problem
+        if self.own_mask != "full":
+            if (str(problem.mask), problem.mask_as) != (self.own_mask, "rule"):
+                return f"applies {self.own_mask} by itself, and no other mask"
+            asked = problem.but(mask=FULL)
+        if reason := self._unexpressed(asked, dropout) or self._nan(problem):
             return reason
-        if self.lacks and (reason := self.lacks(problem)):
+        if self.lacks and (reason := self.lacks(asked)):
             return reason
         if self.supports:
             told = "dropout" in inspect.signature(self.supports).parameters if dropout else False
@@ -211,7 +222,7 @@ class Kernel:
         return found_out(problem) if found_out else None
 
     def _unexpressed(self, problem: Problem, dropout: float) -> str | None:
-        """Why its dtypes, keywords and conventions do not have this problem."""
+        """Why its dtypes and keywords do not have this problem."""
         by_rule = "problem" in self.takes and problem.mask_as == "rule"
         needs = [
             ("bias", problem.bias in ("bhqk", "hqk", "qk") or problem.mask_as == "float"),
@@ -226,6 +237,10 @@ class Kernel:
         for keyword, needed in needs:
             if needed and keyword not in self.takes:
                 return f"takes no `{keyword}`"
+        return None
+
+    def _nan(self, problem: Problem) -> str | None:
+        """Why what it gives for a row that sees no key is not judged."""
         if self.empty_row == "nan" and problem.grads and _has_empty_row(problem):
             return "a row that sees no key is NaN, and so are its gradients"
         by_bias = self.empty_row == "nan from a bias" and problem.mask_as == "float"
@@ -261,7 +276,7 @@ def kernel(
     name: default: the function's, with - for _. style: how it is called if not as a kernel is:
     "sdpa", "flash_attn" or "bshd" (styles.py); `supports` speaks of the problems that remain. What
     else may be declared are fields of Kernel: arithmetic, supports, dtypes, empty_row,
-    head_map, lse_base, gradients,
+    head_map, lse_base, own_mask, gradients,
     known_issues, vendor, stages, tiles, layouts, bucket, affordable. Raises VerifyError for
     anything else, for an unknown style, for an unknown keyword in the function's signature or one
     that does not fit the style, or for a name already taken.

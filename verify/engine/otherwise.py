@@ -15,7 +15,7 @@ from verify.inspection.identify import identified
 from verify.properties.catalogue import named
 from verify.records.events import DeclaredOtherwise, FindingShrunk
 from verify.registry import Kernel
-from verify.sandbox.capabilities import as_variant, variant
+from verify.sandbox.capabilities import as_variant, learn, options, variant
 from verify.sandbox.process import Interrupted
 from verify.spec.arithmetic import FLASH, Arithmetic
 from verify.spec.case import Case
@@ -56,6 +56,9 @@ class Otherwise:
         self._changes[target] |= found
         line = ", ".join(f"{name}={value!r}" for name, value in found.items())
         event = DeclaredOtherwise(kernel=kernel.name, declare=line)
+        if "own_mask" in found:
+            masked = variant(kernel, self._device, (("own_mask", found["own_mask"]),))
+            learn(masked, self._device, self._run(target, options))
         return variant(kernel, self._device, self.changes(target)), [event]
 
     def _holds(self, target: str, found: dict[str, str]) -> bool:

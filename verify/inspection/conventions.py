@@ -94,7 +94,7 @@ def _lse(kernel: Kernel, plain: Problem, device: str) -> str:
     output = _run(kernel, plain.but(len_k=8), device)
     if output is None or output.lse is None:
         return "not returned"
-    value = output.lse.flatten()[0].item()
+    value = output.lse[0, 0, -1].item()
     named = {"natural logarithm": math.log(8), "base 2": 3.0}
     return (
         min(named, key=lambda name: abs(value - named[name])) + f" (ln 8 is given as {value:.4g})"
@@ -115,7 +115,7 @@ def detected(kernel: Kernel, device: str) -> dict[str, str]:
     if options(kernel, device).refusal():
         return {}
     plain, found = plain_problem(kernel, device), dict[str, str]()
-    ours = tuple((name, values[0]) for name, values in CONVENTIONS.items())
+    ours = tuple((name, values[0]) for name, values in CONVENTIONS.items() if name != "own_mask")
     bare = variant(kernel, device, ours)  # not translated by what it declares
     for name, reads in DETECTED.items():
         try:
@@ -179,7 +179,25 @@ def _read_lse_base(kernel: Kernel, plain: Problem, device: str) -> str:
     return "2" if _lse(kernel, plain, device).startswith("base 2") else ""
 
 
+def _read_own_mask(kernel: Kernel, plain: Problem, device: str) -> str:
+    """Of a kernel that cannot be asked for any: which keys its queries see."""
+    if options(kernel, device).taken["mask"] != (FULL,):
+        return ""
+    problem = fitted(kernel, device, plain.but(len_q=3, len_k=5))
+    output = _run(kernel, problem, device, v=_one_hot(problem))
+    if output is None or min(problem.len_q, problem.len_k, problem.dim_v) < 2:
+        return ""
+    read = min(problem.len_k, problem.dim_v)
+    seen = output.out[0, 0, :, :read] > 0
+    for name in CONVENTIONS["own_mask"]:
+        asked = visibility(problem.but(mask=Mask.parse(name)), seen.device)
+        if bool((seen == asked[0, 0, :, :read]).all()):
+            return name
+    return ""
+
+
 DETECTED: dict[str, Probe] = {
+    "own_mask": _read_own_mask,
     "empty_row": _read_empty_row,
     "head_map": _read_head_map,
     "lse_base": _read_lse_base,
@@ -221,7 +239,7 @@ def _scale(kernel: Kernel, plain: Problem, device: str) -> str:
     )
     if output is None:
         return kernel.unsupported(problem, device) or ""
-    p = output.out[0, 0, 0, 0].item()
+    p = output.out[0, 0, -1, 0].item()
     return (
         f"{math.log(p / (1 - p)):.3g} / sqrt(dim_qk)"
         if 0 < p < 1

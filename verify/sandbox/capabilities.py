@@ -78,10 +78,17 @@ def fitted(kernel: Kernel, device: str, wanted: Problem, needs: Requirements = N
 
 @cache
 def variant(kernel: Kernel, device: str, changes: tuple[tuple[str, Any], ...]) -> Kernel:
-    """The same kernel, with other values of these fields; it takes what the kernel takes."""
+    """The same kernel, with other values of these fields; it takes what the kernel takes, but for
+    another mask of its own.
+    """
     other = replace(kernel, **dict(changes))
-    if found := known(kernel, device):
-        learn(other, device, found)
+    if other.own_mask == kernel.own_mask:
+        like = known(kernel, device)
+    else:
+        masked = (("own_mask", other.own_mask),)
+        like = known(variant(kernel, device, masked), device) if changes != masked else None
+    if like:
+        learn(other, device, like)
     return other
 
 

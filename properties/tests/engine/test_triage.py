@@ -120,6 +120,22 @@ def test_one_cause_is_one_finding(file: str, run: Run) -> None:
     assert exit_code(events, strict=False) == 1
 
 
+def test_a_kernel_is_judged_with_the_mask_that_it_always_applies(tmp_path: Path, run: Run) -> None:
+    file = tmp_path / "always.py"
+    file.write_text(
+        "import torch.nn.functional as F\nfrom verify import kernel\n\n\n@kernel\n"
+        "def mine(q, k, v):\n    n = q.shape[1] // k.shape[1]\n"
+        "    k, v = k.repeat_interleave(n, 1), v.repeat_interleave(n, 1)\n"
+        "    return F.scaled_dot_product_attention(q, k, v, is_causal=True)\n"
+    )
+    events = run_of(f"{file}::mine", run, "oracle", cases=20)
+    (found,) = (e for e in events if isinstance(e, DeclaredOtherwise))
+    assert found.declare == "own_mask='causal_upper_left'"
+    judged = [e for e in events if isinstance(e, CaseFinished) and e.outcome is Outcome.PASSED]
+    assert len(judged) > 10
+    assert exit_code(events, strict=False) == OTHERWISE
+
+
 def test_style_alone_fails_a_strict_run_only(file: str, run: Run) -> None:
     events = run_of(f"{file}::careless", run, "oracle", "reject", cases=5)
     assert [found.property for found in findings(events)] == ["reject"]

@@ -17,7 +17,9 @@ from verify.properties.catalogue import PROPERTIES
 from verify.properties.tests.support import searched
 from verify.registry import Kernel
 from verify.sandbox.capabilities import options
-from verify.spec.case import Case
+from verify.spec.case import Case, visibility
+from verify.spec.masks import FULL, Mask
+from verify.spec.problem import Problem
 
 TAKES = frozenset({"scale", "mask"})
 
@@ -70,6 +72,39 @@ def test_a_convention_is_found_and_the_kernel_right_with_it(fn, found: dict[str,
     assert detected(declared, "cpu") == {}
     for prop in ("oracle", "gradients", "grouped-heads"):
         assert searched(declared, prop, judged=15).finding is None
+
+
+def always(diagonal: str) -> Kernel:
+    """Causal self-attention that has no argument for it."""
+
+    def fn(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+        problem = Problem(len_q=q.shape[2], len_k=k.shape[2], mask=Mask.parse(diagonal))
+        return exact(q, k, v, scale=scale, mask=visibility(problem, q.device))[0]
+
+    return Kernel(diagonal, fn, frozenset({"scale"}))
+
+
+@pytest.mark.parametrize("diagonal", ["causal_upper_left", "causal_lower_right"])
+def test_a_mask_that_nobody_asked_for_is_found(diagonal: str) -> None:
+    kernel = always(diagonal)
+    assert detected(kernel, "cpu") == {"own_mask": diagonal}
+    declared = replace(kernel, own_mask=diagonal)
+    assert detected(declared, "cpu") == {}
+    for prop in ("oracle", "gradients", "prefix"):
+        assert searched(declared, prop, judged=15).finding is None
+    asked = Problem(len_q=3, len_k=5, mask=Mask.parse(diagonal))
+    assert declared.unsupported(asked, "cpu") is None
+    assert declared.unsupported(asked.but(mask=FULL), "cpu") == (
+        f"applies {diagonal} by itself, and no other mask"
+    )
+
+
+def test_a_mask_that_is_always_there_in_a_kernel_that_takes_one_is_wrong() -> None:
+    """It was told that there is none."""
+    fn = always("causal_upper_left").fn
+    kernel = Kernel("careless", lambda q, k, v, *, scale, mask: fn(q, k, v, scale=scale), TAKES)
+    assert detected(kernel, "cpu") == {}
+    assert searched(kernel, "oracle", judged=20).finding is not None
 
 
 def test_another_convention_than_the_declared_is_wrong() -> None:
