@@ -162,6 +162,8 @@ class Kernel:
     """Where it is defined: file:line."""
     lacks: Lacks | None = None
     """Why a call in its style (styles.py) cannot express a problem; None where it can."""
+    excused: frozenset[str] = frozenset()
+    """States of torch that it is known to change, a finding already: the run goes on without it."""
 
     def __post_init__(self) -> None:
         if wrong := [d for d in self.dtypes if d not in DTYPES]:

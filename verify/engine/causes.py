@@ -8,9 +8,12 @@ import re
 from collections.abc import Sequence
 
 from verify.generation.pairwise import Row, levels
+from verify.sandbox.call import CHANGED
 from verify.spec.case import Case
 
 STAGE = "likely stage: "
+AT_TIMES = "not every time: "
+"""How the finding of a case begins that was right when it was judged again."""
 KEPT = ("lengths", "batch", "grads")
 """Options that are never set aside: every problem has lengths."""
 
@@ -19,12 +22,19 @@ def key(prop: str, reason: str, why: Sequence[str]) -> str:
     """What findings of one cause have in common: the line that raised, the state that changed, the
     stage that is wrong; the property where none of these is known.
     """
-    if raised := re.match(r"(?:not every time: )?raised (\w+):.*\((.*:\d+)\)$", reason):
+    reason = reason.removeprefix(AT_TIMES)
+    if raised := re.match(r"raised (\w+):.*\((.*:\d+)\)$", reason):
         return f"raised {raised[1]} at {raised[2]}"
     if re.match(r"(changed|wrote|ended its process|did not return|took|lost)", reason):
         return _without_numbers(reason)
     stages = [line.removeprefix(STAGE) for line in why if line.startswith(STAGE)]
     return _without_numbers("; ".join(stages)) if stages else f"{prop}: {_without_numbers(reason)}"
+
+
+def state_changed(reason: str) -> str:
+    """Which state of torch a finding says was changed; empty for other findings."""
+    before, found, state = reason.partition(CHANGED)
+    return state if found and before in ("", AT_TIMES) else ""
 
 
 def _without_numbers(text: str) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
+from verify.engine.causes import state_changed
 from verify.engine.evaluate import evaluate
 from verify.inspection import conventions
 from verify.inspection.identify import identified
@@ -23,6 +24,10 @@ from verify.spec.finding import Finding
 
 FREE = frozenset({"tile", "splits", "normalized_probs", "rowsum", "exp", "summation"})
 """Fields of Arithmetic in which nobody is wrong who declared nothing."""
+
+
+MOST_EXCUSED = 8
+"""States of torch; a kernel that changes one to something else each time has no end of them."""
 
 
 class Otherwise:
@@ -69,6 +74,17 @@ class Otherwise:
         except (Finding, Interrupted):
             return False
         return bool(done)
+
+    def excuses(self, target: str, found: FindingShrunk) -> bool:
+        """Whether a finding is a state of torch that the kernel changes. It is looked for no more,
+        since all properties would show it and nothing else.
+        """
+        before = self._changes[target].get("excused", frozenset())
+        state = state_changed(found.reason)
+        if not state or len(before) == MOST_EXCUSED:
+            return False
+        self._changes[target]["excused"] = before | {state}
+        return True
 
     def explains(
         self, target: str, kernel: Kernel, found: FindingShrunk

@@ -48,10 +48,12 @@ class Rounds:
         self._most = workers + 1 if workers else 1
         self._busy: set[Search] = set()
 
-    def again(self, one: Search, other: Search) -> None:
-        """Another search in the place of one that has ended."""
+    def again(self, one: Search) -> Search:
+        """A new search for the same, in the place of one that has ended."""
+        other = one.again()
         self._weight[other] = self._weight[one]
         self._idle.append(other)
+        return other
 
     def run(self) -> Iterator[Event | Search]:
         """The events, and each search when it has come to its end, until all have, or `stop` is

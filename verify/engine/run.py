@@ -161,11 +161,12 @@ class Run:
                 if isinstance(end, FindingShrunk):
                     if other := self._right_otherwise(event, end):
                         yield other
-                        again = event.again()
-                        searches.append(again)
-                        rounds.again(event, again)
+                        searches.append(rounds.again(event))
                         break
                     yield from self._of.triage.found(end, searches)
+                    target = self._of.targets[end.kernel]
+                    if self._of.otherwise.excuses(target, end):
+                        searches.append(rounds.again(event))
             keep(self._of.corpus, event)
 
     def _right_otherwise(self, one: Search, found: FindingShrunk) -> DeclaredOtherwise | None:

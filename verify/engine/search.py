@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias
 
+from verify.engine.causes import AT_TIMES
 from verify.engine.config import SHRINK_SECONDS
 from verify.engine.corpus import Corpus
 from verify.engine.drawing import draw
@@ -299,7 +300,8 @@ class Search:
         while self.finding is None and not self.over() and in_vain < CHUNKS_IN_VAIN:
             before = self.tested
             self._seed = self.run_seed + SEED_STEP * (first + chunk)
-            draw(self._attempt, self.kernel, self.prop, self.device, seed=self._seed)
+            about = self.kernel, self.prop, self.device
+            draw(self._attempt, *about, seed=self._seed, number=chunk)
             chunk += 1
             in_vain = 0 if self.tested > before else in_vain + 1
 
@@ -348,7 +350,7 @@ class Search:
         """
         if self.finding is not None:
             case, finding = self.finding
-            sentence = f"not every time: {finding.sentence}"
+            sentence = f"{AT_TIMES}{finding.sentence}"
             self.finding = case, Finding(sentence, measured=finding.measured)
 
 

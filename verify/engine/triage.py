@@ -13,7 +13,7 @@ from shlex import quote
 from typing import Any
 
 from verify.engine.causes import key as cause
-from verify.engine.causes import needed, shows
+from verify.engine.causes import needed, shows, state_changed
 from verify.engine.evaluate import evaluate, replay_command
 from verify.engine.explanation import why, write_script, wrong_call
 from verify.engine.search import Search
@@ -56,10 +56,10 @@ class Triage:
         if explained.same_as or named(found.property).style:
             return
         case = Case.parse(found.case)
-        costly = found.reason.startswith(COSTLY)
+        alone = found.reason.startswith(COSTLY) or state_changed(found.reason)
         for one in searches:
             of_kernel = one.kernel.name == found.kernel and not (one.ended or one.prop.style)
-            if of_kernel and not costly:
+            if of_kernel and not alone:
                 yield from self._shown_too(one, case, found.property)
         kernel = next(one.kernel for one in searches if one.kernel.name == found.kernel)
         self._put_aside(kernel, found, case)

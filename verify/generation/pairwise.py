@@ -25,7 +25,7 @@ from verify.spec.requirements import NOTHING, Requirements
 Row = dict[str, str]
 ARRAYS = 6
 """Covering arrays, each with its levels in another order: what a pair leaves open is filled with
-the first, which takes turns.
+the first, which takes turns. One takes a tenth of a second, and short runs need one.
 """
 ODD_SCALES = (0.0, -0.3, 1e-3)
 """No scale that anybody asks for, and yet legal."""
@@ -107,18 +107,22 @@ def _either(without: str, with_it: str, values: tuple[Any, ...]) -> list[str]:
     return [without] * (not all(values)) + [with_it] * any(values)
 
 
-def rows(kernel: Kernel, device: str, needs: Requirements = NOTHING) -> tuple[Row, ...]:
-    """Covering arrays: every pair of levels that the kernel takes together is in one of the rows.
+def rows(
+    kernel: Kernel, device: str, needs: Requirements = NOTHING, number: int = 0
+) -> tuple[Row, ...]:
+    """The covering array of this number: every pair of levels that the kernel takes together is in
+    one of its rows.
 
     Kernels that declare the same and take the same have the same rows, which are found once, here,
     unless another process has.
     """
-    about = kernel, device, needs
+    about = kernel, device, needs, number % ARRAYS
     if about not in _OF_KERNEL:
         key = _key(*about)
         if key not in _ROWS:
             taken = options(kernel, device)
-            _ROWS[key] = _rows(kernel, device, taken, _parameters(taken, needs), needs)
+            parameters = _parameters(taken, needs)
+            _ROWS[key] = _rows(kernel, device, taken, parameters, needs, number % ARRAYS)
         _OF_KERNEL[about] = _ROWS[key]
     return _OF_KERNEL[about]
 
@@ -130,18 +134,18 @@ def plainest(kernel: Kernel, device: str, needs: Requirements) -> Row:
 
 
 def learn_rows(kernel: Kernel, device: str, needs: Requirements, found: tuple[Row, ...]) -> None:
-    """Take over what was found elsewhere."""
-    _ROWS[_key(kernel, device, needs)] = found
+    """Take over the first of them, as it was found elsewhere."""
+    _ROWS[_key(kernel, device, needs, 0)] = found
 
 
 _ROWS: dict[Any, tuple[Row, ...]] = {}
-_OF_KERNEL: dict[tuple[Kernel, str, Requirements], tuple[Row, ...]] = {}
+_OF_KERNEL: dict[tuple[Kernel, str, Requirements, int], tuple[Row, ...]] = {}
 
 
-def _key(kernel: Kernel, device: str, needs: Requirements) -> Any:
+def _key(kernel: Kernel, device: str, needs: Requirements, number: int) -> Any:
     parameters = _parameters(options(kernel, device), needs)
-    declared = kernel.takes, kernel.dtypes, kernel.lacks, kernel.supports, device, needs
-    return declared, tuple((name, *values) for name, values in parameters.items())
+    declared = kernel.takes, kernel.dtypes, kernel.lacks, kernel.supports, kernel.own_mask, needs
+    return declared, device, number, tuple((name, *values) for name, values in parameters.items())
 
 
 def _rows(
@@ -150,6 +154,7 @@ def _rows(
     taken: Options,
     parameters: dict[str, list[str]],
     needs: Requirements,
+    number: int,
 ) -> tuple[Row, ...]:
     names = list(parameters)
     pairs: dict[tuple[tuple[str, str], ...], bool] = {}
@@ -167,11 +172,8 @@ def _rows(
 
     # the first row is what a case shrinks to
     found: list[Row] = [{name: values[0] for name, values in parameters.items()}]
-    for order in range(ARRAYS):
-        mixed = [
-            _turned(values, order + number) for number, values in enumerate(parameters.values())
-        ]
-        found += [dict(zip(names, row, strict=True)) for row in AllPairs(mixed, filter_func=legal)]
+    mixed = [_turned(values, number + n) for n, values in enumerate(parameters.values())]
+    found += [dict(zip(names, row, strict=True)) for row in AllPairs(mixed, filter_func=legal)]
     return (*found, *(row for row in found if _usual(row)))
 
 

@@ -215,11 +215,17 @@ def _allowed(way: str, taken: Iterable[Mask], needs: Requirements) -> frozenset[
 
 @st.composite
 def cases(
-    draw: Callable[..., Any], kernel: Kernel, device: str, needs: Requirements = NOTHING
+    draw: Callable[..., Any],
+    kernel: Kernel,
+    device: str,
+    needs: Requirements = NOTHING,
+    number: int = 0,
 ) -> Case:
-    """A whole case for this kernel on this device ("cpu", "cuda")."""
+    """A whole case for this kernel on this device ("cpu", "cuda"), which follows the covering array
+    of this number.
+    """
     choose: Choices = draw(CHOICES)
-    row = choose.of(rows(kernel, device, needs))
+    row = choose.of(rows(kernel, device, needs, number))
     seed = choose.below(1000)
     problem = _problem(choose, draw, kernel, device, row, needs)
     problem = kernel.bucket(problem) if kernel.bucket else problem

@@ -109,7 +109,7 @@ def vast(choose: Choices, size: Size, taken: Taken, device: str) -> Size:
     """A tensor of more than 2**21 elements."""
     dims = [d for d in taken["dims"] if d[0] == 64] or [(size.dim_qk, size.dim_v)]
     size = size.but(batch=1, heads_q=min(2, size.heads_q), heads_kv=1, dim_qk=dims[0][0])
-    return size.but(dim_v=dims[0][1], len_q=choose.of(SHORT), len_k=VAST)
+    return size.but(dim_v=dims[0][1], len_q=1, len_k=VAST)
 
 
 @unusual(lambda p, device: p.batch * p.heads_q > GRID, cpu=0, cuda=8, shorter=True)

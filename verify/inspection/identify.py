@@ -74,6 +74,8 @@ QUESTIONS = (
         {"exp_ulp": (2.0, 20.0, 900.0, 8192.0)},
     ),
     Question("b1.h4.q512.k64.d128.{narrow}.full.grads/normal#6", ("dk", "dv"), {"spill": SPILLS}),
+    # fewer rows at a time where there are few, as torch has it on a CPU
+    Question("b1.h8.q128.k64.d128.{narrow}.full.grads/normal#7", ("dk", "dv"), {"spill": SPILLS}),
     Question("b1.h8.q256.k64.d128.{narrow}.full.grads/normal#4", ("dq", "dk", "dv"), BACKWARD),
     Question(
         "b1.h8:2.q64.k64.d128.{narrow}.full.grads/normal#5",

@@ -27,6 +27,8 @@ from verify.records.summary import OTHERWISE, declare, exit_code, findings
 from verify.registry import find
 from verify.spec.case import Case
 
+PASSED = Outcome.PASSED
+
 FILE = f"""{ATTEND}
 @kernel
 def steep(q, k, v, *, scale, mask):
@@ -124,16 +126,31 @@ def test_a_kernel_is_judged_with_the_mask_that_it_always_applies(tmp_path: Path,
     file = tmp_path / "always.py"
     file.write_text(
         "import torch.nn.functional as F\nfrom verify import kernel\n\n\n@kernel\n"
-        "def mine(q, k, v):\n    n = q.shape[1] // k.shape[1]\n"
+        "def always(q, k, v):\n    n = q.shape[1] // k.shape[1]\n"
         "    k, v = k.repeat_interleave(n, 1), v.repeat_interleave(n, 1)\n"
         "    return F.scaled_dot_product_attention(q, k, v, is_causal=True)\n"
     )
-    events = run_of(f"{file}::mine", run, "oracle", cases=20)
+    events = run_of(f"{file}::always", run, "oracle", cases=20)
     (found,) = (e for e in events if isinstance(e, DeclaredOtherwise))
     assert found.declare == "own_mask='causal_upper_left'"
-    judged = [e for e in events if isinstance(e, CaseFinished) and e.outcome is Outcome.PASSED]
+    judged = [e for e in events if isinstance(e, CaseFinished) and e.outcome is PASSED]
     assert len(judged) > 10
     assert exit_code(events, strict=False) == OTHERWISE
+
+
+def test_a_state_that_every_call_changes_is_one_finding(tmp_path: Path, run: Run) -> None:
+    file = tmp_path / "draws.py"
+    file.write_text(
+        f"{ATTEND}\n\n@kernel\ndef draws(q, k, v, *, scale, mask):\n"
+        "    torch.rand(1)\n    return attend(q, k, v, scale, mask)\n"
+    )
+    props = ("oracle", "query-scaling", "key-sums")
+    events = run_of(f"{file}::draws", run, *props, cases=15)
+    (found,) = findings(events)
+    assert found.reason == "changed torch's random state"
+    passed = {e.property for e in events if isinstance(e, CaseFinished) and e.outcome is PASSED}
+    assert passed == {*props}
+    assert exit_code(events, strict=False) == 1
 
 
 def test_style_alone_fails_a_strict_run_only(file: str, run: Run) -> None:
@@ -148,7 +165,7 @@ def test_what_a_finding_needs_is_set_aside_and_the_run_goes_on(file: str, run: R
     (found,) = findings(events)
     assert Case.parse(found.case).problem.mask.names == {"window"}
     aside = [e for e in events if isinstance(e, CaseFinished) and "set aside" in e.reason]
-    judged = [e for e in events if isinstance(e, CaseFinished) and e.outcome is Outcome.PASSED]
+    judged = [e for e in events if isinstance(e, CaseFinished) and e.outcome is PASSED]
     assert aside
     assert all(Case.parse(e.case).problem.mask.names & {"window"} for e in aside)
     assert len(judged) > 40

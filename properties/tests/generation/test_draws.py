@@ -28,8 +28,8 @@ CASES = 1000
 SPECIAL = {
     "one key": 4.0,
     "nothing": 2.5,
-    "scale 0": 4.0,
-    "negative scale": 6.0,
+    "scale 0": 2.5,
+    "negative scale": 4.0,
     "length as dim": 2.5,
     "many heads": 5.0,
     "many entries": 3.0,
