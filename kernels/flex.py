@@ -52,6 +52,16 @@ MORE_VALUES = KnownIssue(
 )
 
 
+GRID = 65_535
+MANY_HEADS = KnownIssue(
+    "more than 65,535 heads of all entries raise `CUDA driver error: invalid argument`, or need "
+    "more memory than there is (torch 2.11)",
+    lambda p, device: p.batch * p.heads_q > GRID or p.batch > GRID // 2,
+    shows_in=0.5,
+    fatal=True,
+)
+
+
 def arithmetic(problem: Problem, device: str) -> Arithmetic:
     """FP32 problems are multiplied in TF32 where torch's setting for matrix products allows it."""
     narrow = problem.dtype == "fp32" and torch.get_float32_matmul_precision() != "highest"
@@ -103,7 +113,7 @@ COMPILES = 6
     name="flex-attention",
     arithmetic=arithmetic,
     supports=supports,
-    known_issues=(MORE_VALUES,),
+    known_issues=(MORE_VALUES, MANY_HEADS),
     layouts=lambda device: ("bhsd", "bshd"),
     bucket=bucket,
     vendor="PyTorch",

@@ -93,6 +93,23 @@ SWALLOWS_NAN = KnownIssue(
     lambda p, device: device == "cpu",
     properties=("nan",),
 )
+GRID = 65_535
+"""Blocks along the second and third axis of a GPU's grid (CUDA C++ Programming Guide, compute
+capabilities)."""
+MANY_ENTRIES = KnownIssue(
+    "a batch of more than 65,535 entries raises `CUDA error: invalid argument` (torch 2.11)",
+    lambda p, device: device == "cuda" and p.batch > GRID,
+    shows_in=0.5,
+)
+NO_PLAN = KnownIssue(
+    "a batch of more than 65,535 entries raises `mha_graph.execute ... is_good()` (cuDNN 9.19)",
+    lambda p, device: p.batch > GRID,
+    shows_in=0.5,
+)
+ENTRIES_LEFT_OUT = KnownIssue(
+    "the gradient of a bias misses the entries of a batch beyond 65,535, and raises (torch 2.11)",
+    lambda p, device: p.batch > GRID and p.grads and p.bias != "none",
+)
 MORE_VALUES = KnownIssue(
     "takes more values than keys, and leaves the rest out (torch 2.13, CPU)",
     lambda p, device: device == "cpu",
@@ -151,8 +168,8 @@ NAN_AFTER = KnownIssue(
 )
 KNOWN = {
     "math": (NO_KEYS,),
-    "flash": (NO_POSITIVE_SCALE, SPLIT_KEYS, SWALLOWS_NAN, MORE_VALUES),
-    "efficient": (SOME_GRADIENTS, LAST_ROW),
+    "flash": (MANY_ENTRIES, NO_POSITIVE_SCALE, SPLIT_KEYS, SWALLOWS_NAN, MORE_VALUES),
+    "efficient": (SOME_GRADIENTS, LAST_ROW, ENTRIES_LEFT_OUT),
     "cudnn": (
         NO_POSITIVE_SCALE,
         EMPTY_ROW,
@@ -163,6 +180,7 @@ KNOWN = {
         EXPANDED,
         NAN_ROW,
         NAN_AFTER,
+        NO_PLAN,
     ),
 }
 MISALIGNED = ("odd", "gapped")

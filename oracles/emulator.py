@@ -67,6 +67,12 @@ class _Emulator:
             else x
         )
 
+    @property
+    def _one_sum(self) -> bool:
+        """Whether the heads of a group are added up in one accumulator, and it matters."""
+        whole = self.arithmetic.format("group_sum", self.problem.dtype) in ("fp32", "fp64")
+        return whole and self.arithmetic.truncates("accumulate", self.problem.dtype, self.device)
+
     def product(self, form: Form, a: Tensor, b: Tensor, field: str) -> Tensor:
         cut = self.arithmetic.truncates(field, self.problem.dtype, self.device)
         return self.rounding.product(
@@ -219,9 +225,13 @@ class _Emulator:
     def add_rows(self, total: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
         """Total + weights^T rows, kept apart for each query head: [B,Hk,G,K,D]. Where partial sums
         are spilled, one running sum goes through the tiles of all heads of the group: [B,Hk,1,K,D].
+        So it does where it is truncated and the group is added up in FP32: how much is cut depends
+        on how large the sum is.
         """
         weights, rows = self.operand(weights, "accumulate"), self.operand(rows, "accumulate")
         heads = [(weights[:, :, g : g + 1], rows[:, :, g : g + 1]) for g in range(weights.shape[2])]
+        if not self.arithmetic.spill and self._one_sum:
+            return total + self.product(to_keys, weights, rows, "accumulate").unsqueeze(2)
         if not self.arithmetic.spill:
             return total + torch.stack(
                 [self.product(to_keys, w, r, "accumulate") for w, r in heads], 2

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 
 from verify.bounds.exact import Block, Exact, by_key, from_keys, grouped, to_keys, ungrouped
+from verify.bounds.metrics import finite
 from verify.errors import VerifyError
 from verify.spec.case import Inputs, visibility
 from verify.spec.problem import Problem
@@ -54,7 +55,7 @@ def blocks(problem: Problem, inputs: Inputs) -> Iterator[Block]:
     x = inputs.exact(inputs.q.device)
     for name in ("q", "k", "v", "do", "bias"):
         tensor = getattr(x, name)
-        if tensor is not None and not tensor.isfinite().all():
+        if tensor is not None and not finite(tensor):
             raise VerifyError(f"{name}: holds NaN or Inf; the float64 oracle takes finite inputs")
     per_row = max(1, problem.batch * problem.heads_q * problem.len_k)
     size = max(1, BLOCK_ELEMENTS[x.q.device.type] // per_row)

@@ -18,6 +18,8 @@ from verify.spec.case import Case
 from verify.spec.layouts import laid_out
 from verify.spec.masks import hiding
 
+LARGEST = 2**23
+"""Scores of a problem that a case is made into."""
 FAR = 1e4
 """What stands in keys and values that nobody may see."""
 
@@ -115,6 +117,8 @@ def hidden_keys_appended(kernel: Kernel, case: Case, device: str) -> Verdict:
     if p.mask.matrix:
         return Verdict(unsupported="the mask is another with more keys")
     more = 1 + case.seed % 70
+    while more > 1 and p.batch * p.heads_q * (p.len_q + more * moves) * (p.len_k + more) > LARGEST:
+        more //= 2
     rows, mask = more * moves, p.mask & hiding([p.len_k] * p.batch)
     problem = p.but(len_q=p.len_q + rows, len_k=p.len_k + more, mask=mask)
     if not sound(kernel, replace(case, problem=problem), device, "hidden-keys-appended"):

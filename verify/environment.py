@@ -19,6 +19,8 @@ OUTSIDE = "VERIFY_PROCESSES"
 """The environment variable that says how many processes share the machine with this whole run."""
 WORKERS_PER_GPU = 16
 """Cases are small and the CPU does most of the work: so many processes share a GPU well."""
+KEPT = 2**30
+"""Bytes of a GPU that a process keeps, though none of its tensors needs them."""
 WAITING = 4
 """One worker in so many waits for processes that it started."""
 
@@ -82,6 +84,16 @@ def share_machine(worker: str | None) -> None:
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     if gpus := torch.cuda.device_count():
         torch.cuda.set_device(int(worker.removeprefix("gw")) % gpus)
+
+
+def give_back() -> None:
+    """Return memory of the GPU that no tensor of this process needs, where it keeps much: others
+    share the GPU.
+    """
+    import torch
+
+    if torch.cuda.is_initialized() and torch.cuda.memory_reserved() > KEPT:
+        torch.cuda.empty_cache()
 
 
 def in_use(device: str) -> int | None:

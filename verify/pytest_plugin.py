@@ -168,6 +168,12 @@ def run_of(config: pytest.Config) -> Run:
     return config.stash[RUN]
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    """What a test used of the GPU is for the others."""
+    environment.give_back()
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Write down which pairs of options the kernels take, for the closing table."""
     if RUN in session.config.stash:

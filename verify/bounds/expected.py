@@ -24,6 +24,7 @@ from torch import Tensor
 
 from verify.bounds.constants import FALSE_ALARM, ORDER, RESOLUTION
 from verify.bounds.exact import Exact
+from verify.bounds.metrics import finite
 
 DIRECTIONS = {
     "alpha": "off by a factor",
@@ -80,6 +81,8 @@ class Expectation:
         """
         exact, honest = getattr(self.exact, name), getattr(self.nearest, name)
         mine, its = got.to(torch.float64) - exact, honest - exact
+        if finite(mine) and finite(its):
+            return _columns(mine), _columns(its)
         judged = mine.isfinite() & its.isfinite()
         return _columns(torch.where(judged, mine, 0.0)), _columns(torch.where(judged, its, 0.0))
 
@@ -133,7 +136,7 @@ class Expectation:
 
     def _directions(self, name: str) -> dict[str, Tensor]:
         exact = _columns(getattr(self.exact, name))
-        exact = exact.masked_fill(~exact.isfinite(), 0.0)
+        exact = exact if finite(exact) else exact.masked_fill(~exact.isfinite(), 0.0)
         return {"alpha": exact, "bias": torch.ones_like(exact)} | (
             {"tilt": self.tilt()} if name == "out" else {}
         )

@@ -198,6 +198,21 @@ def _affordable(
     return min(found, key=lambda problem: Size.of(problem).cost((1, 1)))
 
 
+def _bucketed(kernel: Kernel, device: str, problem: Problem) -> Problem:
+    """The problem that is drawn in its place, if its shape is one of few; cut once more where that
+    costs more than a case may.
+    """
+    if kernel.bucket is None:
+        return problem
+    cost, chosen = Cost(device, grads=problem.grads), kernel.bucket(problem)
+    size = Size.of(chosen)
+    if cost.affords(size):
+        return chosen
+    cut = cost.cut(size, lengths=True)
+    shorter = changed(problem, {"batch": cut.batch, "len_q": cut.len_q, "len_k": cut.len_k})
+    return kernel.bucket(shorter or problem)
+
+
 def _scale(choose: Choices, level: str, taken: Iterable[float | None]) -> float | None:
     given: list[float | None] = [scale for scale in taken if scale is not None] or [None]
     odd = [c for c in given if c in ODD_SCALES for _ in range(STRANGE.get(c or 0.0, 1))]
@@ -227,8 +242,7 @@ def cases(
     choose: Choices = draw(CHOICES)
     row = choose.of(rows(kernel, device, needs, number))
     seed = choose.below(1000)
-    problem = _problem(choose, draw, kernel, device, row, needs)
-    problem = kernel.bucket(problem) if kernel.bucket else problem
+    problem = _bucketed(kernel, device, _problem(choose, draw, kernel, device, row, needs))
     hard_on: list[Stress] = ["delta"] if needs.grads else []
     if kernel.numerics(problem, device).quantised is not None:
         hard_on.append("scales")

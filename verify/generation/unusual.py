@@ -112,7 +112,7 @@ def vast(choose: Choices, size: Size, taken: Taken, device: str) -> Size:
     return size.but(dim_v=dims[0][1], len_q=1, len_k=VAST)
 
 
-@unusual(lambda p, device: p.batch * p.heads_q > GRID, cpu=0, cuda=8, shorter=True)
+@unusual(lambda p, device: p.batch * p.heads_q > GRID, cpu=0, cuda=5, shorter=True)
 def many_rows(choose: Choices, size: Size, taken: Taken, device: str) -> Size:
     """More heads of all entries than a GPU's grid has blocks along one axis."""
     narrow = size.but(len_q=choose.of(SHORT), len_k=choose.of((1, 2, 3, 8, 17)))

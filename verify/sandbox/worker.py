@@ -31,8 +31,6 @@ PRINTED = 1 << 20
 """Bytes that the calls of one task may write to standard output and error; what a kernel has to say
 is less.
 """
-KEPT = 2**30
-"""Bytes of the GPU that a worker keeps for its next task, though none of its tensors needs them."""
 PARENT_DIED = 1
 """prctl's PR_SET_PDEATHSIG."""
 
@@ -112,8 +110,8 @@ def _answer(
     except Exception:
         trace = traceback.format_exc()
     printed, lost = _printed(output), _lost(device)
-    if device == "cuda" and not lost and torch.cuda.memory_reserved() > KEPT:
-        torch.cuda.empty_cache()
+    if not lost:
+        environment.give_back()
     if lost and not sentence:  # perhaps in a call whose exception a law took for an answer
         sentence = f"lost the GPU: {trace.strip().splitlines()[-1]}" if trace else "lost the GPU"
     if printed > PRINTED and not sentence and not trace:

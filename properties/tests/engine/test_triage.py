@@ -125,10 +125,10 @@ def test_one_cause_is_one_finding(file: str, run: Run) -> None:
 def test_a_kernel_is_judged_with_the_mask_that_it_always_applies(tmp_path: Path, run: Run) -> None:
     file = tmp_path / "always.py"
     file.write_text(
-        "import torch.nn.functional as F\nfrom verify import kernel\n\n\n@kernel\n"
-        "def always(q, k, v):\n    n = q.shape[1] // k.shape[1]\n"
-        "    k, v = k.repeat_interleave(n, 1), v.repeat_interleave(n, 1)\n"
-        "    return F.scaled_dot_product_attention(q, k, v, is_causal=True)\n"
+        f"{ATTEND}\n\n@kernel\ndef always(q, k, v, *, scale):\n"
+        "    shape = q.shape[2], k.shape[2]\n"
+        "    mask = torch.ones(shape, dtype=torch.bool, device=q.device).tril()\n"
+        "    return attend(q, k, v, scale, mask)\n"
     )
     events = run_of(f"{file}::always", run, "oracle", cases=20)
     (found,) = (e for e in events if isinstance(e, DeclaredOtherwise))

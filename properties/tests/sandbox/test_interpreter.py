@@ -252,6 +252,7 @@ def nested(X, N: tl.constexpr):
 """
 
 
+@pytest.mark.usefixtures("file")
 def test_a_device_function_replaces_nothing_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
