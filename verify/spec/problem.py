@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from verify.errors import VerifyError
 from verify.spec.masks import FULL, Mask
@@ -62,39 +63,30 @@ class Problem:
     grads: bool = False
 
     def __post_init__(self) -> None:
-        checks = [
-            (getattr(self, n) < 0, f"{n}={getattr(self, n)}: a length is 0 or more")
-            for n in ("len_q", "len_k")
-        ]
-        checks += [
-            (getattr(self, n) < 1, f"{n}={getattr(self, n)}: at least 1")
-            for n in ("batch", "heads_q", "heads_kv", "dim_qk", "dim_v")
-        ]
-        checks += [
-            (
-                self.heads_kv > 0 and self.heads_q % self.heads_kv != 0,
-                f"heads_q={self.heads_q}, heads_kv={self.heads_kv}: heads_q must be a multiple of "
-                "heads_kv",
-            ),
-            (self.dtype not in DTYPES, f"dtype={self.dtype!r}: one of {', '.join(DTYPES)}"),
-            (self.bias not in BIASES, f"bias={self.bias!r}: one of {', '.join(BIASES)}"),
-            (self.mask_as not in HANDED, f"mask_as={self.mask_as!r}: one of {', '.join(HANDED)}"),
-            (
-                self.scale is not None and not math.isfinite(self.scale),
-                f"scale={self.scale}: any finite number, or none",
-            ),
-            (
-                not (math.isfinite(self.softcap) and self.softcap >= 0),
-                f"softcap={self.softcap}: a finite number >= 0, 0 = none",
-            ),
-            (
-                bool(self.mask.batch_sizes() - {self.batch}),
-                f"mask={self.mask}, batch={self.batch}: padding takes one length per batch entry",
-            ),
-        ]
-        for wrong, sentence in checks:
-            if wrong:
-                raise VerifyError(sentence)
+        if wrong := next(self._wrong(), None):
+            raise VerifyError(wrong)
+
+    def _wrong(self) -> Iterator[str]:
+        """What is said of each field that makes no sense."""
+        for name in ("len_q", "len_k"):
+            if getattr(self, name) < 0:
+                yield f"{name}={getattr(self, name)}: a length is 0 or more"
+        for name in ("batch", "heads_q", "heads_kv", "dim_qk", "dim_v"):
+            if getattr(self, name) < 1:
+                yield f"{name}={getattr(self, name)}: at least 1"
+        if self.heads_q % self.heads_kv:
+            heads = f"heads_q={self.heads_q}, heads_kv={self.heads_kv}"
+            yield f"{heads}: heads_q must be a multiple of heads_kv"
+        for name, known in (("dtype", DTYPES), ("bias", BIASES), ("mask_as", HANDED)):
+            if getattr(self, name) not in known:
+                yield f"{name}={getattr(self, name)!r}: one of {', '.join(known)}"
+        if self.scale is not None and not math.isfinite(self.scale):
+            yield f"scale={self.scale}: any finite number, or none"
+        if not 0 <= self.softcap < math.inf:
+            yield f"softcap={self.softcap}: a finite number >= 0, 0 = none"
+        if self.mask.batch_sizes() - {self.batch}:
+            where = f"mask={self.mask}, batch={self.batch}"
+            yield f"{where}: padding takes one length per batch entry"
 
     @classmethod
     def parse(cls, text: str) -> Problem:
@@ -146,7 +138,7 @@ class Problem:
 
     def but(self, **changes) -> Problem:
         """This problem with some fields changed (and validated again)."""
-        return replace(self, **changes)
+        return Problem(**{**self.__dict__, **changes})
 
     @property
     def softmax_scale(self) -> float:
