@@ -153,8 +153,8 @@ def _kept_as_often(w: _Weights) -> None:
 
 def _heads_differ(w: _Weights) -> None:
     """Any two (batch entry, head), the first ones of very many."""
-    first = (t.flatten(0, 1)[:COMPARED].flatten(1) for t in (w.told, w.kept))
-    told, kept = (t.to(torch.float64) for t in first)
+    some = (t.flatten(0, 1)[:COMPARED].flatten(1) for t in (w.told, w.kept))
+    told, kept = (t.to(torch.float64) for t in some)
     dropped = told - kept
     alike, seen = kept @ kept.mT + dropped @ dropped.mT, told @ told.mT
     one, two = torch.triu_indices(len(told), len(told), 1, device=told.device)
