@@ -55,6 +55,7 @@ def plain(text: str, folder: Path) -> str:
     text = re.sub(r"b\d+\.h\d\S*?/\S+?#\d+", "CASE", text)
     text = re.sub(r"(throughput:).*", r"\1 ...", text)
     text = re.sub(r"(would catch: zeros) .*", r"\1 ...", text)
+    text = re.sub(r"judged: \d+ of", "judged: N of", text)
     return "\n".join(line.rstrip() for line in text.strip().splitlines()) + "\n"
 
 

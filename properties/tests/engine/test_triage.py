@@ -42,7 +42,7 @@ def no_windows(q, k, v, *, scale, mask, problem):
 @kernel
 def last_key(q, k, v, *, scale, mask):
     if k.shape[2] % 2 and k.shape[2] > 1:
-        seen = torch.arange(k.shape[2]) < k.shape[2] - 1
+        seen = torch.arange(k.shape[2], device=k.device) < k.shape[2] - 1
         mask = seen.expand(1, 1, q.shape[2], -1) if mask is None else mask & seen
     return attend(q, k, v, scale, mask)
 
