@@ -203,13 +203,39 @@ def _reasons(declared: Refuses) -> dict[str, str]:
 def _layouts(
     kernel: Kernel, device: str, anchors: list[Problem], tries: Tries | None
 ) -> tuple[dict[str, tuple[str, ...]], dict[str, dict[str, str]]]:
-    """(by tensor the layouts that are taken, why not the others)"""
+    """(by tensor the layouts that are taken, why not the others). Each layout is tried with all
+    tensors in it, and with each alone only if that is refused.
+    """
     taken, refused = {}, dict[str, dict[str, str]]()
+    at_once = _at_once(kernel, device, anchors, tries)
     for tensor in ARRANGED:
-        reasons = {way: _refuses(kernel, device, anchors, tensor, way, tries) for way in LAYOUTS}
+        reasons = {
+            way: ""
+            if (tensor, way) in at_once
+            else _refuses(kernel, device, anchors, tensor, way, tries)
+            for way in LAYOUTS
+        }
         refused |= {f"{tensor} {way}": {"layout": why} for way, why in reasons.items() if why}
         taken[tensor] = tuple(way for way, why in reasons.items() if not why)
     return taken, refused
+
+
+def _at_once(
+    kernel: Kernel, device: str, anchors: list[Problem], tries: Tries | None
+) -> set[tuple[str, str]]:
+    """(tensor, layout) of those that are taken together."""
+    allowed = kernel.layouts(device) if kernel.layouts else LAYOUTS
+    found: set[tuple[str, str]] = set()
+    if tries is None or not anchors:
+        return found
+    problem = max(anchors, key=lambda p: sum(_has(p, tensor) for tensor in ARRANGED))
+    tensors = [tensor for tensor in ARRANGED if _has(problem, tensor)]
+    for way in LAYOUTS:
+        if way in allowed and way != "bhsd":
+            arranged = tuple((tensor, way) for tensor in tensors)
+            if not tries(Case(problem, layouts=arranged))[0].startswith(RAISED):
+                found |= {*arranged}
+    return found
 
 
 def _refuses(

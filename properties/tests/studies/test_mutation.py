@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from verify.kernels.mutants.catalogue import CONTROLS, MUTANTS, control, honest, mutant
+from verify.kernels.mutants.catalogue import CONTROLS, MUTANTS, control, honest
 from verify.kernels.mutants.held_out import BLIND
 from verify.kernels.mutants.memory import CHANCE
 from verify.properties.catalogue import PROPERTIES
@@ -34,7 +34,7 @@ def test_there_are_enough_of_every_class() -> None:
 def test_a_known_wrong_kernel_is_caught(fault: str) -> None:
     CHANCE.manual_seed(3)
     prop = MUTANTS[fault].law
-    found = searched(mutant(fault), prop, judged=CASES, seed=3, shrink_seconds=0.0)
+    found = searched(mutation.hunted(fault), prop, judged=CASES, seed=3, shrink_seconds=0.0)
     assert found.finding is not None, f"{fault} passed {found.judged} cases of {prop}"
 
 
