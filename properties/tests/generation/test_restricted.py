@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from itertools import combinations
 
 import pytest
@@ -12,6 +13,7 @@ from verify.engine.drawing import draw
 from verify.properties.catalogue import PROPERTIES
 from verify.properties.tests.support import searched
 from verify.registry import Kernel
+from verify.sandbox import probe as probing
 from verify.sandbox.capabilities import anchors, fitted, options
 from verify.sandbox.domain import PLAIN, first_accepted
 from verify.spec.case import Case
@@ -132,3 +134,19 @@ def test_a_wanted_problem_is_moved_only_as_far_as_it_must() -> None:
     assert kernel.unsupported(found, "cpu") is None
     assert (found.len_q, found.len_k) == (40, 40)
     assert (found.dim_qk, found.dim_v) == (16, 16)
+
+
+@pytest.mark.parametrize(("slow_calls", "said"), [(1, False), (2, False), (9, True)])
+def test_a_kernel_is_slow_where_no_call_is_fast(
+    monkeypatch: pytest.MonkeyPatch, slow_calls: int, said: bool
+) -> None:
+    """One call may be delayed by whatever else the machine does."""
+    monkeypatch.setattr(probing, "SLOW_SECONDS", 0.02)
+    left = [slow_calls]
+
+    def tries(case: Case) -> tuple[str, bool]:
+        left[0] -= 1
+        time.sleep(0.03 if left[0] >= 0 else 0.0)
+        return "", False
+
+    assert probing._slow(PLAIN, lambda problem: None, tries) is said
