@@ -138,7 +138,7 @@ def test_a_wanted_problem_is_moved_only_as_far_as_it_must() -> None:
 
 @pytest.mark.parametrize(("slow_calls", "said"), [(1, False), (2, False), (9, True)])
 def test_a_kernel_is_slow_where_no_call_is_fast(
-    monkeypatch: pytest.MonkeyPatch, slow_calls: int, said: bool
+    monkeypatch: pytest.MonkeyPatch, slow_calls: int, *, said: bool
 ) -> None:
     """One call may be delayed by whatever else the machine does."""
     monkeypatch.setattr(probing, "SLOW_SECONDS", 0.02)
