@@ -7,11 +7,12 @@ from collections.abc import Callable
 from hypothesis import strategies as st
 
 from verify.engine.corpus import Corpus
-from verify.engine.search import Budget, Result, search
+from verify.engine.search import Budget, search
 from verify.generation.strategies import masks
 from verify.properties.catalogue import Property
 from verify.properties.property import PROPERTIES
 from verify.records.events import CaseFinished, Event
+from verify.records.summary import Result
 from verify.registry import KEYWORDS, Kernel
 from verify.sandbox.domain import HEADS, SCALES
 from verify.spec.case import Case

@@ -180,8 +180,7 @@ class Run:
         if found := one.shrunk(cut=True):
             yield found
             yield self._of.triage.explain(found)
-        ended = Ended.TIME if one.tested else Ended.NO_TIME
-        yield one.ending(ended if timed_out else Ended.INTERRUPTED)
+        yield one.ending(one.timed_out() if timed_out else Ended.INTERRUPTED)
 
 
 def _no_time(kernel: Kernel, prop: Property, seed: int) -> PropertyFinished:

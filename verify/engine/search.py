@@ -40,6 +40,8 @@ from verify.registry import Kernel
 from verify.spec.case import Case
 from verify.spec.finding import Finding
 
+CASES_IN_VAIN = 25
+"""So many cases that cannot be judged, and no other, are not for want of time."""
 CHUNKS_IN_VAIN = 8
 """After so many chunks without another judged case there are taken to be no more."""
 PROPERTIES_APART, CHUNKS_APART = 1000, 10_000
@@ -240,6 +242,15 @@ class Search:
         """Whether enough was judged or the time is up."""
         return self._late() or self._enough()
 
+    def timed_out(self) -> Ended:
+        """How it ended, if its time is up: without a judged case of many, there are taken to be
+        none.
+        """
+        if self.tested:
+            return Ended.TIME
+        in_vain = sum(self.unsupported.values()) >= CASES_IN_VAIN
+        return Ended.UNSUPPORTED if in_vain else Ended.NO_TIME
+
     def _late(self) -> bool:
         return self.budget.deadline is not None and time.monotonic() > self.budget.deadline
 
@@ -252,7 +263,7 @@ class Search:
         if self._enough():
             return Ended.CASES
         if self._late():
-            return Ended.TIME if self.tested else Ended.NO_TIME
+            return self.timed_out()
         return Ended.EXHAUSTED if self.tested else Ended.UNSUPPORTED
 
     def _failed(self, case: Case, finding: Finding, seconds: float) -> CaseFinished | None:
@@ -407,27 +418,6 @@ def keep(corpus: Corpus, one: Search) -> None:
     found = [one.finding[0]] if one.finding else []
     for case in (*one.shown.values(), *found):
         corpus.add(one.kernel.name, one.prop.name, case)
-
-
-@dataclass(frozen=True)
-class Result:
-    """What the events of one search come to."""
-
-    judged: int
-    finding: FindingShrunk | None
-    ended: Ended
-    reason: str
-
-    @classmethod
-    def of(cls, events: Iterator[Event]) -> Result:
-        """Run through the events of `search`."""
-        finding: FindingShrunk | None = None
-        for event in events:
-            if isinstance(event, FindingShrunk):
-                finding = event
-        if not isinstance(event, PropertyFinished):
-            raise TypeError(f"{event}: a search ends with PropertyFinished")
-        return cls(event.judged, finding, event.ended, event.reason)
 
 
 def _violation(finding: Finding) -> float:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from verify.records.events import (
     TESTED,
     CaseFinished,
     DeclaredOtherwise,
+    Ended,
     Event,
     FindingExplained,
     FindingShrunk,
@@ -118,3 +119,24 @@ def exit_code(events: Iterable[Event], *, strict: bool) -> int:
     if fails or (strict and refused):
         return 1
     return OTHERWISE if declare(events, harmless=False) else 0
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the events of one search come to."""
+
+    judged: int
+    finding: FindingShrunk | None
+    ended: Ended
+    reason: str
+
+    @classmethod
+    def of(cls, events: Iterator[Event]) -> Result:
+        """Run through the events of one search."""
+        finding: FindingShrunk | None = None
+        for event in events:
+            if isinstance(event, FindingShrunk):
+                finding = event
+        if not isinstance(event, PropertyFinished):
+            raise TypeError(f"{event}: a search ends with PropertyFinished")
+        return cls(event.judged, finding, event.ended, event.reason)

@@ -24,12 +24,13 @@ from rich.progress import track
 
 from verify import environment
 from verify.bounds.constants import ELSEWHERE
-from verify.engine.search import Budget, Result, search
+from verify.engine.search import Budget, search
 from verify.errors import VerifyError
 from verify.kernels.mutants.catalogue import CONTROLS, MUTANTS, control, honest, mutant
 from verify.kernels.mutants.held_out import BLIND
 from verify.kernels.mutants.memory import CHANCE
 from verify.properties.catalogue import PROPERTIES
+from verify.records.summary import Result
 from verify.registry import Kernel, find
 from verify.reports.pages import markdown
 from verify.reports.stored import replace as write

@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from verify.engine.search import Budget, Search
 from verify.properties.catalogue import PROPERTIES
 from verify.properties.tests.support import searched
 from verify.records.events import (
     CaseFinished,
+    Ended,
     Event,
     FindingShrunk,
     KernelInspected,
@@ -254,3 +256,13 @@ def test_a_kernel_that_declares_that_it_repeats_its_bits_must(declared: bool) ->
     finished = [event for event in events if isinstance(event, CaseFinished)]
     same = [e.case for e in finished if e.bitwise and "q0" not in e.case]  # without elements
     assert declared or not same
+
+
+@pytest.mark.parametrize(("in_vain", "ended"), [(3, Ended.NO_TIME), (30, Ended.UNSUPPORTED)])
+def test_what_was_asked_in_vain_did_not_lack_time(in_vain: int, ended: Ended) -> None:
+    one = Search(REGISTRY["naive"], PROPERTIES["oracle"], "cpu", budget=Budget(), seed=1)
+    one.unsupported["takes no `scale`"] = in_vain
+    assert one.timed_out() is ended
+    assert one.ending(ended).reason == ("takes no `scale`" if in_vain == 30 else "")
+    one.tested = 1
+    assert one.timed_out() is Ended.TIME

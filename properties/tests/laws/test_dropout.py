@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from verify.engine.search import Result
 from verify.properties import dropout as law
 from verify.properties.tests.support import searched
+from verify.records.summary import Result
 from verify.registry import Kernel, find
 from verify.spec.arithmetic import Arithmetic
 from verify.spec.finding import Finding
