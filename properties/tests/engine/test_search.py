@@ -24,7 +24,7 @@ from verify.records.events import (
     KernelInspected,
     PropertyFinished,
 )
-from verify.registry import REGISTRY, Kernel, KnownIssue, kernel
+from verify.registry import REGISTRY, Kernel, KnownIssue, find, kernel
 from verify.reports.terminal import known_issues
 from verify.spec.arithmetic import Arithmetic
 from verify.spec.case import Case
@@ -260,7 +260,7 @@ def test_a_kernel_that_declares_that_it_repeats_its_bits_must(declared: bool) ->
 
 @pytest.mark.parametrize(("in_vain", "ended"), [(3, Ended.NO_TIME), (30, Ended.UNSUPPORTED)])
 def test_what_was_asked_in_vain_did_not_lack_time(in_vain: int, ended: Ended) -> None:
-    one = Search(REGISTRY["naive"], PROPERTIES["oracle"], "cpu", budget=Budget(), seed=1)
+    one = Search(find("naive")[0], PROPERTIES["oracle"], "cpu", budget=Budget(), seed=1)
     one.unsupported["takes no `scale`"] = in_vain
     assert one.timed_out() is ended
     assert one.ending(ended).reason == ("takes no `scale`" if in_vain == 30 else "")
