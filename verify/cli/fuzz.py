@@ -21,7 +21,9 @@ from verify.cli.app import Device, Target, command, console, plain, with_run_opt
 from verify.records.events import (
     TESTED,
     CaseFinished,
+    DeclaredOtherwise,
     Event,
+    FindingExplained,
     FindingShrunk,
     KernelInspected,
     PropertyFinished,
@@ -122,6 +124,7 @@ def _run(config: Any, started: float, *, resumed: bool = False) -> int:
                 events.append(event)
                 show(event)
                 _announce(event, config.seed, resumed=resumed)
+                _tell(events, time.monotonic() - started)
         names = {kernel.name for kernel in session.kernels.values()}
         if resumed:  # what earlier parts of the run judged counts, too
             events = [
@@ -150,6 +153,24 @@ def _announce(event: Event, seed: int, *, resumed: bool) -> None:
         for row in event.conventions:
             table.add_row(*row)
         console.print(table)
+
+
+def _tell(events: list[Event], after: float) -> None:
+    """Print one line as soon as something is known that matters: a finding whose cause is new, a
+    kernel that is not as declared.
+    """
+    event = events[-1]
+    if isinstance(event, DeclaredOtherwise):
+        plain(f"after {after:.0f} s: {event.kernel} is not as declared: {event.declare}")
+    if isinstance(event, FindingExplained) and not event.same_as:
+        about = event.kernel, event.property, event.case
+        reason = next(
+            e.reason
+            for e in reversed(events)
+            if isinstance(e, FindingShrunk) and (e.kernel, e.property, e.case) == about
+        )
+        what = f"{event.kernel} breaks {event.property}: {event.case}: {reason}"
+        plain(f"after {after:.0f} s: {what}")
 
 
 def _show_finding(number: int, found: Found) -> None:

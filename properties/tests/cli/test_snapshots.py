@@ -49,7 +49,7 @@ def plain(text: str, folder: Path) -> str:
     text = text.replace(str(folder), "FOLDER")
     text = re.sub(r"^seed 1, device.*", "seed 1, ENVIRONMENT", text)
     text = re.sub(r"kernels on \w+", "kernels on DEVICE", text)
-    text = re.sub(r"\b\d+ s;", "N s;", text)
+    text = re.sub(r"\b\d+ s([;:])", r"N s\1", text)
     text = re.sub(r"(?<![\w.])-?\d+\.\d+(e[-+]\d+)?\b|\b\d+e[-+]\d+\b", "#", text)
     text = re.sub(r"\d+ %", "N %", text)
     text = re.sub(r"b\d+\.h\d\S*?/\S+?#\d+", "CASE", text)
