@@ -41,6 +41,8 @@ def rows(kernel: Kernel, device: str) -> list[tuple[str, str]]:
     """(convention, what was found) for each."""
     if why := options(kernel, device).refusal():
         return [("supports", f"nothing here: {why}")]
+    if options(kernel, device).crawls:
+        return [("calls", "take seconds each: nothing is read off")]
     return list(conventions(kernel, plain_problem(kernel, device), device))
 
 
@@ -112,7 +114,8 @@ def _empty_row(kernel: Kernel, plain: Problem, device: str) -> str:
 
 def detected(kernel: Kernel, device: str) -> dict[str, str]:
     """Conventions of the kernel that it does not declare: field of Kernel -> value."""
-    if options(kernel, device).refusal():
+    taken = options(kernel, device)
+    if taken.refusal() or taken.crawls:
         return {}
     plain, found = plain_problem(kernel, device), dict[str, str]()
     ours = tuple((name, values[0]) for name, values in CONVENTIONS.items() if name != "own_mask")

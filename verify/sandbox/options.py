@@ -24,6 +24,9 @@ class Options:
     slow: bool = False
     """A call takes long, as under Triton's interpreter: what was asked is little, and cases are
     small."""
+    crawls: bool = False
+    """A call takes seconds, as where each shape is compiled: it was asked nothing by being called.
+    """
     anchors: tuple[Problem, ...] = ()
     """Accepted problems, one for each value taken; the first is the plainest."""
     raised: dict[str, dict[Any, str]] = field(default_factory=dict)

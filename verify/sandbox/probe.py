@@ -4,6 +4,7 @@ trying each.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -22,8 +23,10 @@ RAISED = "raised"
 """How the finding of a call begins in which the kernel raises."""
 MOST_CALLS = 100
 """Calls for each option, to find out what a kernel takes that declares nothing about it."""
-SLOW_SECONDS = 0.3
-"""Of a call on a small problem: eager PyTorch takes a hundredth of that."""
+SLOW_SECONDS, CRAWL_SECONDS = 0.3, 3.0
+"""Of a call on a small problem: eager PyTorch takes a hundredth of the first; beyond the second, a
+minute is gone before anything is judged if it is asked.
+"""
 FEW_CALLS = 4
 """The same where a call is slow: under Triton's interpreter, or where each shape is compiled."""
 NOT_ASKED = "was not asked: the kernel declares nothing, and enough calls were made"
@@ -90,8 +93,10 @@ def probe(kernel: Kernel, device: str, tries: Tries) -> Options:
     sentence, returns_lse = tries(Case(base))
     deadly = bool(sentence) and not sentence.startswith(RAISED)
     calls = None
-    slow = kernel.affordable(device) is not None or _slow(base, asks.declared, tries)
-    if not deadly and (kernel.supports is None or not kernel.bundled):
+    declared_slow = kernel.affordable(device) is not None
+    pace = 0.0 if declared_slow else _pace(base, asks.declared, tries)
+    slow, crawls = declared_slow or pace >= SLOW_SECONDS, pace >= CRAWL_SECONDS
+    if not (deadly or crawls) and (kernel.supports is None or not kernel.bundled):
         calls = FEW_CALLS if slow else MOST_CALLS
         asks.allow(2 * calls)
         base = domain.first_accepted(asks, {}, most=0) or base
@@ -105,8 +110,10 @@ def probe(kernel: Kernel, device: str, tries: Tries) -> Options:
         taken["grads"], anchors = (False,), [p for p in anchors if not p.grads]
         refused["grads"]["True"] = NO_GRAPH
         raised = raised | {"grads": {True: NO_GRAPH}}
-    layouts, why = _layouts(kernel, device, anchors, None if deadly else tries)
-    found = Options(taken, refused | why, layouts, returns_lse, slow, tuple(anchors), raised)
+    layouts, why = _layouts(kernel, device, anchors, None if deadly or crawls else tries)
+    found = Options(
+        taken, refused | why, layouts, returns_lse, slow, crawls, tuple(anchors), raised
+    )
     if calls is None:
         return found
     one_query, one_key = (any(pair[axis] == 1 for pair in taken["lengths"]) for axis in (0, 1))
@@ -120,18 +127,21 @@ def _has_graph(anchors: list[Problem], tries: Tries) -> bool:
     return graded is None or NO_GRAPH not in tries(Case(graded))[0]
 
 
-def _slow(base: Problem, declared: Refuses, tries: Tries) -> bool:
-    """Whether calls on other small problems take long, once one was made: each is compiled, or
-    interpreted. One that is not says that none is; a busy machine does not delay all.
+def _pace(base: Problem, declared: Refuses, tries: Tries) -> float:
+    """Seconds of a call on another small problem, once one was made: each is compiled, or
+    interpreted. One that is fast says that all are; a busy machine does not delay each of them.
     """
     ways = ({"heads_q": 3, "heads_kv": 3}, {"batch": 2}, {"dim_qk": 32, "dim_v": 32})
     others = [p for way in ways if (p := changed(base, way)) and declared(p) is None]
+    least = math.inf
     for problem in others or [base] * len(ways):
         start = time.monotonic()
         tries(Case(problem))
-        if time.monotonic() - start < SLOW_SECONDS:
-            return False
-    return True
+        spent = time.monotonic() - start
+        least = min(least, spent)
+        if not SLOW_SECONDS < spent < CRAWL_SECONDS:
+            break
+    return least
 
 
 def _values(

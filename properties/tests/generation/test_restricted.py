@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from verify.engine.drawing import draw
+from verify.inspection import conventions
 from verify.properties.catalogue import PROPERTIES
 from verify.properties.tests.support import searched
 from verify.registry import Kernel
@@ -136,9 +137,9 @@ def test_a_wanted_problem_is_moved_only_as_far_as_it_must() -> None:
     assert (found.dim_qk, found.dim_v) == (16, 16)
 
 
-@pytest.mark.parametrize(("slow_calls", "said"), [(1, False), (2, False), (9, True)])
+@pytest.mark.parametrize(("slow_calls", "slow"), [(1, False), (2, False), (9, True)])
 def test_a_kernel_is_slow_where_no_call_is_fast(
-    monkeypatch: pytest.MonkeyPatch, slow_calls: int, *, said: bool
+    monkeypatch: pytest.MonkeyPatch, slow_calls: int, *, slow: bool
 ) -> None:
     """One call may be delayed by whatever else the machine does."""
     monkeypatch.setattr(probing, "SLOW_SECONDS", 0.02)
@@ -149,4 +150,20 @@ def test_a_kernel_is_slow_where_no_call_is_fast(
         time.sleep(0.03 if left[0] >= 0 else 0.0)
         return "", False
 
-    assert probing._slow(PLAIN, lambda problem: None, tries) is said
+    assert (probing._pace(PLAIN, lambda problem: None, tries) > 0.02) is slow
+
+
+def test_a_kernel_that_takes_seconds_is_asked_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A minute would be gone before anything is judged."""
+    monkeypatch.setattr(probing, "CRAWL_SECONDS", 0.01)
+    calls = []
+
+    def crawls(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        calls.append(time.sleep(0.02))
+        return q * v.mean()
+
+    kernel = Kernel("crawls", crawls, frozenset(), origin="mine.py:1")
+    assert options(kernel, "cpu").crawls
+    assert conventions.rows(kernel, "cpu")[0][0] == "calls"
+    assert conventions.detected(kernel, "cpu") == {}
+    assert len(calls) < 5
