@@ -4,10 +4,12 @@ kernel should stay below."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from verify.registry import KnownIssue, kernel
-from verify.spec.arithmetic import Arithmetic
+from verify.spec.arithmetic import EAGER, Arithmetic
 from verify.spec.problem import DTYPES, Problem
 
 
@@ -15,8 +17,7 @@ def standard(problem: Problem, device: str) -> Arithmetic:
     """Every step in the input's dtype; on CUDA torch's softmax backward stores P * dP on the way
     (torch 2.11, SoftMax.cu).
     """
-    delta = "product" if device == "cuda" else "probs"
-    return Arithmetic(stored_scores="input", normalized_probs=True, delta=delta, group_sum="input")
+    return replace(EAGER, delta="product" if device == "cuda" else "probs")
 
 
 def _within_a_tile(terms: int) -> bool:

@@ -6,19 +6,19 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from verify.engine.causes import state_changed
 from verify.engine.evaluate import evaluate
 from verify.inspection import conventions
 from verify.inspection.identify import identified
-from verify.properties.catalogue import named
+from verify.properties.catalogue import Property, named
 from verify.records.events import DeclaredOtherwise, FindingShrunk
 from verify.registry import Kernel
 from verify.sandbox.capabilities import as_variant, learn, options, variant
 from verify.sandbox.process import Interrupted
-from verify.spec.arithmetic import FLASH, Arithmetic
+from verify.spec.arithmetic import EAGER, FLASH, Arithmetic
 from verify.spec.case import Case
 from verify.spec.finding import Finding
 
@@ -41,6 +41,8 @@ class Otherwise:
         self._run = run
         self._changes: dict[str, dict[str, Any]] = defaultdict(dict)
         self._identified: dict[str, Arithmetic | None] = {}
+        self._explained: dict[str, list[tuple[Property, str]]] = defaultdict(list)
+        """Cases that hold in the arithmetic that was found."""
 
     def changes(self, target: str) -> tuple[tuple[str, Any], ...]:
         """Fields of the kernel, with the values that it is judged by."""
@@ -98,19 +100,17 @@ class Otherwise:
         try:
             if target not in self._identified:
                 self._identified[target] = self._run(target, identified)
-            arithmetic = self._identified[target]
-            if arithmetic is None:
-                return None
-            before = self._changes[target].copy()
-            self._changes[target]["arithmetic"] = arithmetic
-            try:
-                for case in dict.fromkeys((found.case, found.worst)):
-                    self._run(target, evaluate, prop, Case.parse(case))
-            except (Finding, Interrupted):
-                self._changes[target] = before
-                return None
         except (Finding, Interrupted):
             return None
+        # what is not found by its bits may round less often than what most code does
+        possible = (self._identified[target], EAGER, replace(EAGER, delta="product"))
+        cases = [(prop, case) for case in dict.fromkeys((found.case, found.worst))]
+        cases = self._explained[target] + cases
+        arithmetic = next((a for a in possible if a and self._excused(target, a, cases)), None)
+        if arithmetic is None:
+            return None
+        self._explained[target] = cases
+        self._changes[target]["arithmetic"] = arithmetic
         return DeclaredOtherwise(
             kernel=kernel.name,
             property=found.property,
@@ -118,6 +118,21 @@ class Otherwise:
             declare=f"arithmetic={arithmetic}",
             harmless=kernel.arithmetic == FLASH and _differ(arithmetic, FLASH) <= FREE,
         )
+
+    def _excused(
+        self, target: str, arithmetic: Arithmetic, cases: list[tuple[Property, str]]
+    ) -> bool:
+        """Whether all of these cases hold for a kernel of this arithmetic."""
+        before = self._changes[target].copy()
+        self._changes[target]["arithmetic"] = arithmetic
+        try:
+            for prop, case in cases:
+                self._run(target, evaluate, prop, Case.parse(case))
+        except (Finding, Interrupted):
+            return False
+        finally:
+            self._changes[target] = before
+        return True
 
 
 def _differ(one: Arithmetic, other: Arithmetic) -> set[str]:

@@ -198,3 +198,5 @@ ROUNDED = (
 )
 """The fields that name a format."""
 FLASH = Arithmetic()
+EAGER = Arithmetic(stored_scores="input", normalized_probs=True, delta="probs", group_sum="input")
+"""softmax(q @ k.T * scale + bias) @ v as PyTorch's own functions compute it, every step stored."""

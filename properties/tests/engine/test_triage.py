@@ -80,6 +80,14 @@ def normalised_first(q, k, v, *, scale, mask):
     return (p.float() @ v.float()).to(q.dtype).detach()
 
 @kernel
+def stored_once(q, k, v, *, scale, mask):
+    group = q.shape[1] // k.shape[1]
+    k, v = (t.repeat_interleave(group, 1) for t in (k, v))
+    s = (q.float() @ k.float().mT * scale).to(q.dtype)
+    s = s if mask is None else s.masked_fill(~mask, -torch.inf)
+    return torch.softmax(s.float(), -1).nan_to_num().to(q.dtype) @ v
+
+@kernel
 def cycles(q, k, v, *, scale, mask):
     group = q.shape[1] // k.shape[1]
     return attend(q, k.repeat(1, group, 1, 1), v.repeat(1, group, 1, 1), scale, mask)
@@ -221,6 +229,7 @@ def test_what_it_runs_into_is_a_finding_with_its_own_line(file: str) -> None:
     [
         ("eager", OTHERWISE, "stored_scores='input'"),
         ("eager", OTHERWISE, "empty_row='nan'"),
+        ("stored-once", OTHERWISE, "stored_scores='input', normalized_probs=True"),
         ("normalised-first", 0, "normalized_probs=True"),
         ("cycles", OTHERWISE, "head_map='cycle'"),
     ],
