@@ -46,7 +46,7 @@ OPTIONAL = {"fa3": "fa3_wheel", "fa3-fp8": "fa3_wheel", "flex-attention": "flex"
 USUAL = ("fp32", "fp16", "bf16")
 DIFFERENTIABLE = ("q", "k", "v", "bias")
 CONVENTIONS = {
-    "empty_row": ("zero", "nan", "mean", "nan from a bias"),
+    "empty_row": ("zero", "nan", "mean", "nan from a bias", "mean, nan from a bias"),
     "head_map": ("blocks", "cycle"),
     "lse_base": ("e", "2"),
     "own_mask": ("full", "causal_upper_left", "causal_lower_right"),
@@ -132,7 +132,8 @@ class Kernel:
     dtypes: tuple[str, ...] = USUAL
     empty_row: str = "zero"
     """What a row without a visible key gives: "zero"; "nan", and then its gradients are not judged;
-    "nan from a bias", if a bias of -inf hides them; "mean", that of all V."""
+    "mean", that of all V; "nan from a bias" and "mean, nan from a bias", if a bias of -inf hides
+    them, else 0 or the mean."""
     head_map: str = "blocks"
     """Which key head the query head h uses: "blocks", h // group; "cycle", h % heads_kv."""
     lse_base: str = "e"
@@ -245,7 +246,7 @@ class Kernel:
         """Why what it gives for a row that sees no key is not judged."""
         if self.empty_row == "nan" and problem.grads and _has_empty_row(problem):
             return "a row that sees no key is NaN, and so are its gradients"
-        by_bias = self.empty_row == "nan from a bias" and problem.mask_as == "float"
+        by_bias = self.empty_row.endswith("nan from a bias") and problem.mask_as == "float"
         if by_bias and _has_empty_row(problem):
             return "a row that a bias leaves no key is NaN"
         return None

@@ -15,14 +15,14 @@ counts. Derivation, limits, what it catches: verify/bounds/BOUNDS.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from verify.bounds.constants import FALSE_ALARM, ORDER, RESOLUTION
+from verify.bounds.constants import FALSE_ALARM, ORDER, RESOLUTION, Allowance
 from verify.bounds.exact import Exact
 from verify.bounds.metrics import finite
 
@@ -62,6 +62,9 @@ class Expectation:
     """Largest relative error of an exponential: where it is not the same in P and in the row sum,
     out is off by that factor.
     """
+    limits: Callable[[], Mapping[str, Allowance]] | None = None
+    """How far each tensor may be off; where any distance is allowed, since a format may overflow,
+    no statistics hold either."""
 
     @cached_property
     def nearest(self) -> Exact:
@@ -100,6 +103,9 @@ class Expectation:
         mine, honest = self.errors(name, got)
         found = self._worst(name, mine, honest, torch.zeros_like(honest))
         if found.score > found.level:
+            if self.limits:
+                bounded = _columns(self.limits()[name].limit.isfinite())
+                mine, honest = (torch.where(bounded, x, 0.0) for x in (mine, honest))
             found = self._worst(name, mine, honest, self._order(name))
         return found if found.score > found.level else None
 

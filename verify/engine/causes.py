@@ -12,6 +12,8 @@ from verify.sandbox.call import CHANGED
 from verify.spec.case import Case
 
 STAGE = "likely stage: "
+FORM = r"(elements of )?(out|lse) (is|has shape|lies|share)\b"
+"""How findings begin that say what is wrong with the form of what is returned."""
 AT_TIMES = "not every time: "
 """How the finding of a case begins that was right when it was judged again."""
 KEPT = ("lengths", "batch", "grads")
@@ -25,7 +27,7 @@ def key(prop: str, reason: str, why: Sequence[str]) -> str:
     reason = reason.removeprefix(AT_TIMES)
     if raised := re.match(r"raised (\w+):.*\((.*:\d+)\)$", reason):
         return f"raised {raised[1]} at {raised[2]}"
-    if re.match(r"(changed|wrote|ended its process|did not return|took|lost)", reason):
+    if re.match(r"(changed|wrote|ended its process|did not return|took|lost)|" + FORM, reason):
         return _without_numbers(reason)
     stages = [line.removeprefix(STAGE) for line in why if line.startswith(STAGE)]
     return _without_numbers("; ".join(stages)) if stages else f"{prop}: {_without_numbers(reason)}"

@@ -159,7 +159,8 @@ def _problem(
     if of and of.padded and not (mask.per_batch or needs.full_mask):
         mask = example(choose.of([m.way for m in taken["mask"] if m.per_batch] or [mask.way]))
     if needs.hides and mask == FULL:
-        mask = example(choose.of(sorted(_allowed(FULL.way, taken["mask"], needs))))
+        hiding = sorted(_allowed(FULL.way, taken["mask"], needs))
+        mask = example(choose.of(hiding)) if hiding else FULL
     if size.batch > max(ENTRIES) and mask.per_batch:
         mask = FULL
     cap = choose.of([c for c in taken["softcap"] if c] or [0.0])

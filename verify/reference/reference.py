@@ -82,6 +82,7 @@ class Truth:
             lambda: self.tilt,
             tests,
             2 * arithmetic.exp_ulp * UNIT["fp32"],
+            None if arithmetic.quantised else partial(self.allowances, arithmetic),
         )
 
     def _emulate(self, arithmetic: Arithmetic, kind: str) -> Exact:

@@ -30,7 +30,7 @@ minute is gone before anything is judged if it is asked.
 FEW_CALLS = 4
 """The same where a call is slow: under Triton's interpreter, or where each shape is compiled."""
 NOT_ASKED = "was not asked: the kernel declares nothing, and enough calls were made"
-ALONG = {"mask": ("lengths",), "heads": ("lengths",), "grads": ("mask",)}
+ALONG = {"mask": ("mask_as", "lengths"), "heads": ("lengths",), "grads": ("mask",)}
 """Options that may change with another so that it is taken, where nothing is declared: each costs
 calls.
 """
