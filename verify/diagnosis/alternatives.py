@@ -122,12 +122,25 @@ def _other_slices(p: Problem, x: Inputs) -> Iterator[Other]:
         yield f"the batch entry ({{}} is that of {of} of entry 0 for all)", p, replace(x, **first)
         first = {n: t[:, :1].expand_as(t) for n, t in tensors.items()}
         yield f"the head ({{}} is that of {of} of head 0 for all)", p, replace(x, **first)
-    if p.heads_kv > 1 and p.group > 1:
-        cycled = {n: getattr(x, n).repeat(1, p.group, 1, 1) for n in ("k", "v")}
+    yield from _other_heads(p, x)
+
+
+def _other_heads(p: Problem, x: Inputs) -> Iterator[Other]:
+    """Another key head for each query head, by its number."""
+    if p.heads_kv == 1:
+        return
+    number = torch.arange(p.heads_q, device=x.k.device)
+    maps = {
+        "h % heads_kv": number % p.heads_kv,
+        "heads_kv - 1 - h // group": p.heads_kv - 1 - number // p.group,
+        "h // group + 1": (number // p.group + 1) % p.heads_kv,
+    }
+    for what, head in maps.items():
+        moved = {n: getattr(x, n)[:, head] for n in ("k", "v")}
         yield (
-            "the key head ({} is that of h % heads_kv, not h // group)",
+            f"the key head ({{}} is that of {what}, not h // group)",
             p.but(heads_kv=p.heads_q),
-            replace(x, **cycled),
+            replace(x, **moved),
         )
 
 

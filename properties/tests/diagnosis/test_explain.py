@@ -34,7 +34,7 @@ class _Attention(torch.autograd.Function):
         group = q.shape[1] // k.shape[1]
         wide_k, wide_v = (
             t.repeat(1, group, 1, 1) if fault == "heads" else t.repeat_interleave(group, 1)
-            for t in (k, v)
+            for t in ((t.flip(1) for t in (k, v)) if fault == "heads reversed" else (k, v))
         )
         factor = {"scale = 1": 1.0, "scale squared": scale**2, "scale off": 1.01 * scale}.get(
             fault, scale
@@ -156,6 +156,7 @@ GROUPED, LONG = (
             "the division by the row sum (each row of out is the exact one times",
         ),
         ("heads", GROUPED, "the key head (out is that of h % heads_kv, not h // group)"),
+        ("heads reversed", GROUPED, "the key head (out is that of heads_kv - 1 - h // group"),
         ("base 2", SQUARE, "the LSE: its base"),
         ("no maximum", SQUARE, "the LSE: the maximum"),
         ("no delta", SQUARE, "delta = rowsum(dO * O) (dq is that without it)"),
