@@ -26,6 +26,12 @@ FREE = frozenset({"tile", "splits", "normalized_probs", "rowsum", "exp", "summat
 """Fields of Arithmetic in which nobody is wrong who declared nothing."""
 
 
+USUAL = tuple(
+    replace(EAGER, delta=delta, scaled_query=scaled)
+    for scaled in (False, True)
+    for delta in ("probs", "product")
+)
+"""Eager code, on a CPU and on a GPU, and with Q scaled beforehand."""
 MOST_EXCUSED = 8
 """States of torch; a kernel that changes one to something else each time has no end of them."""
 
@@ -103,7 +109,7 @@ class Otherwise:
         except (Finding, Interrupted):
             return None
         # what is not found by its bits may round less often than what most code does
-        possible = (self._identified[target], EAGER, replace(EAGER, delta="product"))
+        possible = (self._identified[target], *USUAL)
         cases = [(prop, case) for case in dict.fromkeys((found.case, found.worst))]
         cases = self._explained[target] + cases
         arithmetic = next((a for a in possible if a and self._excused(target, a, cases)), None)

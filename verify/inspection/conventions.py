@@ -151,7 +151,7 @@ def _read_empty_row(kernel: Kernel, plain: Problem, device: str) -> str:
     """By a rule, and by a bias of -inf."""
     ways = ("rule", "float") if "float" in options(kernel, device).taken["mask_as"] else ("rule",)
     found = [_empty_row_of(kernel, plain.but(mask_as=way), device) for way in ways]
-    both = {"zero": "nan from a bias", "mean": "mean, nan from a bias"}
+    both = {"": "nan from a bias", "zero": "nan from a bias", "mean": "mean, nan from a bias"}
     return both.get(found[0], found[0]) if found[1:] == ["nan"] else found[0]
 
 
