@@ -128,16 +128,15 @@ class Otherwise:
     def _excused(
         self, target: str, arithmetic: Arithmetic, cases: list[tuple[Property, str]]
     ) -> bool:
-        """Whether all of these cases hold for a kernel of this arithmetic."""
-        before = self._changes[target].copy()
-        self._changes[target]["arithmetic"] = arithmetic
+        """Whether all of these cases hold for a kernel of this arithmetic; others are judged by
+        what is known meanwhile.
+        """
+        changes = (("arithmetic", arithmetic),)
         try:
             for prop, case in cases:
-                self._run(target, evaluate, prop, Case.parse(case))
+                self._run(target, as_variant, changes, evaluate, prop, Case.parse(case))
         except (Finding, Interrupted):
             return False
-        finally:
-            self._changes[target] = before
         return True
 
 

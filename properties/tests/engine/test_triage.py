@@ -16,15 +16,18 @@ from verify.diagnosis.explain import explain, explain_call
 from verify.engine import causes
 from verify.engine.clock import Alarm, Clock
 from verify.engine.config import RunConfig
+from verify.engine.otherwise import Otherwise
 from verify.engine.run import Run as WholeRun
 from verify.engine.session import Session
 from verify.errors import VerifyError
+from verify.properties.catalogue import PROPERTIES
 from verify.properties.tests.support import ATTEND, searched
 from verify.pytest_plugin import Run
 from verify.records.events import CaseFinished, DeclaredOtherwise, Event, Outcome
 from verify.records.shared import Shared
 from verify.records.summary import OTHERWISE, declare, exit_code, findings
 from verify.registry import find
+from verify.spec.arithmetic import EAGER
 from verify.spec.case import Case
 
 PASSED = Outcome.PASSED
@@ -287,3 +290,16 @@ def test_what_is_shared_is_made_once(tmp_path: Path) -> None:
     assert len(made) == 1
     assert [Shared().once("seven", make) for _ in range(2)] == [7, 7]
     assert len(made) == 3
+
+
+def test_a_case_is_not_judged_by_an_arithmetic_that_is_being_tried() -> None:
+    """Workers judge on meanwhile."""
+    meanwhile = []
+
+    def run(target: str, *call: object) -> None:
+        meanwhile.append(otherwise.changes(target))
+
+    otherwise = Otherwise("cpu", run)
+    cases = [(PROPERTIES["oracle"], "b1.h1.q1.k1.d1.fp32.full/integers#0")]
+    assert otherwise._excused("mine", EAGER, cases)
+    assert meanwhile == [()]
