@@ -17,7 +17,7 @@ from verify.bounds.metrics import distance, measure, same
 from verify.generation.sizes import SCORES_AT_MOST
 from verify.oracles import float64
 from verify.properties.property import TENSORS
-from verify.reference.reference import Truth, truth
+from verify.reference.reference import Truth, tests, truth
 from verify.registry import Kernel
 from verify.sandbox.allocations import zeroed
 from verify.sandbox.call import Output, call
@@ -53,8 +53,11 @@ class Trial:
 
     @cached_property
     def expected(self) -> Expectation | None:
-        """How large their errors should be."""
-        return self.known.expectation(self.kernel.numerics(self.known.problem, self.known.device))
+        """How large their errors should be, as many tests as the case itself has."""
+        arithmetic = self.kernel.numerics(self.known.problem, self.known.device)
+        expected = self.known.expectation(arithmetic)
+        as_many = tests(self.case.problem)
+        return None if expected is None else replace(expected, tests=as_many)
 
     @cached_property
     def names(self) -> list[str]:

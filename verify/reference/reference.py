@@ -73,14 +73,11 @@ class Truth:
         flat = self.spread <= LEVELS * UNIT[arithmetic.format("probs", self.problem.dtype)]
         if self.problem.dtype == "fp64" or not self.generic or flat:
             return None
-        tests = (
-            4 * (6 if self.problem.grads else 2) * (1 + self.problem.batch * self.problem.heads_q)
-        )
         return Expectation(
             self.exact,
             partial(self._emulate, arithmetic),
             lambda: self.tilt,
-            tests,
+            tests(self.problem),
             2 * arithmetic.exp_ulp * UNIT["fp32"],
             None if arithmetic.quantised else partial(self.allowances, arithmetic),
         )
@@ -151,6 +148,13 @@ class Truth:
     def _rejects(self, out: Tensor, limit: Tensor, expected: Expectation | None) -> bool:
         beyond = bool((distance(out, self.exact.out) > limit).any())
         return beyond or (expected is not None and expected.surprise("out", out) is not None)
+
+
+def tests(problem: Problem) -> int:
+    """How many share the probability of a false alarm in a case: of each tensor, as a whole and
+    by head.
+    """
+    return 4 * (6 if problem.grads else 2) * (1 + problem.batch * problem.heads_q)
 
 
 @lru_cache(maxsize=2)
