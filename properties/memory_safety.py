@@ -85,6 +85,29 @@ def no_leak(kernel: Kernel, case: Case, device: str) -> Verdict:
     )
 
 
+@holds(hides=True, backward=True, declares="hidden_nan")
+def hidden_nan(kernel: Kernel, case: Case, device: str) -> Verdict:
+    """NaN in K_j and V_j of keys that no row sees: out, lse and dq the same, and dk and dv of the
+    keys that are seen.
+    """
+    known = truth(case, device)
+    p, x = known.problem, known.inputs
+    seen = visibility(p, x.q.device).expand(p.batch, 1, p.len_q, p.len_k).any(2).unsqueeze(-1)
+    if seen.all():
+        return Verdict(unsupported="every key is seen by some row")
+    k, v = (laid_out(torch.where(seen, t, torch.nan)) for t in (x.k, x.v))
+    one, two = answer(kernel, known), call(kernel, p, replace(x, k=k, v=v))
+    kept = {
+        name: torch.where(seen, getattr(two, name), getattr(one, name))
+        for name in ("dk", "dv")
+        if getattr(two, name) is not None
+    }
+    names = ("out", "lse", "dq", "dk", "dv")
+    against = "with numbers where no row looks"
+    bitwise = agree(replace(two, **kept), one, limits(kernel, known), against, names)
+    return Verdict(bitwise=bitwise)
+
+
 @holds(calls=3)
 def nan(kernel: Kernel, case: Case, device: str) -> Verdict:
     """NaN in q_i: row i is NaN and no other. NaN in V_jc: column c of every row that sees j is NaN,

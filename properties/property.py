@@ -55,11 +55,15 @@ class Property:
     """It compares every element with the exact answer; such properties get a large share."""
     style: bool = False
     """What it finds is no wrong result: shown last, and a failure only where that is asked for."""
+    declares: str = ""
+    """The field of the kernel that must be set."""
 
     def refusal(self, kernel: Kernel, device: str) -> str | None:
         """Return why it cannot be judged on this kernel at all, or None where it can."""
         if self.takes and self.takes not in kernel.takes:
             return f"takes no `{self.takes}`"
+        if self.declares and not getattr(kernel, self.declares):
+            return f"does not declare {self.declares}"
         if refusal := options(kernel, device).refusal(lse=self.lse):
             return refusal
         if anchors(kernel, device, self.needs):
@@ -87,6 +91,7 @@ def holds(
     core: bool = False,
     style: bool = False,
     backward: bool = False,
+    declares: str = "",
 ) -> Callable[[Callable[..., Verdict]], Callable[..., Verdict]]:
     """Register a function (kernel, case, device) -> Verdict as a property, by its name.
 
@@ -106,7 +111,7 @@ def holds(
     def register(check: Callable[..., Verdict]) -> Callable[..., Verdict]:
         name = check.__name__.replace("_", "-")
         text = (check.__doc__ or "").strip()
-        law = Property(name, text, check, needs, lse, takes, calls, core, style)
+        law = Property(name, text, check, needs, lse, takes, calls, core, style, declares)
         PROPERTIES[name] = law
         if backward:
             other = f"{name}-gradients"

@@ -106,6 +106,7 @@ class Declared(TypedDict, total=False):
     head_map: str
     lse_base: str
     own_mask: str
+    hidden_nan: bool
     gradients: tuple[str, ...]
     known_issues: tuple[KnownIssue, ...]
     vendor: str
@@ -141,6 +142,9 @@ class Kernel:
     own_mask: str = "full"
     """What it applies whatever it is called with: "full", nothing; "causal_upper_left" or
     "causal_lower_right", and then it is given problems with this mask alone."""
+    hidden_nan: bool = False
+    """K and V of keys that no query sees may hold NaN, as memory beyond a length does; it is judged
+    on that then."""
     gradients: tuple[str, ...] = DIFFERENTIABLE
     """The inputs for which it has gradients, if it has any."""
     known_issues: tuple[KnownIssue, ...] = ()
@@ -279,7 +283,7 @@ def kernel(
     name: default: the function's, with - for _. style: how it is called if not as a kernel is:
     "sdpa", "flash_attn" or "bshd" (styles.py); `supports` speaks of the problems that remain. What
     else may be declared are fields of Kernel: arithmetic, supports, dtypes, empty_row,
-    head_map, lse_base, own_mask, gradients,
+    head_map, lse_base, own_mask, hidden_nan, gradients,
     known_issues, vendor, stages, tiles, layouts, bucket, affordable. Raises VerifyError for
     anything else, for an unknown style, for an unknown keyword in the function's signature or one
     that does not fit the style, or for a name already taken.

@@ -18,6 +18,7 @@ from verify.engine.run import Run as RunAll
 from verify.engine.run import run as run_all
 from verify.engine.session import Session
 from verify.errors import VerifyError
+from verify.properties.catalogue import PROPERTIES
 from verify.properties.tests.support import ATTEND
 from verify.pytest_plugin import Run, pytest_addoption
 from verify.records.events import (
@@ -134,7 +135,7 @@ def test_a_property_without_time_is_named(config: RunConfig) -> None:
     config = config.but(targets=("naive",), seconds=0.001)
     events = list(run_all(config))
     ends = [event for event in events if isinstance(event, PropertyFinished)]
-    assert len(ends) == 45
+    assert len(ends) == len(PROPERTIES)
     assert {event.ended for event in ends} <= {Ended.NO_TIME, Ended.TIME}
     (line,) = not_judged(events)
     assert line.startswith("NOT JUDGED: naive: no time for ")
