@@ -25,6 +25,8 @@ def gradients(
     after the sum. `dq`: exact.
     """
     e_p, e_ds, ds = _ds_error(problem, b, units, arithmetic, rows)
+    over = units.sum_overflow("scores", b.do.abs(), b.v.abs(), 2.0)  # dP, delta, dP - delta
+    over = over + units.sum_overflow("stored_scores", b.do.abs(), b.v.abs())
     result: dict[str, Terms] = {"dv": _dv(problem, b, units, arithmetic, e_p)}
     if problem.bias not in ("none", "alibi"):
         summed = (
@@ -32,7 +34,7 @@ def gradients(
         )  # parts are stored before they are added up
         parts = units.u["dscores"] + max((units.u[name] for name in summed), default=0.0)
         floor = units.floor["dscores"] + max(units.floor["output"], units.floor["batch_sum"])
-        result["dbias"] = {"dS": e_ds, "dS stored": parts * (ds + e_ds) + floor}
+        result["dbias"] = {"dS": e_ds + over, "dS stored": parts * (ds + e_ds) + floor}
     if problem.softcap:
         slope = 1 - (b.capped / problem.softcap) ** 2
         e_slope = 2 * (
@@ -47,15 +49,16 @@ def gradients(
         stores * units.u["dscores"],
         stores * units.floor["dscores"] / min(1.0, scale or 1.0, problem.softcap or 1.0),
     )
-    name, over = (
-        f"dS in {units.format['dscores']}",
-        units.row_overflow("dscores", ds, e_ds, max(1.0, scale)),
-    )
+    name = f"dS in {units.format['dscores']}"
+    over = over + units.row_overflow("dscores", ds, e_ds, max(1.0, scale))
+    size, flushed = ds + e_ds, units.exp_floor * (1 + scale)
 
     moved, mass = scale * from_keys(e_ds, k), scale * from_keys(ds, k)
     stored = u_ds * (mass + moved) + scale * floor_ds * k.sum(-2)[:, :, None, None, :] + over
-    largest, everything = units.gamma("accumulate", problem.len_k), mass + moved + stored
-    result["dq"] = {"dS": moved, name: stored, "sum over keys": largest * everything}
+    gamma, everything = units.gamma("accumulate", problem.len_k), mass + moved + stored
+    lost = flushed * (size.sum(-1, keepdim=True) + problem.len_k + STEPS)
+    lost = lost + units.overflow("accumulate", everything / min(1.0, scale or 1.0))
+    result["dq"] = {"dS": moved, name: stored, "sum over keys": gamma * everything + lost}
     if rows.operands is not None:
         result["dq"]["K quantised"] = scale * from_keys(
             (ds + e_ds) * (1 + u_ds) + floor_ds, rows.operands.k
@@ -74,11 +77,10 @@ def gradients(
         + over.sum((2, 3))[:, :, None]
     )
     gamma, floor = _row_sum(problem, units, arithmetic)
-    result["dk"] = {
-        "dS": moved,
-        name: stored,
-        "sum over rows": gamma * (mass + moved + stored) + floor,
-    }
+    everything = mass + moved + stored
+    lost = flushed * (size.sum((2, 3))[..., None] + problem.len_q * problem.group + STEPS)
+    lost = lost + units.overflow("accumulate", everything / min(1.0, scale or 1.0))
+    result["dk"] = {"dS": moved, name: stored, "sum over rows": gamma * everything + floor + lost}
     if rows.operands is not None:
         lost = grouped(rows.operands.q[:, :, b.rows], problem)
         result["dk"]["Q quantised"] = scale * to_keys((ds + e_ds) * (1 + u_ds) + floor_ds, lost)
@@ -94,11 +96,14 @@ def _dv(problem: Problem, b: Block, units: Units, arithmetic: Arithmetic, e_p: T
             units.u["probs"] * (mass + moved) + units.floor["probs"] * do.sum((2, 3))[:, :, None, :]
         )
     gamma, floor = _row_sum(problem, units, arithmetic)
-    name = f"P in {units.format['probs']}"
+    name, everything = f"P in {units.format['probs']}", mass + moved + stored
+    weights = (b.p + e_p).sum((2, 3))[..., None]
+    lost = units.exp_floor * (weights + problem.len_q * problem.group + STEPS)
+    lost = lost + units.overflow("accumulate", everything)
     return {
         "scores and exponentials": moved,
         name: stored,
-        "sum over rows": gamma * (mass + moved + stored) + floor,
+        "sum over rows": gamma * everything + floor + lost,
     }
 
 
@@ -135,6 +140,7 @@ def _ds_error(
         0.0 if units.stores_scores else u
     )  # roundings of dP in FP32: of the sum of sizes, which is no smaller
     step = by_key(do * (gamma * (1 + u) + few), b.v.abs())  # becomes the error of dP - delta
+    step.add_(units.flushed(problem.dim_v, do, b.v))
     if rows.operands is not None:
         step.add_(by_key(do, rows.operands.v), alpha=(1 + gamma) * (1 + u))
     if units.stores_scores:

@@ -68,7 +68,8 @@ STEPS = 4
 base.
 """
 SHORTEST_TILE = 16
-"""Key tiles are at least this long: the running maximum moves at most len_k / 16 times."""
+"""Key tiles of kernels that declare none are at least this long: the running maximum moves at most
+len_k / 16 times."""
 UNBOUNDED = 1e100
 """Stands for infinity while bounds are multiplied (infinity times zero is NaN)."""
 FALSE_ALARM = 1e-9
@@ -95,7 +96,11 @@ CERTAIN = 1e-6
 this (verify/inspection/identify.py).
 """
 CLAMP = 30.0
-"""exp of a larger exponent error is of no use as a bound, and would overflow."""
+"""Errors of an exponent up to this are handled as factors expm1(e) of a weight; larger ones, which
+overflow as factors, are added to the logarithm of the weight."""
+SATURATED = 0.5
+"""Of the weights of a row: where their errors are a larger part, a bound no longer grows in
+proportion to the unit roundoff."""
 REGRESSION = 0.01
 """A recorded RMSE may grow by this share of itself: a deterministic kernel repeats its figure to
 the last digit, and one that sums with atomics moves by a few FP32 roundings, far less.
@@ -154,11 +159,12 @@ class Units:
         self.floor = {name: FLOOR[f] for name, f in self.format.items()}
         self.u["ds_product"], self.floor["ds_product"] = UNIT[problem.dtype], FLOOR[problem.dtype]
         self.work = UNIT["fp64" if problem.dtype == "fp64" else "fp32"]
-        self.tiles = (
-            problem.len_k // SHORTEST_TILE + arithmetic.splits
-        )  # rescalings, and sums over splits
+        shortest = min(SHORTEST_TILE, arithmetic.tile or SHORTEST_TILE)
+        self.tiles = problem.len_k // shortest + arithmetic.splits
+        """Rescalings, and sums over splits."""
         self.exp = 2 * arithmetic.exp_ulp * self.work  # one ulp is two roundoffs
         self.exp_floor = FLOOR["fp64" if problem.dtype == "fp64" else "fp32"]
+        """What may be flushed of an exponential, a product, or an input that is subnormal."""
         self.stores_scores = self.u["stored_scores"] > self.work
 
     def gamma(self, name: str, terms: int) -> float:
@@ -180,10 +186,27 @@ class Units:
         """UNBOUNDED for rows [.., 1] in which `factor` times a value of these sizes, that much off,
         may not fit the format.
         """
-        largest = LARGEST[self.format[name]]
-        if largest >= LARGEST["bf16"] or not size.shape[-1]:  # what FP32 holds fits
+        largest = LARGEST[self.format[name]] / factor
+        if not size.numel() or (_amax(size) + _amax(error)).item() <= largest:
             return size.new_zeros((*size.shape[:-1], 1))
-        return unbounded(factor * (size + error).amax(-1, keepdim=True) > largest)
+        return unbounded((size + error).amax(-1, keepdim=True) > largest)
+
+    def sum_overflow(self, name: str, weights: Tensor, keys: Tensor, factor: float = 1.0) -> Tensor:
+        """UNBOUNDED for rows [.., 1] of which `factor` times the sum of products of these absolute
+        values [B,Hk,G,n,D] and [B,Hk,K,D] may not fit the format.
+        """
+        largest = LARGEST[self.format[name]] / factor
+        most = _amax(weights) * _amax(keys) * weights.shape[-1] if keys.shape[-2] else 0.0
+        if not weights.numel() or float(most) <= largest:
+            return weights.new_zeros((*weights.shape[:-1], 1))
+        return unbounded(by_key(weights, keys).amax(-1, keepdim=True) > largest)
+
+    def flushed(self, terms: int, weights: Tensor, keys: Tensor) -> float:
+        """What a sum of this many products may lose to flushed subnormals: each product, and either
+        factor.
+        """
+        largest = sum(_amax(t).item() for t in (weights, keys) if t.numel())
+        return self.exp_floor * (terms * (1 + largest) + STEPS)
 
     def score_overflow(self, b: Block, q: Tensor, k: Tensor, scale: float) -> Tensor:
         """UNBOUNDED for rows where S, of products of these absolute values, may overflow its

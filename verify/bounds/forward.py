@@ -16,6 +16,7 @@ nothing there, and is counted as uninformative.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,9 @@ from torch import Tensor
 
 from verify.bounds.constants import (
     CLAMP,
+    FLOOR,
+    LARGEST,
+    SATURATED,
     STEPS,
     TANH,
     UNBOUNDED,
@@ -121,8 +125,10 @@ class Rows:
         if arithmetic.exp == "fused" and problem.len_k:  # the argument may be positive
             argument = STEPS * units.work * (b.s.abs().amax(-1, keepdim=True) + b.row_max.abs())
             self.overflow = self.overflow + unbounded(argument > CLAMP)
-        p_d = self.exponent.clamp(max=CLAMP).expm1_().mul_(b.p)
+        p_d = self._weights_error()
         spread = p_d.sum(-1, keepdim=True)
+        self.saturated = bool((spread > SATURATED).any())
+        """Whether the bound of some row does not grow in proportion to the unit roundoff."""
         held = torch.exp(b.row_max - finite(b.lse))  # 1 / row sum of exp(s - max)
         held = torch.ones_like(held) if arithmetic.normalized_probs else held
         flushed = max(units.floor["probs"] / arithmetic.probs_scale, units.exp_floor)
@@ -142,6 +148,18 @@ class Rows:
         self.eta = (rounded + summed).clamp(max=1 - UNIT["fp64"])
         self.out = self._out(p_d, spread)
         self.lse = self._lse(spread)
+
+    def _weights_error(self) -> Tensor:
+        """p_j d_j with d_j = expm1(e_j) [B,Hk,G,n,K], as exp(s_j - lse + e_j) where d_j is large: a
+        weight that is nothing in the exact answer may be all of the kernel's.
+        """
+        b, e = self.block, self.exponent
+        p_d = e.clamp(max=CLAMP).expm1_().mul_(b.p)
+        beyond = b.visible & (e > CLAMP)
+        if not bool(beyond.any()):
+            return p_d
+        most = math.log(UNBOUNDED)
+        return torch.where(beyond, (b.s - finite(b.lse) + e).clamp(max=most).exp(), p_d)
 
     def _out(self, p_d: Tensor, spread: Tensor) -> Terms:
         b, units = self.block, self.units
@@ -170,7 +188,8 @@ class Rows:
         )
         terms[f"P in {units.format['probs']}"] = u_p * mass + flushed
         gamma = units.gamma("accumulate", self.problem.len_k + units.tiles)
-        terms["sum over keys"] = gamma * (mass * (1 + u_p) + flushed)
+        added = mass * (1 + u_p) + flushed
+        terms["sum over keys"] = gamma * added + self._lost(added)
         if self.arithmetic.splits > 1:
             terms["merge of splits"] = self._merge() * (mass + total(terms))
         terms["row sum"] = self.eta * (o_size + total(terms))
@@ -181,6 +200,20 @@ class Rows:
             )
         units.store(terms, "output", b.out)
         return terms
+
+    def _lost(self, added: Tensor) -> Tensor | float:
+        """What the sum of P V loses to flushed subnormals; UNBOUNDED where it may overflow before
+        it is divided by the row sum.
+        """
+        units, b, len_k = self.units, self.block, self.problem.len_k
+        lost = units.exp_floor * (len_k + STEPS)
+        largest = LARGEST[units.format["accumulate"]] / self.arithmetic.probs_scale
+        normalised = self.arithmetic.normalized_probs
+        most = added.amax().item() * (1 if normalised else len_k) if added.numel() else 0.0
+        if most <= largest:
+            return lost
+        row_sum = 1.0 if normalised else torch.exp(finite(b.lse) - b.row_max)
+        return lost + unbounded(added * row_sum > largest)
 
     def _merge(self) -> Tensor:
         """What the weights exp(lse_i - lse) of splits may be off by: they are not normalised again,
@@ -221,6 +254,7 @@ def _score_error(
     )
     gamma, q, k = units.gamma("scores", problem.dim_qk), b.q.abs(), b.k.abs()
     overflow = units.score_overflow(b, q, k, scale)
+    flushed = (1 + scale) * units.flushed(problem.dim_qk, q, k)
     if not (
         units.stores_scores
         or problem.softcap
@@ -228,15 +262,15 @@ def _score_error(
         or arithmetic.scaled_query
         or operands is not None
     ):
-        return (
-            by_key(q * (scale * (gamma + (2 * u + STEPS * units.work) * (1 + gamma))), k),
-            None,
-            overflow,
-        )  # |s| <= scale |q|.|k|
+        # |s| <= scale |q|.|k|
+        factor = scale * (gamma + (2 * u + STEPS * units.work) * (1 + gamma))
+        return by_key(q * factor, k).add_(flushed), None, overflow
     size = by_key(q, k)
     error = size * gamma
     if arithmetic.scaled_query:
-        floor_q = units.floor["output"] / (scale or UNBOUNDED)
+        largest = LARGEST[problem.dtype]
+        overflow = overflow + unbounded(scale * q.amax(-1, keepdim=True) > largest)
+        floor_q = FLOOR[problem.dtype] / (scale or UNBOUNDED)
         error = error + (UNIT[problem.dtype] * size + floor_q * k.sum(-1)[:, :, None, None, :]) * (
             1 + gamma
         )
@@ -244,7 +278,8 @@ def _score_error(
         (q_size, q_error), (k_size, k_error) = operands.q_pair, operands.k_pair
         q_size, q_error = (grouped(t[:, :, b.rows], problem) for t in (q_size, q_error))
         error = error + (by_key(q_error, k_size) + by_key(q_size + q_error, k_error)) * (1 + gamma)
-    error.mul_(scale * (1 + 2 * u)).add_(b.raw.abs(), alpha=2 * u).add_(2 * floor)
+    error.mul_(scale * (1 + 2 * u)).add_(b.raw.abs(), alpha=2 * u)
+    error.add_(flushed + (2 + scale) * floor)  # before and after the scale
     if problem.softcap:
         error = error + u * (b.raw.abs() + error) + floor * problem.softcap  # s / softcap
         error = (
@@ -254,5 +289,6 @@ def _score_error(
             + 2 * floor * problem.softcap
         )
     if b.bias is not None:
-        error = error + (units.work + u) * b.bias.abs() + u * (b.s.abs() + error) + 2 * floor
+        error = error + (units.work + u) * b.bias.abs() + u * (b.s.abs() + error)
+        error = error + 2 * floor + units.exp_floor
     return error, b.s.abs(), overflow

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -20,17 +20,18 @@ def allowance(
     problem: Problem,
     inputs: Inputs,
     exact: Exact,
-    blocks: Iterable[Block],
+    blocks: Callable[[], Iterable[Block]],
     arithmetic: Arithmetic,
     uncertainty: dict[str, Tensor] | None = None,
 ) -> dict[str, Allowance]:
     """The proved bound for out, lse and, where problem.grads, dq, dk, dv, dbias of a kernel of this
     arithmetic.
 
-    `blocks` is the exact softmax of the same inputs. The error of `exact` itself is included:
-    `uncertainty` where it is known (an interval oracle's); else the float64 oracle's own, which is
-    at most the ratio of FP64's unit roundoff to the working format's of the same bound, since every
-    part grows at least linearly with the unit roundoffs.
+    `blocks` gives the exact softmax of the same inputs. The error of `exact` itself is included:
+    `uncertainty` where it is known (an interval oracle's); else the float64 oracle's own. That is
+    at most the ratio of FP64's unit roundoff to the working format's of the same bound, as long as
+    every part of it grows at least linearly with the unit roundoffs; where a row's does not, the
+    bound is evaluated once more, for FP64.
     """
     units, operands = (
         Units(problem, arithmetic, exact.out.device.type),
@@ -40,8 +41,10 @@ def allowance(
     if problem.grads:
         by_row |= {"dq": []} | ({"dbias": []} if exact.dbias is not None else {})
     by_key_sums: dict[str, Terms] = {"dk": {}, "dv": {}}
-    for block in blocks:
+    saturated = False
+    for block in blocks():
         rows = Rows(problem, block, units, arithmetic, operands)
+        saturated |= rows.saturated
         by_row["out"].append(mapped(rows.out, ungrouped))
         by_row["lse"].append(mapped(rows.lse, lambda t: ungrouped(t).squeeze(-1)))
         if problem.grads:
@@ -60,6 +63,9 @@ def allowance(
     if "dbias" in result and exact.dbias is not None:
         result["dbias"] = _broadcast_sum(result["dbias"], exact.dbias, units)
     share = UNIT["fp64"] / units.work
+    if saturated and uncertainty is None and share < 1:
+        wide = allowance(problem.but(dtype="fp64"), inputs, exact, blocks, Arithmetic())
+        uncertainty = {name: a.limit for name, a in wide.items()}
     return {
         n: _closed(terms, getattr(exact, n), uncertainty[n] if uncertainty else share)
         for n, terms in result.items()

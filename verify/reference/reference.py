@@ -63,7 +63,7 @@ class Truth:
     def allowances(self, arithmetic: Arithmetic) -> dict[str, Allowance]:
         """How far each tensor of a kernel of this arithmetic may be from the exact answer."""
         return allowance(
-            self.problem, self.inputs, self.exact, self.blocks(), arithmetic, self.uncertainty
+            self.problem, self.inputs, self.exact, self.blocks, arithmetic, self.uncertainty
         )
 
     def expectation(self, arithmetic: Arithmetic) -> Expectation | None:
@@ -177,7 +177,6 @@ def oracle_limit(problem: Problem, inputs: Inputs) -> dict[str, Tensor]:
     of it.
     """
     wide = problem.but(dtype="fp64")
-    limits = allowance(
-        wide, inputs, float64.exact(wide, inputs), float64.blocks(wide, inputs), Arithmetic()
-    )
+    blocks = partial(float64.blocks, wide, inputs)
+    limits = allowance(wide, inputs, float64.exact(wide, inputs), blocks, Arithmetic())
     return {name: a.limit for name, a in limits.items()}

@@ -1,0 +1,171 @@
+"""Honest computations that once crossed the proved bound, or the float64 oracle's own: each must
+hold now, and what says nothing must say so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from verify.bounds.metrics import distance
+from verify.oracles import emulator, mpmath_oracle
+from verify.reference.reference import Truth, about, oracle_limit
+from verify.spec.arithmetic import FLASH, Arithmetic
+from verify.spec.case import TORCH_DTYPES, Case, Inputs
+from verify.spec.problem import Problem
+
+
+def inputs(problem: Problem, *values: list[float] | Tensor) -> Inputs:
+    """q, k, v, do of these values; do is 1 where it is not given."""
+    shapes, dtype = problem.shapes, TORCH_DTYPES[problem.dtype]
+    given = [torch.as_tensor(x, dtype=torch.float64).to(dtype) for x in values]
+    given += [torch.ones(shapes["do"], dtype=dtype)] * (4 - len(given))
+    return Inputs(*(t.reshape(shapes[n]) for t, n in zip(given, ("q", "k", "v", "do"), strict=True)))
+
+
+def holds(known: Truth, arithmetic: Arithmetic, **got: Tensor) -> None:
+    """No element of these tensors is farther from the exact one than it may be."""
+    limits = known.allowances(arithmetic)
+    for name, value in got.items():
+        error = distance(value.reshape(limits[name].limit.shape), getattr(known.exact, name))
+        assert bool((error <= limits[name].limit).all()), (name, error, limits[name].limit)
+
+
+@pytest.fixture
+def flushing() -> Iterator[None]:
+    """Subnormals are flushed, as GPUs may and CPUs can."""
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU cannot flush subnormals")
+    yield
+    torch.set_flush_denormal(False)
+
+
+def test_a_weight_of_nothing_whose_score_cancels() -> None:
+    """exp(s - max) of the second key is 9e-27; its score is off by 124 in FP32."""
+    problem = Problem(len_k=2, dim_qk=3, dim_v=3, scale=1.0)
+    x = inputs(problem, [1.0] * 3, [960.0, 0, 0, 2.0**31, 900, -(2.0**31)], [1.0] * 3 + [-1.0] * 3)
+    scores = torch.tensor([960.0, 1024.0])  # 2^31 + 900 is 2^31 + 1024 in FP32
+    out = torch.softmax(scores, 0) @ x.v[0, 0]
+    holds(about(problem, x), FLASH, out=out, lse=torch.logsumexp(scores, 0))
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32", "fp64"])
+def test_the_float64_oracle_knows_where_it_is_wrong(dtype: str) -> None:
+    """Scores that cancel from 2^60: float64 takes the wrong key for the winner."""
+    problem = Problem(len_k=2, dim_qk=3, scale=1.0, dtype=dtype)
+    keys = [1080.0, 0.0, 0.0, 2.0**60, 1136.0, -(2.0**60)]
+    x = inputs(problem, [1.0] * 3, keys, [1.0, -1.0])
+    exact = mpmath_oracle.exact(problem, x, digits=60)["out"].ravel()[0]
+    known = about(problem, x)
+    off = abs(float(exact) - known.exact.out.item())
+    limit = oracle_limit(problem, x)["out"].item()
+    assert off <= limit
+    assert off <= known.allowances(FLASH)["out"].limit.item()
+    assert dtype == "fp64" or off > 1  # else there is nothing to know
+
+
+@pytest.mark.parametrize(
+    ("problem", "q", "k"),
+    [
+        (Problem(len_k=2, scale=1.0), [1e-39], [1e38, -1e38]),  # inputs
+        (Problem(len_k=2, scale=1e20), [1e-20], [1e-20, -1e-20]),  # products, then scaled
+        (Problem(len_k=2, scale=1e37, dtype="bf16"), [1e-19], [1e-19, -1e-19]),
+    ],
+)
+def test_subnormals_that_are_flushed(
+    problem: Problem, q: list[float], k: list[float], flushing: None
+) -> None:
+    x = inputs(problem, q, k, [1.0, -1.0])
+    s = (x.q.float() @ x.k.float().mT) * problem.softmax_scale
+    out, lse = torch.softmax(s, -1) @ x.v.float(), torch.logsumexp(s, -1)
+    torch.set_flush_denormal(False)
+    holds(about(problem, x), FLASH, out=out.to(x.v.dtype), lse=lse)
+
+
+def test_scores_stored_in_fp16_before_a_large_scale() -> None:
+    """A product below FP16's subnormals, times 1000."""
+    case = Case.parse("b1.h1.q1.k1.d1.fp16.full.scale=1000.0/tiny(2e-4)#1")
+    x = case.inputs()
+    known = about(case.problem, x)
+    stored = (x.q @ x.k.mT) * case.problem.softmax_scale
+    arithmetic = Arithmetic(stored_scores="input", normalized_probs=True)
+    holds(known, arithmetic, out=torch.softmax(stored, -1) @ x.v, lse=torch.logsumexp(stored, -1))
+
+
+def test_a_scaled_query_of_fp16_that_is_subnormal() -> None:
+    problem = Problem(dtype="fp16", scale=1 / 1024)
+    x = inputs(problem, [2.0**-15], [60000.0], [1.0])
+    query = (x.q.float() / 1024).half().float()
+    arithmetic = Arithmetic(scaled_query=True, output="fp32")
+    holds(about(problem, x), arithmetic, lse=query @ x.k.float().mT)
+
+
+def test_a_scaled_query_that_overflows() -> None:
+    problem = Problem(len_k=2, dtype="fp16", scale=4.0)
+    x = inputs(problem, [30000.0], [1.0, 2.0], [1.0, 2.0])
+    limits = about(problem, x).allowances(Arithmetic(scaled_query=True))
+    assert bool(limits["out"].limit.isinf().all())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "arithmetic"),
+    [("bf16", 1e38, FLASH), ("fp16", 1e4, Arithmetic(accumulate="fp16"))],
+)
+def test_a_sum_that_overflows_before_it_is_divided(
+    dtype: str, value: float, arithmetic: Arithmetic
+) -> None:
+    problem = Problem(len_k=1024, dim_qk=8, dtype=dtype)
+    rng = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(n, 8, generator=rng) for n in (1, 1024))
+    known = about(problem, inputs(problem, q, k, torch.full((1024, 1), value)))
+    assert bool(known.allowances(arithmetic)["out"].limit.isinf().all())
+    normalised = Arithmetic(normalized_probs=True, accumulate=arithmetic.accumulate)
+    assert bool(known.allowances(normalised)["out"].limit.isfinite().all())
+
+
+def test_a_product_of_the_backward_that_overflows() -> None:
+    """dP = 4e38 in FP32; delta is as large."""
+    problem = Problem(len_q=2, len_k=2, dim_v=4, dtype="bf16", grads=True)
+    x = inputs(problem, [1.0, 1.0], [1.0, 2.0], [1e38] * 8, [1.0] * 8)
+    known = about(problem, x)
+    given = emulator.emulate(problem, x, FLASH)
+    assert given.dq is not None
+    assert bool(given.dq.isnan().any())
+    limits = known.allowances(FLASH)
+    assert bool(limits["dq"].limit.isinf().all())
+    assert bool(limits["dk"].limit.isinf().all())
+    assert bool(limits["dv"].limit.isfinite().all())
+
+
+@pytest.mark.parametrize("tile", [1, 2, 4, 8, 16])
+def test_a_tile_below_sixteen_is_rescaled_more_often(tile: int) -> None:
+    """Scores that rise with every key, and a cubic for every exponential (FlashAttention-4)."""
+    keys = 512
+    problem = Problem(len_k=keys, scale=1.0)
+    x = inputs(problem, [1.0], torch.arange(keys) * 2e-5, torch.ones(keys).index_fill(0, LATE, -1))
+    known = about(problem, x)
+    s, v = (x.q @ x.k.mT).flatten(), x.v.flatten()
+    top, total, out = torch.tensor(-torch.inf), torch.zeros(()), torch.zeros(())
+    for start in range(0, keys, tile):
+        part = slice(start, start + tile)
+        new = torch.maximum(top, s[part].max())
+        old, weights = cubic(top - new), cubic(s[part] - new)
+        total, out = total * old + weights.sum(), out * old + (weights * v[part]).sum()
+        top = new
+    arithmetic = Arithmetic(tile=tile, exp="binary", exp_ulp=900)
+    holds(known, arithmetic, out=out / total, lse=top + total.log())
+
+
+LATE = torch.arange(256, 512)
+
+
+def cubic(x: Tensor) -> Tensor:
+    """exp(x) by a polynomial of degree 3 in the fraction of x log2(e): off by up to 9e-5."""
+    t = x * 1.4426950408889634
+    whole = t.floor()
+    f = t - whole
+    found = ((0.0771190896 * f + 0.2275643945) * f + 0.6951461434) * f + 1.0
+    return torch.where(x == -torch.inf, 0.0, found * torch.exp2(whole))
