@@ -15,8 +15,8 @@ from __future__ import annotations
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from functools import partial
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -296,7 +296,9 @@ def _costs(known: Truth, device: str) -> list[float]:
     nearest, cut = (replace(FLASH, summation=how) for how in ("nearest", "truncated"))
     work = (
         lambda: float64.exact(problem, inputs),
-        lambda: allowance(problem, inputs, known.exact, partial(float64.blocks, problem, inputs), FLASH),
+        lambda: allowance(
+            problem, inputs, known.exact, partial(float64.blocks, problem, inputs), FLASH
+        ),
         lambda: emulate(problem, inputs, nearest),
         lambda: emulate(problem, inputs, cut),
     )

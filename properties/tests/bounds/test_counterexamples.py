@@ -23,7 +23,9 @@ def inputs(problem: Problem, *values: list[float] | Tensor) -> Inputs:
     shapes, dtype = problem.shapes, TORCH_DTYPES[problem.dtype]
     given = [torch.as_tensor(x, dtype=torch.float64).to(dtype) for x in values]
     given += [torch.ones(shapes["do"], dtype=dtype)] * (4 - len(given))
-    return Inputs(*(t.reshape(shapes[n]) for t, n in zip(given, ("q", "k", "v", "do"), strict=True)))
+    return Inputs(
+        *(t.reshape(shapes[n]) for t, n in zip(given, ("q", "k", "v", "do"), strict=True))
+    )
 
 
 def holds(known: Truth, arithmetic: Arithmetic, **got: Tensor) -> None:
