@@ -15,6 +15,7 @@ import torch
 import torch._dynamo
 from torch.nn.attention import flex_attention as flex
 
+from verify.environment import GRID
 from verify.registry import KnownIssue, kernel
 from verify.spec.arithmetic import Arithmetic
 from verify.spec.problem import Problem
@@ -52,7 +53,6 @@ MORE_VALUES = KnownIssue(
 )
 
 
-GRID = 65_535
 MANY_HEADS = KnownIssue(
     "more than 65,535 heads of all entries raise `CUDA driver error: invalid argument`, or need "
     "more memory than there is (torch 2.11)",

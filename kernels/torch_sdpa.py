@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from verify.environment import GRID
 from verify.registry import KnownIssue, kernel
 from verify.spec.arithmetic import Arithmetic
 from verify.spec.case import TORCH_DTYPES, has_empty_row
@@ -93,9 +94,6 @@ SWALLOWS_NAN = KnownIssue(
     lambda p, device: device == "cpu",
     properties=("nan",),
 )
-GRID = 65_535
-"""Blocks along the second and third axis of a GPU's grid (CUDA C++ Programming Guide, compute
-capabilities)."""
 MANY_ENTRIES = KnownIssue(
     "a batch of more than 65,535 entries raises `CUDA error: invalid argument` (torch 2.11)",
     lambda p, device: device == "cuda" and p.batch > GRID,

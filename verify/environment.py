@@ -19,6 +19,9 @@ OUTSIDE = "VERIFY_PROCESSES"
 """The environment variable that says how many processes share the machine with this whole run."""
 WORKERS_PER_GPU = 16
 """Cases are small and the CPU does most of the work: so many processes share a GPU well."""
+GRID = 65_535
+"""Blocks that a GPU's grid may have along its second and third axis (CUDA C++ Programming Guide,
+compute capabilities)."""
 KEPT = 2**30
 """Bytes of a GPU that a process keeps, though none of its tensors needs them."""
 WAITING = 4

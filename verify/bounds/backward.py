@@ -25,8 +25,9 @@ def gradients(
     after the sum. `dq`: exact.
     """
     e_p, e_ds, ds = _ds_error(problem, b, units, arithmetic, rows)
-    over = units.sum_overflow("scores", b.do.abs(), b.v.abs(), 2.0)  # dP, delta, dP - delta
-    over = over + units.sum_overflow("stored_scores", b.do.abs(), b.v.abs())
+    do, v = b.do.abs(), b.v.abs()
+    over = units.sum_overflow("scores", do, v, 2.0)  # dP, delta, dP - delta
+    over = over + units.sum_overflow("stored_scores", do, v)
     result: dict[str, Terms] = {"dv": _dv(problem, b, units, arithmetic, e_p)}
     if problem.bias not in ("none", "alibi"):
         summed = (

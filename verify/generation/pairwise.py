@@ -7,7 +7,7 @@ allpairspy's.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import combinations
 from typing import Any
 
@@ -29,6 +29,13 @@ the first, which takes turns. One takes a tenth of a second, and short runs need
 """
 ODD_SCALES = (0.0, -0.3, 1e-3)
 """No scale that anybody asks for, and yet legal."""
+
+HEADS: dict[str, Callable[[int, int], bool]] = {
+    "several": lambda q, k: q == k > 1,
+    "one": lambda q, k: q == 1,
+    "grouped": lambda q, k: q > k,
+}
+"""The levels of (heads_q, heads_kv)."""
 
 
 def levels(case: Case) -> Row:
@@ -73,11 +80,6 @@ def _parameters(taken: Options, needs: Requirements) -> dict[str, list[str]]:
     arranged = [
         name for name in ARRANGED if len(taken.layouts[name]) > 1 and not left_out.get(name, False)
     ]
-    kinds = {
-        "several": lambda q, k: q == k > 1,
-        "one": lambda q, k: q == 1,
-        "grouped": lambda q, k: q > k,
-    }
     dims = {"dim_qk": lambda a, b: a == b, "another": lambda a, b: a != b}
     relations = {_relation(q, k) for q, k in t["lengths"]}
     return {
@@ -89,7 +91,7 @@ def _parameters(taken: Options, needs: Requirements) -> dict[str, list[str]]:
         "scale": ["default"] * (None in t["scale"]) + ["given", "odd"] * (len(t["scale"]) > 1),
         "heads": ["grouped"]
         if needs.grouped
-        else [name for name, of in kinds.items() if any(of(*h) for h in t["heads"])],
+        else [name for name, of in HEADS.items() if any(of(*h) for h in t["heads"])],
         "batch": ["several"] * (2 in t["batch"])
         + ["one"] * (1 in t["batch"] and not needs.several),
         "dim_v": [name for name, of in dims.items() if any(of(*d) for d in t["dims"])],
@@ -116,13 +118,14 @@ def rows(
     Kernels that declare the same and take the same have the same rows, which are found once, here,
     unless another process has.
     """
-    about = kernel, device, needs, number % ARRAYS
+    number %= ARRAYS
+    about = kernel, device, needs, number
     if about not in _OF_KERNEL:
         key = _key(*about)
         if key not in _ROWS:
             taken = options(kernel, device)
             parameters = _parameters(taken, needs)
-            _ROWS[key] = _rows(kernel, device, taken, parameters, needs, number % ARRAYS)
+            _ROWS[key] = _rows(kernel, device, taken, parameters, needs, number)
         _OF_KERNEL[about] = _ROWS[key]
     return _OF_KERNEL[about]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 from verify.generation.choices import Choices
+from verify.generation.pairwise import HEADS
 from verify.sandbox.domain import LARGE_DIMS
 
 LENGTHS = (
@@ -63,12 +64,7 @@ def usual_dims(choose: Choices, taken: Pairs, *, apart: bool) -> tuple[int, int]
 
 @cache
 def _heads(taken: Pairs, kind: str) -> Pairs:
-    kinds = {
-        "one": lambda q, k: q == 1,
-        "several": lambda q, k: q == k > 1,
-        "grouped": lambda q, k: q > k,
-    }
-    return tuple(sorted([h for h in taken if kinds[kind](*h)] or taken))
+    return tuple(sorted([h for h in taken if HEADS[kind](*h)] or taken))
 
 
 def usual_heads(choose: Choices, taken: Pairs, kind: str) -> tuple[int, int]:

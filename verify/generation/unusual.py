@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeAlias
 
+from verify.environment import GRID
 from verify.generation.choices import Choices
 from verify.generation.shapes import LENGTHS, LONG
 from verify.generation.sizes import Size
@@ -23,8 +24,6 @@ VAST = 33_001
 """Keys whose 64 columns are more than 2**21 numbers."""
 ENTRIES = (9, 64)
 """Large batches."""
-GRID = 65_535
-"""Blocks that a GPU's grid may have along its second and third axis."""
 GROUP, HEADS = 12, 34
 """Large ones."""
 SHORT = (1, 1, 1, 2, 3, 5)

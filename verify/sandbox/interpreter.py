@@ -1,5 +1,5 @@
-"""Triton's interpreter, which runs kernels on a CPU, mended: what it computes in BF16, and twice
-what made it slow.
+"""Triton's interpreter, which runs kernels on a CPU, mended: what it computes in BF16, and what
+made it slow.
 
 A value of BF16 is its bit pattern in uint16 there, and the interpreter of Triton 3.6 to 3.9
 computes with that as an integer. Mended for every kernel, as a GPU computes: operands are widened

@@ -5,7 +5,6 @@ may accuse.
 
 from __future__ import annotations
 
-import gc
 import json
 import multiprocessing
 import os
@@ -131,7 +130,6 @@ def _each(
 def _start() -> None:
     environment.prepare("cpu")
     torch.set_num_threads(1)
-    gc.freeze()  # what was loaded stays: collections need not look at it
 
 
 def hunted(fault: str) -> Kernel:
