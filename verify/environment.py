@@ -31,9 +31,14 @@ WAITING = 4
 def prepare(device: str | None = None) -> str:
     """The device to run on, "cuda" where there is a GPU, else "cpu"; Triton interprets on the CPU.
 
-    Must run before Triton is imported. Raises VerifyError for a device that does not exist here.
+    Must run before Triton is imported. Processes that are started after it have one BLAS thread
+    each for NumPy, in which Triton's interpreter computes: threads that wait for each other on
+    shared cores take up to 70 times as long. Raises VerifyError for a device that does not exist
+    here.
     """
     import torch
+
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # read when NumPy is loaded
 
     found = "cuda" if torch.cuda.is_available() else "cpu"
     device = device or found
