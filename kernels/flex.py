@@ -153,17 +153,20 @@ def _limits() -> dict[str, int]:
 
 
 def _block_mask(q, k, mask):
-    """One rule that reads the booleans [B,1,Q,K], whatever the mask; None without one."""
+    """One rule that reads the booleans [B,H|1,Q,K], whatever the mask; None without one."""
     if mask is None:
         return None
-    seen = mask.expand(q.shape[0], -1, -1, -1).contiguous()
+    batch, heads, len_q, len_k = q.shape[0], mask.shape[1], q.shape[2], k.shape[2]
+    seen = mask.expand(batch, -1, len_q, len_k).contiguous()
 
-    def visible(b, h, i, j):
+    def alike(b, h, i, j):
         return seen[b, 0, i, j]
 
-    return flex.create_block_mask(
-        visible, q.shape[0], None, q.shape[2], k.shape[2], device=q.device
-    )
+    def of_head(b, h, i, j):
+        return seen[b, h, i, j]
+
+    rule, apart = (alike, None) if heads == 1 else (of_head, heads)
+    return flex.create_block_mask(rule, batch, apart, len_q, len_k, device=q.device)
 
 
 def _score_mod(q, k, bias, slopes, softcap):

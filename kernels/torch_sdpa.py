@@ -22,6 +22,7 @@ from verify.registry import KnownIssue, kernel
 from verify.spec.arithmetic import Arithmetic
 from verify.spec.case import TORCH_DTYPES, has_empty_row
 from verify.spec.layouts import LAYOUTS
+from verify.spec.masks import FULL
 from verify.spec.problem import DTYPES, Problem
 
 FUSED = Arithmetic(group_sum="input")
@@ -35,10 +36,11 @@ IN_FLOAT32 = Arithmetic(
 
 
 def math_arithmetic(problem: Problem, device: str) -> Arithmetic:
-    """All in FP32, but where lengths differ the mask handed over is one bias per batch entry, and
-    so is its stored gradient.
+    """All in FP32, but where the mask handed over differs from entry to entry, or from head to
+    head, so does the bias with it, and its gradient is stored for each.
     """
-    return replace(IN_FLOAT32, batch_sum="input") if problem.mask.per_batch else IN_FLOAT32
+    apart = problem.mask != FULL and max(problem.mask_shape[:2]) > 1
+    return replace(IN_FLOAT32, batch_sum="input") if apart else IN_FLOAT32
 
 
 def flash_arithmetic(problem: Problem, device: str) -> Arithmetic:
@@ -240,18 +242,16 @@ def supports(problem: Problem, device: str, *, backend: str, dropout: float = 0.
         torch.empty(shapes[n], dtype=dtype, device=device, requires_grad=problem.grads)
         for n in ("q", "k", "v")
     )
-    mask = bias = None
-    if "bias" in shapes or problem.mask_as == "float":
-        bias = torch.empty(
-            shapes.get("bias", (1, 1, problem.len_q, problem.len_k)), dtype=dtype, device=device
-        )
-        bias.requires_grad_(problem.grads and problem.bias != "none")
-    if problem.mask.names != {"full"} and problem.mask_as != "float":
-        rows = problem.batch if problem.mask.per_batch else 1
-        mask = torch.empty((rows, 1, problem.len_q, problem.len_k), dtype=torch.bool, device=device)
+    attn_mask, shape = None, shapes.get("bias", (1, 1, 1, 1))
+    if problem.mask.names != {"full"}:
+        shape = torch.broadcast_shapes(shape, problem.mask_shape)
+    if "bias" in shapes or problem.mask_is_bias:
+        attn_mask = torch.empty(shape, dtype=dtype, device=device)
+        attn_mask.requires_grad_(problem.grads and problem.bias != "none")
+    elif problem.mask.names != {"full"} and not _is_causal(problem):
+        attn_mask = torch.empty(shape, dtype=torch.bool, device=device)
     with sdpa_kernel([BACKENDS[backend][0]]), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        attn_mask = None if _is_causal(problem) else bias if bias is not None else mask
         try:
             torch._fused_sdp_choice(
                 q,

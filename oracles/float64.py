@@ -11,7 +11,16 @@ from collections.abc import Iterator
 
 import torch
 
-from verify.bounds.exact import Block, Exact, by_key, from_keys, grouped, to_keys, ungrouped
+from verify.bounds.exact import (
+    Block,
+    Exact,
+    by_group,
+    by_key,
+    from_keys,
+    grouped,
+    to_keys,
+    ungrouped,
+)
 from verify.bounds.metrics import finite
 from verify.errors import VerifyError
 from verify.spec.case import Inputs, visibility
@@ -65,7 +74,7 @@ def blocks(problem: Problem, inputs: Inputs) -> Iterator[Block]:
 
 def _block(problem: Problem, x: Inputs, rows: slice) -> Block:
     q, do = grouped(x.q[:, :, rows], problem), grouped(x.do[:, :, rows], problem)
-    visible = visibility(problem, x.q.device, rows).unsqueeze(2)  # [B|1,1,1,n,K]
+    visible = by_group(visibility(problem, x.q.device, rows), problem)
     raw = problem.softmax_scale * by_key(q, x.k)  # [B,Hk,G,n,K]
     capped = problem.softcap * torch.tanh(raw / problem.softcap) if problem.softcap else raw
     bias = additive(problem, x, rows)
@@ -109,8 +118,7 @@ def additive(problem: Problem, x: Inputs, rows: slice) -> torch.Tensor | None:
         return -x.slopes.view(1, problem.heads_kv, problem.group, 1, 1) * distance
     if x.bias is None:
         return None
-    part = x.bias[:, :, rows]
-    return grouped(part, problem) if part.shape[1] == problem.heads_q else part.unsqueeze(2)
+    return by_group(x.bias[:, :, rows], problem)
 
 
 def _add_bias_gradient(

@@ -85,13 +85,14 @@ def _refuse(problem: Problem, digits: int) -> None:
 
 
 def _visible(problem: Problem) -> np.ndarray:
-    """[B,Q,K], the mask's rule on Python integers."""
-    shape = (problem.batch, problem.len_q, problem.len_k)
+    """[B,H,Q,K], the mask's rule on Python integers; evaluated for one head where all are alike."""
+    batch, heads, lengths = problem.batch, problem.heads_q, (problem.len_q, problem.len_k)
+    shape = (batch, heads if problem.mask.per_head else 1, *lengths)
     seen = [
-        problem.mask.sees(i, j, *shape[1:], batch=problem.batch, entry=b)
-        for b, i, j in np.ndindex(shape)
+        problem.mask.sees(i, j, *lengths, batch=batch, entry=b, head=h)
+        for b, h, i, j in np.ndindex(shape)
     ]
-    return np.array(seen, dtype=bool).reshape(shape)
+    return np.broadcast_to(np.array(seen, dtype=bool).reshape(shape), (batch, heads, *lengths))
 
 
 def _zeros(shape: tuple[int, ...]) -> np.ndarray:
@@ -136,7 +137,7 @@ def _forward(
     p, slope = (_zeros((*lse.shape, problem.len_k)) for _ in range(2))
     scale, added = mpf(problem.softmax_scale), _added(problem, given)
     for b, h, i in np.ndindex(lse.shape):
-        at, seen, g = (b, h, i), visible[b, i], h // problem.group
+        at, seen, g = (b, h, i), visible[b, h, i], h // problem.group
         capped, slope[at][seen] = _capped(
             scale * _dots(given["k"][b, g, seen], given["q"][at]), problem.softcap
         )
@@ -159,16 +160,15 @@ def _backward(
     dq, dk, dv = (_zeros(x.shape) for x in (q, k, v))
     scale, ds = mpf(problem.softmax_scale), _zeros(p.shape)
     for b, h, i in np.ndindex(p.shape[:3]):
-        at, seen, g = (b, h, i), visible[b, i], h // problem.group
+        at, seen, g = (b, h, i), visible[b, h, i], h // problem.group
         p_i, dp = p[at][seen], _dots(v[b, g, seen], do[at])
         ds[at][seen] = p_i * (dp - fdot(p_i, dp))
         dq[at] = scale * _combine((ds[at] * slope[at])[seen], k[b, g, seen])
     dx = ds * slope
     for b, g, j in np.ndindex(k.shape[:3]):
-        heads, rows = slice(g * problem.group, (g + 1) * problem.group), visible[b, :, j]
-        q_j, do_j, dx_j, p_j = (
-            np.concatenate(x[b, heads][:, rows]) for x in (q, do, dx, p)
-        )  # [G,n,D] -> [G*n,D]
+        heads = slice(g * problem.group, (g + 1) * problem.group)
+        rows = visible[b, heads, :, j]  # [G,Q]
+        q_j, do_j, dx_j, p_j = (x[b, heads][rows] for x in (q, do, dx, p))  # [G,Q,D] -> [n,D]
         dk[b, g, j] = scale * _combine(dx_j[:, j], q_j)
         dv[b, g, j] = _combine(p_j[:, j], do_j)
     broadcast = tuple(axis for axis, size in enumerate(problem.shapes.get("bias", ())) if size == 1)

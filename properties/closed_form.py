@@ -16,6 +16,7 @@ from verify.registry import Kernel
 from verify.spec.case import Case, visibility
 from verify.spec.finding import Finding
 from verify.spec.masks import Mask
+from verify.spec.problem import HANDED
 
 
 @holds(calls=1)
@@ -59,10 +60,7 @@ def edges(kernel: Kernel, case: Case, device: str) -> Verdict:
         draw.integers(1, max(2, min(p.len_q, p.len_k)), 3).tolist(),
     )
     for mask in (Mask((("window", tuple(sides)),)), Mask((("blocks", tuple(lengths)),))):
-        ways = (
-            replace(case, problem=p.but(mask=mask, mask_as=form))
-            for form in ("rule", "bool", "float")
-        )
+        ways = (replace(case, problem=p.but(mask=mask, mask_as=form)) for form in HANDED)
         if way := next((way for way in ways if sound(kernel, way, device, "edges")), None):
             verdict = _without_scores(kernel, way, device, one_hot=True)
     return verdict
@@ -78,7 +76,7 @@ def _without_scores(kernel: Kernel, case: Case, device: str, *, one_hot: bool) -
         columns = torch.arange(p.len_k, device=device) % p.dim_v
         v = torch.nn.functional.one_hot(columns, p.dim_v).to(v).expand(v.shape)
     known = about(p, replace(inputs, q=torch.zeros_like(inputs.q), v=v))
-    seen = visibility(p, known.inputs.q.device).expand(p.batch, 1, p.len_q, p.len_k).double()
+    seen = visibility(p, known.inputs.q.device).expand(p.batch, -1, -1, -1).double()
     count = seen.sum(-1, keepdim=True)
     values = known.inputs.v.double().repeat_interleave(p.group, 1)
     exact = replace(
@@ -109,10 +107,8 @@ def _seen(out: torch.Tensor, seen: torch.Tensor, exact: Exact) -> str:
         return ""
     b, h, row = wrong[0].tolist()
     keys = (out[b, h, row, : seen.shape[-1]] > 0).nonzero().flatten().tolist()
-    return (
-        f"; row {row} of head {h}, entry {b}, saw keys {keys}, should see "
-        f"{seen[b, 0, row].nonzero().flatten().tolist()}"
-    )
+    wanted = seen.expand(-1, out.shape[1], -1, -1)[b, h, row].nonzero().flatten().tolist()
+    return f"; row {row} of head {h}, entry {b}, saw keys {keys}, should see {wanted}"
 
 
 @holds(grads=True)

@@ -182,7 +182,7 @@ def neutral_options(kernel: Kernel, case: Case, device: str) -> Verdict:
     p, x = known.problem, known.inputs
     zero = x.q.new_zeros((1, 1, p.len_q, p.len_k))
     ways: list[tuple[str, Problem, Inputs]] = []
-    if p.bias == "none" and p.mask_as != "float":
+    if p.bias == "none" and not p.mask_is_bias:
         ways.append(("a bias of 0", p.but(bias="qk"), replace(x, bias=zero)))
         ways.append(
             (

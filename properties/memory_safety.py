@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from verify.bounds.exact import by_group
 from verify.bounds.metrics import distance, same
 from verify.properties.property import Verdict, agree, answer, holds, limits, rng
 from verify.reference.reference import truth
@@ -17,6 +18,7 @@ from verify.spec.case import ARRANGED, TORCH_DTYPES, Case, Inputs, visibility
 from verify.spec.finding import Finding
 from verify.spec.layouts import laid_out
 from verify.spec.problem import Problem
+from verify.spec.quantization import seen_keys
 
 
 @holds(arranged=True, backward=True)
@@ -43,12 +45,14 @@ def no_leak(kernel: Kernel, case: Case, device: str) -> Verdict:
     """
     known = truth(case, device)
     p, x = known.problem, known.inputs
-    seen = visibility(p, x.q.device).expand(p.batch, 1, p.len_q, p.len_k)
+    seen = visibility(p, x.q.device).expand(p.batch, -1, -1, -1)  # [B,H|1,Q,K]
     row = int(rng(case).integers(p.len_q)) if p.len_q else 0
-    shared = (
-        kernel.numerics(p, device).quantised is not None
-    )  # what another row sees may move the scales
-    hidden = ~(seen.any(2, keepdim=True) if shared else seen[:, :, row : row + 1])  # [B,1,1,K]
+    shared = kernel.numerics(p, device).quantised is not None
+    if shared:  # what another row or head sees may move the scales
+        looked = seen_keys(p, x.q.device).mT.expand(p.batch, -1, -1, -1)
+    else:
+        looked = _of_key_heads(seen[:, :, row : row + 1], p)
+    hidden = ~looked  # [B,Hk|1,1,K], from all heads of a group
     if not hidden.any():
         return Verdict(unsupported="the row sees every key")
     draw, largest = rng(case), torch.finfo(x.k.dtype).max ** 0.5
@@ -59,10 +63,10 @@ def no_leak(kernel: Kernel, case: Case, device: str) -> Verdict:
         call(kernel, p, replace(x, k=k, v=v)),
         limits(kernel, known),
     )
-    rows = ~(seen & hidden).any(-1)  # [B,1,Q] that see none of them
-    alone = (
-        ~(seen & ~rows.unsqueeze(-1)).any(2) & two.out.isfinite().all()
-    )  # [B,1,K] that only these rows see; 0 * NaN is NaN
+    of_heads = hidden.repeat_interleave(p.heads_q // hidden.shape[1], 1)
+    rows = ~(seen & of_heads).any(-1)  # [B,H,Q] that see none of them
+    others = _of_key_heads(seen & ~rows.unsqueeze(-1), p).any(2)
+    alone = ~others & two.out.isfinite().all()  # [B,Hk,K] that only these rows see; 0 * NaN is NaN
     for name in ("out", "lse", "dq", "dk", "dv"):
         got, want = getattr(two, name), getattr(one, name)
         if got is not None and want is not None:
@@ -72,7 +76,9 @@ def no_leak(kernel: Kernel, case: Case, device: str) -> Verdict:
             wrong = mine & (distance(got, want) > 2 * limit)
             if wrong.any():
                 at = tuple(wrong.nonzero()[0].tolist())
-                keys = hidden[at[0], 0, 0].nonzero().flatten().tolist()
+                group = 1 if name in ("dk", "dv") else p.group
+                of = hidden.expand(-1, p.heads_kv, -1, -1)[at[0], at[1] // group, 0]
+                keys = of.nonzero().flatten().tolist()
                 raise Finding(
                     f"{name}{list(at)} was {want[at].item():.6g} and is {got[at].item():.6g} after "
                     f"keys {keys[:5]}, which its row"
@@ -85,14 +91,19 @@ def no_leak(kernel: Kernel, case: Case, device: str) -> Verdict:
     )
 
 
+def _of_key_heads(seen: Tensor, p: Problem) -> Tensor:
+    """[B,H|1,n,K] -> [B,Hk|1,n,K]: whether some query head of a key head sees it."""
+    return by_group(seen, p).any(2)
+
+
 @holds(hides=True, backward=True, declares="hidden_nan")
 def hidden_nan(kernel: Kernel, case: Case, device: str) -> Verdict:
-    """NaN in K_j and V_j of keys that no row sees: out, lse and dq the same, and dk and dv of the
-    keys that are seen.
+    """NaN in K_j and V_j of keys that no row of any head sees: out, lse and dq the same, and dk and
+    dv of the keys that are seen.
     """
     known = truth(case, device)
     p, x = known.problem, known.inputs
-    seen = visibility(p, x.q.device).expand(p.batch, 1, p.len_q, p.len_k).any(2).unsqueeze(-1)
+    seen = seen_keys(p, x.q.device)
     if seen.all():
         return Verdict(unsupported="every key is seen by some row")
     k, v = (laid_out(torch.where(seen, t, torch.nan)) for t in (x.k, x.v))
@@ -123,18 +134,16 @@ def nan(kernel: Kernel, case: Case, device: str) -> Verdict:
     wanted = before.clone()
     wanted[b, h, i] = True
     _as_wanted(after, wanted, f"NaN in q[{b},{h},{i}]", torch.ones_like(wanted))
-    seen = visibility(p, x.q.device).expand(p.batch, 1, p.len_q, p.len_k)[b, 0, i]
-    j, c = int(seen.nonzero()[0]), case.seed % p.dim_v
+    seen = visibility(p, x.q.device).expand(p.batch, p.heads_q, p.len_q, p.len_k)[b]
+    j, c = int(seen[h, i].nonzero()[0]), case.seed % p.dim_v
     v = x.v.clone()
     v[b, h // p.group, j, c] = torch.nan
     after = call(kernel, p, replace(x, v=v)).out.isnan()
-    rows = visibility(p, x.q.device).expand(p.batch, 1, p.len_q, p.len_k)[b, 0, :, j]
     wanted, sure = before.clone(), torch.ones_like(before)
     heads = slice(h // p.group * p.group, (h // p.group + 1) * p.group)
-    wanted[b, heads, rows, c] = True
-    sure[b, heads, :, c] = rows[:, None].T.expand(
-        p.group, p.len_q
-    )  # whether it leaks to rows that do not see j: a convention
+    rows = seen[heads, :, j]  # [G,Q]
+    wanted[b, heads, :, c] |= rows
+    sure[b, heads, :, c] = rows  # whether it leaks to rows that do not see j: a convention
     _as_wanted(after, wanted, f"NaN in v[{b},{h // p.group},{j},{c}]", sure)
     return Verdict()
 

@@ -85,6 +85,7 @@ def holds(
     grouped: bool = False,
     several: bool = False,
     arranged: bool = False,
+    same_heads: bool = False,
     lse: bool = False,
     takes: str = "",
     calls: int = 2,
@@ -106,6 +107,7 @@ def holds(
         grouped=grouped,
         several=several,
         arranged=arranged,
+        same_heads=same_heads,
     )
 
     def register(check: Callable[..., Verdict]) -> Callable[..., Verdict]:

@@ -15,7 +15,7 @@ from verify.registry import Kernel
 from verify.sandbox.call import call
 from verify.spec.case import TORCH_DTYPES, Case, Inputs, has_empty_row, part, visibility
 from verify.spec.masks import FULL, Mask, hiding
-from verify.spec.problem import Problem
+from verify.spec.problem import HANDED, Problem
 
 
 @holds(full_mask=True)
@@ -74,7 +74,7 @@ def batch_permutation(kernel: Kernel, case: Case, device: str) -> Verdict:
     )
 
 
-@holds()
+@holds(same_heads=True)
 def head_permutation(kernel: Kernel, case: Case, device: str) -> Verdict:
     """Permuting key heads together with their groups of query heads (bias and ALiBi slopes too)
     permutes the output.
@@ -128,7 +128,7 @@ def replicate(kernel: Kernel, case: Case, device: str) -> Verdict:
     return Verdict(bitwise=bool((out == out[:1]).all()))
 
 
-@holds(several=True)
+@holds(several=True, same_heads=True)
 def alone(kernel: Kernel, case: Case, device: str) -> Verdict:
     """out(q[b, h]) alone = out[b, h]: a batch entry and a key head with its query heads depend on
     no other.
@@ -168,10 +168,10 @@ def grouped_heads(kernel: Kernel, case: Case, device: str) -> Verdict:
     return Verdict(bitwise=bitwise)
 
 
-@holds(calls=5)
+@holds(calls=7)
 def mask_equivalence(kernel: Kernel, case: Case, device: str) -> Verdict:
     """One mask, whatever it is called and however it is handed over (rule, booleans, additive -inf
-    or the lowest finite number), gives one output.
+    or the lowest finite number, in every shape that can hold it), gives one output.
     """
     known, p = truth(case, device), case.problem
     ways = [(w, known.inputs, f"the mask {w.mask} as {w.mask_as}") for w in _equivalent(p)]
@@ -215,12 +215,11 @@ def _equivalent(problem: Problem) -> list[Problem]:
         masks += ["causal_upper_left", "causal_lower_right"]
     everything = hiding([problem.len_k] * problem.batch)
     named = [problem.but(mask=m) for m in (*map(Mask.parse, masks), problem.mask & everything)]
-    handed = (
-        [problem.but(mask_as=form) for form in ("rule", "bool", "float")]
-        if problem.mask.names != {"full"}
-        else []
-    )
-    return [way for way in dict.fromkeys(named + handed) if way != problem]
+    handed = [problem.but(mask_as=form) for form in HANDED if problem.mask.names != {"full"}]
+    calls: dict[object, Problem] = {}
+    for way in (problem, *handed):  # of those that come to the same call the first
+        calls.setdefault((way.mask_as.partition("_")[0], way.mask_shape), way)
+    return [way for way in dict.fromkeys([*named, *calls.values()]) if way != problem]
 
 
 def _permutation(case: Case, n: int, device: str) -> Tensor:

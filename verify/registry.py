@@ -6,8 +6,8 @@ A kernel is ``fn(q, k, v, *, ...) -> out | (out, lse)`` with q [B,H,Q,D], k [B,H
 does not take it does not support:
 
     scale: float             softmax scale, always given
-    mask: Tensor | None      bool, True = take part, [B|1, 1, Q, K]
-    bias: Tensor | None      added to the scaled scores, dtype of q, [B|1, H|1, Q, K]
+    mask: Tensor | None      bool, True = take part, [B|1, H|1, Q|1, K]: problem.mask_shape
+    bias: Tensor | None      added to the scaled scores, dtype of q, [B|1, H|1, Q|1, K]
     slopes: Tensor | None    ALiBi, float32 [H]: bias_ij = -slope |i + len_k - len_q - j|
     softcap: float           0 = none
     dropout: float           probability that a weight is dropped, 0 = none; those kept are divided
@@ -232,9 +232,9 @@ class Kernel:
         """Why its dtypes and keywords do not have this problem."""
         by_rule = "problem" in self.takes and problem.mask_as == "rule"
         needs = [
-            ("bias", problem.bias in ("bhqk", "hqk", "qk") or problem.mask_as == "float"),
+            ("bias", problem.bias in ("bhqk", "hqk", "qk") or problem.mask_is_bias),
             ("slopes", problem.bias == "alibi"),
-            ("mask", problem.mask.names != {"full"} and problem.mask_as != "float" and not by_rule),
+            ("mask", problem.mask.names != {"full"} and not (problem.mask_is_bias or by_rule)),
             ("softcap", problem.softcap != 0),
             ("dropout", dropout != 0),
             ("scale", problem.scale is not None),
@@ -250,7 +250,7 @@ class Kernel:
         """Why what it gives for a row that sees no key is not judged."""
         if self.empty_row == "nan" and problem.grads and _has_empty_row(problem):
             return "a row that sees no key is NaN, and so are its gradients"
-        by_bias = self.empty_row.endswith("nan from a bias") and problem.mask_as == "float"
+        by_bias = self.empty_row.endswith("nan from a bias") and problem.mask_is_bias
         if by_bias and _has_empty_row(problem):
             return "a row that a bias leaves no key is NaN"
         return None

@@ -34,9 +34,8 @@ class UnseenKeys(Program):
     def backward(self, *arguments) -> tuple[Tensor | None, ...]:
         """Nothing stored there."""
         p, (dq, *both, dbias) = self.problem, super().backward(*arguments)
-        nobody = ~self.visible(torch.arange(p.len_q), torch.arange(p.len_k)).any(2).squeeze(
-            1
-        )  # [B|1,K]
+        seen = self.visible(torch.arange(p.len_q), torch.arange(p.len_k))
+        nobody = ~seen.any(2).any(1)  # [B|1,K]
         unseen = nobody[:, None, :, None]
         return dq, *(t if t is None else t.masked_fill(unseen, torch.nan) for t in both), dbias
 

@@ -102,16 +102,16 @@ def same_call(kind: type[Program], program: Program) -> Program:
 
 
 def _by_rule(program: Program, mask: Mask, len_k: Any) -> Tensor:
-    """This mask [B|1,1,Q,K], its diagonals those of `len_k` keys."""
+    """This mask [B|1,H|1,Q,K], its diagonals those of `len_k` keys."""
     p, i, j = (
         program.problem,
         torch.arange(program.problem.len_q)[:, None],
         torch.arange(program.problem.len_k),
     )
-    seen = mask.visible(
-        i, j, p.len_q, len_k, batch=p.batch, lift=lambda n: torch.tensor(n)[:, None, None, None]
-    )
-    return seen.expand(-1, 1, p.len_q, p.len_k)
+    heads = program.heads[:, None, None] if mask.per_head else None
+    lift = lambda n: torch.tensor(n)[:, None, None, None]  # noqa: E731
+    seen = mask.visible(i, j, p.len_q, len_k, batch=p.batch, head=heads, lift=lift)
+    return seen.expand(-1, -1, p.len_q, p.len_k)
 
 
 class StoredBeyond(Program):

@@ -87,7 +87,7 @@ class Program:
         return first, last
 
     def visible(self, rows: Tensor, keys: Tensor) -> Tensor:
-        """[B|1,1,rows,keys]"""
+        """[B|1,H|1,rows,keys]"""
         rows = rows % 128 if self.has("rows counted in 7 bits") else rows
         p, i, j = self.problem, rows[:, None], keys[None, :]
         offset = p.len_k - p.len_q
@@ -120,7 +120,7 @@ class Program:
             )[None, None]
         if self.mask is None:
             return inside.expand(len(rows), len(keys))[None, None]
-        mask = self.mask
+        mask = self.mask.expand(-1, -1, p.len_q, p.len_k)
         if self.has("mask remembered by shape"):
             mask = STATE.setdefault(("mask", mask.shape), mask)
         if self.has("mask of entry 0"):
@@ -518,6 +518,8 @@ def attention(
                 f"{name} is {list(tensor.shape)} in {tensor.dtype}, not "
                 f"{list(problem.shapes[name])} in {q.dtype}"
             )
+    if bias is not None:  # its rows are addressed one by one
+        bias = bias.expand(-1, -1, problem.len_q, problem.len_k)
     return Attention.apply(
         q, k, v, bias, program(problem, scale, mask, slopes, softcap, variant, faults)
     )

@@ -32,7 +32,7 @@ class Exact:
 class Block:
     """Some query rows and all their keys; n rows, tensors in float64, G query heads per key head.
 
-    q [B,Hk,G,n,D], k [B,Hk,K,D], v [B,Hk,K,Dv], visible [.,1,1,n,K], scores before softcap `raw`,
+    q [B,Hk,G,n,D], k [B,Hk,K,D], v [B,Hk,K,Dv], visible [B|1,Hk|1,G|1,n,K], scores before softcap `raw`,
     after softcap `capped` and after bias `s`, p, bias (broadcastable) or None: [B,Hk,G,n,K];
     row_max, lse [B,Hk,G,n,1]; out, do [B,Hk,G,n,Dv].
     """
@@ -56,6 +56,11 @@ class Block:
 def grouped(x: torch.Tensor, problem: Problem) -> torch.Tensor:
     """[B, H, ...] -> [B, Hk, G, ...]"""
     return x.unflatten(1, (problem.heads_kv, problem.group))
+
+
+def by_group(x: torch.Tensor, problem: Problem) -> torch.Tensor:
+    """[., H|1, ...] -> [., Hk|1, G|1, ...]: what may be the same for all heads."""
+    return grouped(x, problem) if x.shape[1] == problem.heads_q else x.unsqueeze(2)
 
 
 def ungrouped(x: torch.Tensor) -> torch.Tensor:

@@ -73,7 +73,9 @@ def _shown(kernel: Kernel, case: Case, device: str) -> Iterator[str]:
     p, known = case.problem, truth(case, device)
     if max(p.len_q, p.len_k, p.dim_qk, p.dim_v, p.batch * p.heads_q) > SMALL:
         return
-    yield f"scale {p.softmax_scale:g}, {p.mask}:\n{p.mask.picture(p.len_q, p.len_k, batch=p.batch)}"
+    heads = range(p.heads_q if p.mask.per_head else 1)
+    pictures = [p.mask.picture(p.len_q, p.len_k, batch=p.batch, head=head) for head in heads]
+    yield "\n\n".join([f"scale {p.softmax_scale:g}, {p.mask}:\n{pictures[0]}", *pictures[1:]])
     for name in ("q", "k", "v", "bias"):
         tensor = getattr(known.inputs, name)
         if tensor is not None:
@@ -229,12 +231,12 @@ def _where(trial: Trial, name: str) -> Iterator[str]:
 def _edge(trial: Trial, word: str, at: tuple[int, ...]) -> str:
     """What the mask leaves of this row or key."""
     p = trial.known.problem
-    cpu, entry = torch.device("cpu"), at[0] if p.mask.per_batch else 0
-    seen = (
-        visibility(p, cpu, slice(at[2], at[2] + 1))[entry, 0, 0]
-        if word == "row"
-        else visibility(p, cpu)[entry, 0, :, at[2]]
-    )
+    rows = slice(at[2], at[2] + 1) if word == "row" else None
+    of_entry = visibility(p, torch.device("cpu"), rows).expand(p.batch, p.heads_q, -1, -1)[at[0]]
+    if word == "row":
+        seen = of_entry[at[1], 0]
+    else:
+        seen = of_entry[at[1] * p.group : (at[1] + 1) * p.group, :, at[2]].any(0)
     found, other, of = (
         seen.nonzero().flatten().tolist(),
         *(("key", p.len_k) if word == "row" else ("row", p.len_q)),

@@ -100,12 +100,25 @@ def _scores(p: Problem, x: Inputs) -> Iterator[str]:
 def _expressions(p: Problem, x: Inputs, handed: dict[str, Any]) -> dict[str, str]:
     """How the script writes what the kernel is handed beside q, k, v."""
     added = "torch.zeros((), dtype=q.dtype, device=device)" if x.bias is None else "bias"
-    bias = "bias" if handed.get("bias") is x.bias else f"{added}.masked_fill(~visible, -inf)"
-    tensors = {"mask": "visible", "bias": bias, "slopes": "slopes"}
+    mask = _handed_over(p)
+    bias = "bias" if handed.get("bias") is x.bias else f"{added}.masked_fill(~{mask}, -inf)"
+    tensors = {"mask": mask, "bias": bias, "slopes": "slopes"}
     values = {
         n: tensors[n] if isinstance(value, Tensor) else repr(value) for n, value in handed.items()
     }
     return values | ({"problem": f"Problem.parse({str(p)!r})"} if "problem" in handed else {})
+
+
+def _handed_over(p: Problem) -> str:
+    """How the script writes the mask in the shape that the kernel is given: of `visible`, which has
+    all queries.
+    """
+    wanted, plain = p.mask_shape, p.but(mask_as="bool").mask_shape
+    if wanted == plain:
+        return "visible"
+    if wanted[2] < p.len_q:
+        return f"visible[:, :, :{wanted[2]}].contiguous()"
+    return f"visible.expand{wanted}.contiguous()"
 
 
 def _registered(kernel: Kernel, p: Problem, x: Inputs) -> tuple[str, str]:
@@ -151,7 +164,7 @@ def _sdpa(kernel: Kernel, p: Problem, x: Inputs) -> tuple[str, str]:
     if added is not None:
         of = next(
             (text[name] for name in ("mask", "bias") if handed[name] is added),
-            "bias.masked_fill(~visible, -inf)",
+            f"bias.masked_fill(~{_handed_over(p)}, -inf)",
         )
         as_text["attn_mask"] = of
     backend = torch_sdpa.BACKENDS[kernel.name.removeprefix("sdpa-")][0].name

@@ -77,6 +77,7 @@ class Shrinker:
         plain: list[Change] = [
             {"mask": Mask(), "mask_as": "rule"},
             {"mask_as": "rule"},
+            {"mask_as": case.problem.mask_as.partition("_")[0]},
             {"bias": "none"},
             {"softcap": 0.0},
             {"scale": None},

@@ -23,7 +23,7 @@ from verify.sandbox.allocations import Allocations, leave
 from verify.sandbox.conventions import translated
 from verify.sandbox.interpreter import mend_interpreter
 from verify.sandbox.torch_state import Settings
-from verify.spec.case import TORCH_DTYPES, Inputs, visibility
+from verify.spec.case import TORCH_DTYPES, Inputs, handed_over
 from verify.spec.finding import Finding
 from verify.spec.layouts import memory, moved, touched
 from verify.spec.problem import Problem
@@ -196,8 +196,8 @@ def keywords(
     """What a kernel is handed beside q, k, v: of all that the problem offers, the keywords that it
     takes.
     """
-    visible = None if problem.mask.names == {"full"} else visibility(problem, x.q.device)
-    as_bias = visible is not None and problem.mask_as == "float"
+    visible = None if problem.mask.names == {"full"} else handed_over(problem, x.q.device)
+    as_bias = visible is not None and problem.mask_is_bias
     added = (
         torch.zeros((), dtype=TORCH_DTYPES[problem.dtype], device=x.q.device)
         if x.bias is None

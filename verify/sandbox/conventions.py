@@ -30,7 +30,7 @@ def translated(kernel: Kernel, problem: Problem) -> Callable[..., Any]:
             q = _dealt(q, problem.heads_kv)
             others |= {
                 name: _dealt(t, problem.heads_kv, axis)
-                for name, axis in (("bias", 1), ("slopes", 0))
+                for name, axis in (("mask", 1), ("bias", 1), ("slopes", 0))
                 if (t := others.get(name)) is not None and t.dim() > axis
             }
         returned = kernel.fn(q, k, v, **others)

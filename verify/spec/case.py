@@ -156,7 +156,7 @@ class Case:
 
 def part(problem: Problem, x: Inputs, entries: slice, key_heads: slice) -> tuple[Problem, Inputs]:
     """These entries of the batch, and these key heads with their groups of query heads, as a
-    problem of its own.
+    problem of its own. Its mask must be the same for all heads.
     """
     batch, kept = range(problem.batch)[entries], range(problem.heads_kv)[key_heads]
     heads = slice(kept.start * problem.group, kept.stop * problem.group)
@@ -180,23 +180,31 @@ def part(problem: Problem, x: Inputs, entries: slice, key_heads: slice) -> tuple
 
 
 def visibility(problem: Problem, device: torch.device, rows: slice | None = None) -> torch.Tensor:
-    """The mask over these query rows (all by default) as booleans, True = take part: [B|1, 1, n,
-    K].
+    """The mask over these query rows (all by default) as booleans, True = take part: [B|1,H|1,n,K].
 
-    One entry serves the whole batch where the mask does not speak of it.
+    One entry serves the whole batch, and one head all query heads, where the mask does not differ
+    in them.
     """
-    rows = rows or slice(0, problem.len_q)
+    rows, mask = rows or slice(0, problem.len_q), problem.mask
     q = torch.arange(rows.start, rows.stop, device=device)[:, None]
     k = torch.arange(problem.len_k, device=device)[None, :]
-    per_entry = problem.mask.per_batch
+    heads = torch.arange(problem.heads_q, device=device)[:, None, None] if mask.per_head else None
 
     def lift(integers: Sequence[int]) -> torch.Tensor | int:
-        return (
-            torch.tensor(integers, device=device)[:, None, None, None] if per_entry else integers[0]
-        )
+        if not mask.per_batch:
+            return integers[0]
+        return torch.tensor(integers, device=device)[:, None, None, None]
 
-    seen = problem.mask.visible(q, k, problem.len_q, problem.len_k, batch=problem.batch, lift=lift)
-    return seen.expand(problem.batch if per_entry else 1, 1, len(q), problem.len_k)
+    lengths = problem.len_q, problem.len_k
+    seen = mask.visible(q, k, *lengths, batch=problem.batch, head=heads, lift=lift)
+    entries = problem.batch if mask.per_batch else 1
+    return seen.expand(entries, 1 if heads is None else len(heads), len(q), problem.len_k)
+
+
+def handed_over(problem: Problem, device: torch.device) -> torch.Tensor:
+    """The mask as the tensor that a kernel is given, contiguous booleans of problem.mask_shape."""
+    shape = problem.mask_shape
+    return visibility(problem, device, slice(0, shape[2])).expand(shape).contiguous()
 
 
 def has_empty_row(problem: Problem) -> bool:

@@ -4,7 +4,8 @@ else.
 A rule has the signature ``rule(q, k, len_q, len_k, x, y) -> visible``: query position, key
 position, the two lengths and the mask's own two integers. It uses only comparisons, ``& | + - * %
 //``, so that the same function is evaluated on Python ints (mpmath oracle, pictures), broadcast
-over tensors (float64 oracle, boolean masks) and compiled by Triton. Composition with ``&`` is the
+over tensors (float64 oracle, boolean masks) and compiled by Triton. A rule that differs from query
+head to query head takes the head's number as a seventh argument. Composition with ``&`` is the
 conjunction. In pictures ``#`` is visible, rows are queries, columns are keys.
 """
 
@@ -13,13 +14,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Literal
 
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from verify.errors import VerifyError
+from verify.spec.mask_arguments import lengths, sequences, shares, sliding, windows
 
 Rule = Callable[..., Any]
 Anchor = Literal["keys", "first", "last"]
@@ -153,6 +154,21 @@ def dense(q, k, len_q, len_k, x, y):
     return (mixed * mixed % _PRIME) // 7 % 100 < x
 
 
+def per_head(q, k, len_q, len_k, x, y, head):
+    """Every query head sees keys of its own, each with a probability of x per cent, whatever the
+    query: drawn by hashing (head, k, seed y). The picture is head 0's.
+
+    What biases of one row for each head do (T5's, broadcast; token selection by head). Handed to a
+    kernel as a boolean tensor.
+
+    per_head(50,1) at 2x8
+        . # # . # . . #
+        . # # . # . . #
+    """
+    mixed = (head * 742938285 + k * 950706376 + y * 16807 + 12345) % _PRIME
+    return (mixed * mixed % _PRIME) // 7 % 100 < x
+
+
 @dataclass(frozen=True)
 class Drawn:
     """A way in which a kind of mask is drawn; a kind that kernels have two paths for has two.
@@ -188,6 +204,8 @@ class Kind:
     drawn: tuple[Drawn, ...]
     per_batch: bool = False
     """One argument for each batch entry."""
+    per_head: bool = False
+    """Its rule takes the query head's number, too."""
     matrix: bool = False
     """It stands for any boolean matrix, and is handed over as one."""
     mirror: str = ""
@@ -217,44 +235,6 @@ def _none(rule: Rule, anchor: Anchor, *, common: bool = False, mirror: str = "")
     )
 
 
-NEAR = (0, 1, 2, 7, 17, 63, 64, 65)
-FAR = (127, 128, 129, 130, 200, 255, 256, 511, 1000)
-"""How far a drawn window reaches: within a usual tile, beyond it; not over all keys, which hides
-nothing, but for once.
-"""
-
-
-def _sides(len_k: int) -> list[int]:
-    return [*(n for n in NEAR + FAR if n < len_k - 1), max(len_k - 1, 0)]
-
-
-@cache
-def _sliding(len_k: int) -> SearchStrategy[tuple[int, ...]]:
-    return st.sampled_from([(left, 0) for left in (*_sides(len_k), -1)])
-
-
-@cache
-def _windows(len_k: int) -> SearchStrategy[tuple[int, ...]]:
-    """Two thirds of them without a bound on one side."""
-    sides, without = st.sampled_from(_sides(len_k)), st.just(-1)
-    return st.tuples(sides, sides) | st.tuples(without, sides) | st.tuples(sides, without)
-
-
-@cache
-def _lengths(batch: int, len_k: int) -> SearchStrategy[tuple[int, ...]]:
-    """Any; hardly anything beside all, in any order; both."""
-    some, ends = st.integers(0, len_k), st.sampled_from(sorted({0, min(1, len_k), len_k}))
-    beside = st.tuples(st.permutations(range(batch)), st.tuples(*[ends] * (batch - 1))).map(
-        lambda drawn: tuple((*drawn[1], len_k)[n] for n in drawn[0])
-    )
-    return st.one_of(st.tuples(*[some] * batch), beside, st.tuples(*[ends | some] * batch))
-
-
-@cache
-def _sequences(longest: int) -> SearchStrategy[tuple[int, ...]]:
-    return st.lists(st.integers(1, max(1, longest)), min_size=1, max_size=4).map(tuple)
-
-
 KINDS: dict[str, Kind] = {
     "full": _none(full, "keys"),
     "causal_upper_left": _none(causal_upper_left, "first", mirror="causal_lower_right"),
@@ -267,7 +247,7 @@ KINDS: dict[str, Kind] = {
         lambda a: min(a, default=-1) >= 0,
         lambda a, batch: [tuple((n, 0) for n in a)],
         "keys",
-        (Drawn("padding", "padding(5)", lambda b, q, k: _lengths(b, k)),),
+        (Drawn("padding", "padding(5)", lambda b, q, k: lengths(b, k), common=True),),
         per_batch=True,
     ),
     "window": Kind(
@@ -278,8 +258,8 @@ KINDS: dict[str, Kind] = {
         "last",
         (
             # one that ends at the diagonal is what most models have, and kernels have a path for it
-            Drawn("sliding", "window(3,0)", lambda b, q, k: _sliding(k), lambda a: a[1] == 0),
-            Drawn("window", "window(3,1)", lambda b, q, k: _windows(k)),
+            Drawn("sliding", "window(3,0)", lambda b, q, k: sliding(k), lambda a: a[1] == 0),
+            Drawn("window", "window(3,1)", lambda b, q, k: windows(k)),
         ),
     ),
     "prefix_lm": Kind(
@@ -296,7 +276,7 @@ KINDS: dict[str, Kind] = {
         lambda a: min(a, default=0) >= 1,
         _boundaries,
         "first",
-        (Drawn("blocks", "blocks(2,3)", lambda b, q, k: _sequences(min(q, k))),),
+        (Drawn("blocks", "blocks(2,3)", lambda b, q, k: sequences(min(q, k))),),
     ),
     "dense": Kind(
         dense,
@@ -308,9 +288,19 @@ KINDS: dict[str, Kind] = {
             Drawn(
                 "dense",
                 "dense(60,1)",
-                lambda b, q, k: st.tuples(st.sampled_from([50, 90, 10, 1]), st.integers(0, 3)),
+                lambda b, q, k: shares(50, 90, 10, 1),
             ),
         ),
+        matrix=True,
+    ),
+    "per_head": Kind(
+        per_head,
+        "(per cent visible, seed)",
+        lambda a: len(a) == 2 and min(a) >= 0 and a[0] <= 100,
+        lambda a, batch: [(tuple(a),) * batch],
+        "keys",
+        (Drawn("per_head", "per_head(60,1)", lambda b, q, k: shares(50, 75, 90, 25)),),
+        per_head=True,
         matrix=True,
     ),
 }
@@ -324,10 +314,13 @@ def ways() -> dict[str, tuple[str, Drawn]]:
 
 @dataclass(frozen=True)
 class Term:
-    """One conjunct of a mask: a rule and its integers, (x, y) per batch entry."""
+    """One conjunct of a mask: a rule, its integers, (x, y) per batch entry, and whether it takes
+    the head.
+    """
 
     rule: Rule
     integers: tuple[tuple[int, int], ...]
+    per_head: bool = False
 
 
 @dataclass(frozen=True)
@@ -388,6 +381,16 @@ class Mask:
         """Whether the arguments speak of single batch entries."""
         return bool(self.batch_sizes())
 
+    @property
+    def per_head(self) -> bool:
+        """Whether it differs from query head to query head."""
+        return any(KINDS[name].per_head for name, _ in self.parts)
+
+    @property
+    def per_row(self) -> bool:
+        """Whether it looks at the query's position."""
+        return self.anchors != {"keys"}
+
     def batch_sizes(self) -> set[int]:
         """The batch sizes that the arguments speak of: one for each part with one per entry."""
         return {len(args) for name, args in self.parts if KINDS[name].per_batch}
@@ -421,7 +424,9 @@ class Mask:
         """The conjuncts, in order; `full` has none."""
         kinds = [(KINDS[name], args) for name, args in self.parts if name != "full"]
         return [
-            Term(kind.rule, integers) for kind, args in kinds for integers in kind.bind(args, batch)
+            Term(kind.rule, integers, kind.per_head)
+            for kind, args in kinds
+            for integers in kind.bind(args, batch)
         ]
 
     def visible(
@@ -432,29 +437,44 @@ class Mask:
         len_k: int,
         *,
         batch: int = 1,
+        head: Any = None,
         lift: Callable[[Sequence[int]], Any],
     ) -> Any:
         """Visibility over positions q and k; `lift` makes whatever broadcasts against them from one
-        integer per batch entry.
+        integer per batch entry. head: the query head's number, or numbers that broadcast; needed
+        where the mask is `per_head`.
         """
         seen = full(q, k, len_q, len_k, 0, 0)
         for term in self.terms(batch):
             xs, ys = zip(*term.integers, strict=True)
-            seen = seen & term.rule(q, k, len_q, len_k, lift(xs), lift(ys))
+            heads = (head,) if term.per_head else ()
+            seen = seen & term.rule(q, k, len_q, len_k, lift(xs), lift(ys), *heads)
         return seen
 
     def sees(
-        self, q: int, k: int, len_q: int, len_k: int, *, batch: int = 1, entry: int = 0
+        self,
+        q: int,
+        k: int,
+        len_q: int,
+        len_k: int,
+        *,
+        batch: int = 1,
+        entry: int = 0,
+        head: int = 0,
     ) -> bool:
-        """Whether query q sees key k in this batch entry: the rule on Python integers."""
-        return bool(
-            self.visible(q, k, len_q, len_k, batch=batch, lift=lambda integers: integers[entry])
-        )
+        """Whether query q of a head sees key k in a batch entry: the rule on Python integers."""
+        lift = lambda integers: integers[entry]  # noqa: E731
+        return bool(self.visible(q, k, len_q, len_k, batch=batch, head=head, lift=lift))
 
-    def picture(self, len_q: int, len_k: int, *, batch: int = 1, entry: int = 0) -> str:
+    def picture(
+        self, len_q: int, len_k: int, *, batch: int = 1, entry: int = 0, head: int = 0
+    ) -> str:
         """Rows are queries, columns keys; # = visible."""
         rows = (
-            [self.sees(q, k, len_q, len_k, batch=batch, entry=entry) for k in range(len_k)]
+            [
+                self.sees(q, k, len_q, len_k, batch=batch, entry=entry, head=head)
+                for k in range(len_k)
+            ]
             for q in range(len_q)
         )
         return "\n".join(" ".join("#" if seen else "." for seen in row) for row in rows)

@@ -25,9 +25,10 @@ BIASES = ("none", "bhqk", "hqk", "qk", "alibi")
 """Additive float bias by its shape (b, h, q, k; what is missing is broadcast), or ALiBi slopes per
 query head.
 """
-HANDED = ("rule", "bool", "float")
+HANDED = ("rule", "bool", "float", "bool_small", "float_small", "bool_bhqk", "float_bhqk")
 """How the mask reaches the kernel: as it likes, as a boolean tensor (True = take part), or as a
-float bias of 0 and -inf.
+float bias of 0 and -inf. The tensor has all queries and keys, entries and heads only where the mask
+differs in them; `small`: queries, too, only where it does; `bhqk`: all of [B,H,Q,K].
 """
 
 _ID = re.compile(
@@ -144,6 +145,24 @@ class Problem:
     def softmax_scale(self) -> float:
         """The scale in force."""
         return self.dim_qk**-0.5 if self.scale is None else self.scale
+
+    @property
+    def mask_is_bias(self) -> bool:
+        """Whether the mask is handed over as a float bias."""
+        return self.mask_as.startswith("float")
+
+    @property
+    def mask_shape(self) -> tuple[int, int, int, int]:
+        """Of the tensor that the mask is handed over as: [B|1,H|1,Q|1,K]."""
+        sizes = self.batch, self.heads_q, self.len_q, self.len_k
+        if self.mask_as.endswith("_bhqk"):
+            return sizes
+        mask, whole = self.mask, not self.mask_as.endswith("_small")
+        differs = mask.per_batch, mask.per_head, whole or mask.per_row, True
+        b, h, q, k = (
+            n if it_does else min(n, 1) for n, it_does in zip(sizes, differs, strict=True)
+        )
+        return b, h, q, k
 
     @property
     def group(self) -> int:

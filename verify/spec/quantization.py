@@ -45,14 +45,16 @@ def rotation(dim: int) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def seen_keys(problem: Problem, device: torch.device) -> Tensor:
-    """Which keys some query sees: bool [B|1,1,K,1]. What hides a key from all hides it from scales
-    and means, too.
+    """Which keys some query of some head sees: bool [B|1,1,K,1]. What hides a key from all hides it
+    from scales and means, too.
     """
     seen = torch.zeros(1, 1, problem.len_k, 1, dtype=torch.bool, device=device)
-    step = max(1, VISIBILITIES // max(1, problem.batch * problem.len_k))
+    heads = problem.heads_q if problem.mask.per_head else 1
+    step = max(1, VISIBILITIES // max(1, problem.batch * heads * problem.len_k))
     for start in range(0, problem.len_q, step):
         rows = slice(start, min(start + step, problem.len_q))
-        seen = seen | visibility(problem, device, rows).any(2).unsqueeze(-1)
+        here = visibility(problem, device, rows).any(2)  # [B|1,H|1,K]
+        seen = seen | here.any(1)[:, None, :, None]
     return seen
 
 

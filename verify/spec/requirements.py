@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from verify.spec.masks import FULL
+from verify.spec.masks import FULL, Mask
 from verify.spec.problem import Problem
 
 
@@ -27,6 +27,8 @@ class Requirements:
     """Several batch entries."""
     arranged: bool = False
     """Some tensor is not contiguous."""
+    same_heads: bool = False
+    """A mask that is the same for all query heads."""
 
     @property
     def wanted(self) -> dict[str, Any]:
@@ -47,6 +49,7 @@ class Requirements:
             "with grouped heads": self.grouped,
             "of several batch entries": self.several,
             "with a tensor that is not contiguous": self.arranged,
+            "with a mask that is the same for all heads": self.same_heads,
         }
         return ", ".join(word for word, needed in words.items() if needed) or "anything"
 
@@ -59,8 +62,13 @@ class Requirements:
             and (not self.grads or problem.grads)
             and (not self.grouped or problem.group > 1)
             and (not self.several or problem.batch > 1)
+            and self.allows(problem.mask)
         )
         return None if met else f"is judged on problems {self}"
+
+    def allows(self, mask: Mask) -> bool:
+        """Whether a mask may be drawn, as far as its heads go."""
+        return not (self.same_heads and mask.per_head)
 
     def met_by(self, problem: Problem) -> Problem:
         """The problem, with gradients where they are needed."""
@@ -70,6 +78,8 @@ class Requirements:
         """Return why a problem does not meet them, or None where it does."""
         if self.full_mask and problem.mask != FULL:
             return f"holds without a mask only; the case has {problem.mask}"
+        if not self.allows(problem.mask):
+            return f"holds where all heads have one mask; the case has {problem.mask}"
         return None
 
 
