@@ -16,15 +16,18 @@ from itertools import combinations, product
 from typing import Any
 
 from verify.errors import VerifyError
-from verify.spec.masks import FULL, Mask, ways
-from verify.spec.problem import Problem
+from verify.spec.masks import FULL, Mask, hiding, ways
+from verify.spec.problem import BIASES, HANDED, Problem
 
 Refuses = Callable[[Problem], str | None]
 """Why a kernel does not take a problem; None where it does."""
 Change = dict[str, Any]
 """Fields of a problem that change together, with their new values."""
 
-DIMS = (64, 32, 128, 16, 80, 8, 1, 2, 3, 4, 24, 40, 72, 96, 192, 256)
+DIMS = (64, 32, 128, 16, 80, 8, 1, 2, 3, 4, 24, 40, 72, 96, 192, 256, 12, 33, 70, 100)
+"""The last four are no multiple of 8: of 4 alone, odd just past a tile, of 2 just past one, past it
+by a part that is no multiple of 8.
+"""
 LARGE_DIMS = (48, 112, 160, 320, 384, 512, 576, 640, 768, 1024)
 """Those that are drawn only where a kernel takes nothing else."""
 UNEQUAL_DIMS = ((192, 128), (576, 512), (128, 64), (64, 128), (96, 64), (64, 16), (40, 72))
@@ -77,6 +80,8 @@ MULTIPLES = (8, 16, 32, 64, 128, 256)
 PLAIN = Problem(
     batch=1, heads_q=2, heads_kv=2, len_q=16, len_k=16, dim_qk=64, dim_v=64, dtype="fp32"
 )
+MASKED = PLAIN.but(batch=2, mask=hiding((5, 9)))
+"""Plain but for a mask whose shapes all differ: entry by entry, the same for all queries."""
 STARTS = 3
 """So many of the nearest anchors are moved towards a wanted problem; the one that comes nearest
 counts."""
@@ -95,8 +100,8 @@ def choices() -> dict[str, tuple[Change, ...]]:
         "batch": tuple({"batch": n} for n in (1, 2)),
         "lengths": tuple({"len_q": q, "len_k": k} for q, k in LENGTHS),
         "mask": tuple({"mask": mask} for mask in masks),
-        "mask_as": tuple({"mask_as": way} for way in ("rule", "bool", "float")),
-        "bias": tuple({"bias": b} for b in ("none", "bhqk", "hqk", "qk", "alibi")),
+        "mask_as": tuple({"mask_as": way} for way in HANDED),
+        "bias": tuple({"bias": b} for b in BIASES),
         "scale": tuple({"scale": s} for s in SCALES),
         "softcap": tuple({"softcap": c} for c in (0.0, 1.0, 30.0)),
         "grads": tuple({"grads": g} for g in (False, True)),

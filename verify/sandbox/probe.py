@@ -13,11 +13,12 @@ from typing import Any
 
 from verify.registry import Kernel
 from verify.sandbox import domain
-from verify.sandbox.domain import PLAIN, Refuses, changed
+from verify.sandbox.domain import MASKED, PLAIN, Refuses, changed
 from verify.sandbox.options import Options, label, value_in, value_of
 from verify.spec.case import ARRANGED, Case
 from verify.spec.layouts import LAYOUTS
-from verify.spec.problem import Problem
+from verify.spec.masks import FULL
+from verify.spec.problem import HANDED, Problem
 
 RAISED = "raised"
 """How the finding of a call begins in which the kernel raises."""
@@ -161,7 +162,8 @@ def _values(
             asks.allow(calls)
         for change in changes:
             value = value_of(change)
-            anchor = domain.anchor_with(base, change, asks, along)
+            start = _masked(base, found, asks) if value in HANDED[1:] else base
+            anchor = domain.anchor_with(start, change, asks, along)
             if anchor is None:
                 one = changed(base, change)
                 reasons[label(value)] = (asks(one) if one else None) or "no such problem"
@@ -171,6 +173,18 @@ def _values(
         taken[option], refused[option] = tuple(dict.fromkeys(kept)), reasons
     asks.stop()
     return taken, refused, list(dict.fromkeys(found))
+
+
+def _masked(base: Problem, found: list[Problem], asks: _Asked) -> Problem:
+    """An accepted problem with a mask that has many shapes to be handed over in, or any, or none:
+    how it is handed over is no question without one.
+    """
+    widest = changed(base, {"batch": 2, "mask": MASKED.mask})
+    if widest and asks(widest) is None:
+        return widest
+    return next(
+        (p for p in found if p.mask.per_batch), next((p for p in found if p.mask != FULL), base)
+    )
 
 
 def _multiples(
@@ -194,7 +208,8 @@ def _raised(
     """What a kernel that declares nothing was found to raise on, by the values of problems."""
     found: dict[str, dict[Any, str]] = {}
     for option, changes in domain.choices().items():
-        asked = [(value_in(option, p), value_of(c)) for c in changes if (p := changed(PLAIN, c))]
+        start = MASKED if option == "mask_as" else PLAIN  # the only option that needs a mask
+        asked = [(value_in(option, p), value_of(c)) for c in changes if (p := changed(start, c))]
         accepted = {stands for stands, value in asked if value in taken[option]}
         reasons = {stands: refused[option].get(label(value), "") for stands, value in asked}
         kept = {v: r for v, r in reasons.items() if v not in accepted and _learned(r)}
