@@ -10,7 +10,7 @@ from verify.generation.pairwise import ODD_SCALES
 from verify.generation.unusual import UNUSUAL, Unusual
 from verify.spec.case import Case
 from verify.spec.inputs import DISTRIBUTIONS
-from verify.spec.masks import KINDS, Anchor, window
+from verify.spec.masks import FULL, KINDS, Anchor, window
 from verify.spec.problem import Problem
 
 Holds: TypeAlias = "Callable[[Case, str], bool]"
@@ -86,6 +86,18 @@ def _several_lengths(case: Case, device: str) -> bool:
     return problem.batch == problem.heads_kv > 1 and any(len(some) > 1 for some in lengths)
 
 
+def _small(case: Case, device: str, *, axis: int) -> bool:
+    """A mask of several entries, or heads, that is handed over without queries."""
+    shape = case.problem.mask_shape
+    return case.problem.mask != FULL and shape[2] == 1 < case.problem.len_q and shape[axis] > 1
+
+
+def _of_heads(case: Case, device: str, *, within: bool) -> bool:
+    """A mask that differs from head to head, or within a group of them."""
+    problem = case.problem
+    return problem.mask.per_head and (problem.group if within else problem.heads_q) > 1
+
+
 def _odd(dim: int) -> bool:
     return dim > 8 and dim % 8 > 0
 
@@ -113,6 +125,13 @@ _MASKS: dict[str, Holds] = {
     "0 or 1 keys before an entry of all": partial(_padded, before=True),
     "0 or 1 keys after an entry of all": partial(_padded, before=False),
     "as many entries as key heads, of different lengths": _several_lengths,
+    "mask that differs from head to head": partial(_of_heads, within=False),
+    "mask that differs within a group of heads": partial(_of_heads, within=True),
+    "mask [B,.,1,K], several entries": partial(_small, axis=0),
+    "mask [.,H,1,K], several heads": partial(_small, axis=1),
+    "mask [B,H,Q,K], handed over whole": lambda case, device: (
+        case.problem.mask != FULL and case.problem.mask_as.endswith("_bhqk")
+    ),
 }
 _TOGETHER: dict[str, Holds] = {
     f"more than {ENOUGH} rows and columns of each head": lambda case, device: (

@@ -1,18 +1,15 @@
 """Pairs of options: most bugs need two at a time, so cases are drawn from a covering array of all
-pairs that a kernel takes.
-
-Pairwise testing: Kuhn, Wallace, Gallo 2004, IEEE Trans. Software Eng. 30(6). The array is
-allpairspy's.
+pairs that a kernel takes (covering.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import cache
 from itertools import combinations
 from typing import Any
 
-from allpairspy import AllPairs
-
+from verify.generation.covering import Row, covering
 from verify.registry import Kernel
 from verify.sandbox.capabilities import fitted, options
 from verify.sandbox.domain import PLAIN, changed, relation
@@ -22,7 +19,6 @@ from verify.spec.masks import FULL, KINDS, TWO, Mask, ways
 from verify.spec.problem import Problem
 from verify.spec.requirements import NOTHING, Requirements
 
-Row = dict[str, str]
 ARRAYS = 6
 """Covering arrays, each with its levels in another order: what a pair leaves open is filled with
 the first, which takes turns. One takes a tenth of a second, and short runs need one.
@@ -69,7 +65,7 @@ def example(way: str) -> Mask:
 
 def _parameters(taken: Options, needs: Requirements) -> dict[str, list[str]]:
     t = taken.taken
-    masks = [mask.way for mask in t["mask"]]
+    masks = [mask.way for mask in t["mask"] if needs.allows(mask)]
     masks += [TWO] * (len({name for mask in t["mask"] for name in mask.names}) > 2)
     plain = FULL.way
     if needs.full_mask:
@@ -159,24 +155,15 @@ def _rows(
     needs: Requirements,
     number: int,
 ) -> tuple[Row, ...]:
-    names = list(parameters)
-    pairs: dict[tuple[tuple[str, str], ...], bool] = {}
 
-    def together(pair: tuple[tuple[str, str], ...]) -> bool:
-        if pair not in pairs:
-            pairs[pair] = _reached(kernel, device, dict(pair), taken, needs)
-        return pairs[pair]
-
-    def legal(values: list[str]) -> bool:
-        row = list(zip(names, values, strict=False))
-        if len(row) < 2:
-            return True
-        return all(together((other, row[-1])) for other in row[:-1])
+    @cache
+    def together(one: tuple[str, str], other: tuple[str, str]) -> bool:
+        return _reached(kernel, device, dict((one, other)), taken, needs)
 
     # the first row is what a case shrinks to
     found: list[Row] = [{name: values[0] for name, values in parameters.items()}]
-    mixed = [_turned(values, number + n) for n, values in enumerate(parameters.values())]
-    found += [dict(zip(names, row, strict=True)) for row in AllPairs(mixed, filter_func=legal)]
+    turned = enumerate(parameters.items())
+    found += covering({name: _turned(of, number + n) for n, (name, of) in turned}, together)
     return (*found, *(row for row in found if _usual(row)))
 
 
@@ -184,7 +171,7 @@ def _reached(kernel: Kernel, device: str, row: Row, taken: Options, needs: Requi
     """Whether the kernel takes a problem of these levels, whatever else it is."""
     if row.get("mask") == FULL.way and row.get("mask_as", "rule") != "rule":
         return False
-    if row.get("layout") == "bias" and row.get("bias", "none") in ("none", "alibi"):
+    if row.get("layout") == "bias" and row.get("bias") in ("none", "alibi"):
         return False
     wanted = _problem(row, taken, needs)
     if kernel.unsupported(wanted, device) is None:
@@ -194,9 +181,12 @@ def _reached(kernel: Kernel, device: str, row: Row, taken: Options, needs: Requi
 
 
 def _usual(row: Row) -> bool:
-    """Rows that come twice: what models use most, and ALiBi where its heads differ."""
+    """Rows that come twice: what models use most, and what differs from head to head, with
+    several.
+    """
     common = {TWO, *(name for name, (_, drawn) in ways().items() if drawn.common)}
-    return row["mask"] in common or (row["bias"] == "alibi" and row["heads"] != "one")
+    apart = row["bias"] == "alibi" or example(row["mask"]).per_head
+    return row["mask"] in common or (apart and row["heads"] != "one")
 
 
 def _turned(values: list[str], by: int) -> list[str]:

@@ -32,7 +32,7 @@ from verify.spec.requirements import NOTHING, Requirements
 
 USED = {
     "mask": 7,
-    "mask_as": 4,
+    "mask_as": 2,
     "bias": 5,
     "softcap": 3,
     "scale": 4,
@@ -45,6 +45,8 @@ USED = {
 """In how many of 8 cases an option is as its row says; in the others it is plain, so that a case
 does not have all at once.
 """
+SMALL = 5
+"""In how many of 8 cases a mask that does not look at queries is handed over without them."""
 STRANGE = {0.0: 2, -0.3: 3}
 """So many times for once of other odd scales: what they break is known of several kernels."""
 
@@ -150,6 +152,7 @@ def _problem(
     used["heads"] |= used["bias"] and row["bias"] == "alibi"  # a slope for each head
     alone = row["mask"] if used["mask"] and row["mask"] != TWO else FULL.way
     used["batch"] |= _kind(alone).per_batch or needs.several  # an argument for each entry
+    used["heads"] |= _kind(alone).per_head
     used["heads"] |= needs.grouped
     slow = device == "cpu" and options(kernel, device).slow
     cost = Cost(device, slow, needs.grads, of.times if of else 1)
@@ -173,6 +176,8 @@ def _problem(
         grads=needs.grads,
     )
     handed = row["mask_as"] if used["mask_as"] or "rule" not in taken["mask_as"] else "rule"
+    if not mask.per_row and choose.often(SMALL, 8):  # the shapes that others do not have
+        handed = choose.of([way for way in taken["mask_as"] if way.endswith("_small")] or [handed])
     near = fitted(kernel, device, changed(whole, {"mask": mask, "mask_as": handed}) or whole, needs)
     near = _affordable(kernel, device, near, needs, cost)
     allowed = _allowed(near.mask.way, taken["mask"], needs)
@@ -225,7 +230,7 @@ def _scale(choose: Choices, level: str, taken: Iterable[float | None]) -> float 
 def _allowed(way: str, taken: Iterable[Mask], needs: Requirements) -> frozenset[str]:
     """Ways of drawing that a mask may be of; those that hide something where one must."""
     if way == TWO or (way == FULL.way and needs.hides):
-        return frozenset(mask.way for mask in taken) - {FULL.way}
+        return frozenset(mask.way for mask in taken if needs.allows(mask)) - {FULL.way}
     return frozenset({way})
 
 

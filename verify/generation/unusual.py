@@ -165,7 +165,7 @@ def heads_as_group(choose: Choices, size: Size, taken: Taken, device: str) -> Si
     return _with_heads(choose, size, taken, lambda q, kv: q == kv * kv > 1)
 
 
-@unusual(lambda p, device: p.len_k == 1, cpu=8, cuda=8)
+@unusual(lambda p, device: p.len_k == 1, cpu=10, cuda=10)
 def one_key(choose: Choices, size: Size, taken: Taken, device: str) -> Size:
     """A single key."""
     return size.but(len_q=choose.of((size.len_q, size.len_q, size.len_q, 1)), len_k=1)

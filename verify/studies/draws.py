@@ -55,13 +55,15 @@ def shares(kernel: Kernel, prop: Property, device: str, cases: int) -> dict[str,
 
 
 def drawn(kernel: Kernel, prop: Property, device: str, cases: int) -> list[Case]:
-    """The first cases, chunk by chunk, of the seeds 0, 1, ..."""
+    """The first cases of the seeds 0, 1, ..., a chunk of each; they follow the covering arrays in
+    turn, as the chunks of a run do.
+    """
     if device == "cuda" and not torch.cuda.is_available():
         learn(kernel, device, options(kernel, "cpu"))
     found: list[Case] = []
     seed = 0
     while len(found) < cases:
-        draw(found.append, kernel, prop, device, seed=seed)
+        draw(found.append, kernel, prop, device, seed=seed, number=seed)
         seed += 1
     return found[:cases]
 

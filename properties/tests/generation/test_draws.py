@@ -21,10 +21,11 @@ from verify.properties.tests.support import ANYTHING
 from verify.registry import KEYWORDS, Kernel, find
 from verify.spec.case import Case
 from verify.spec.inputs import DISTRIBUTIONS, Recipe
+from verify.spec.masks import FULL
 from verify.spec.problem import Problem
 from verify.studies.draws import drawn, shares
 
-CASES = 1000
+CASES = 2000
 SPECIAL = {
     "one key": 4.0,
     "nothing": 2.5,
@@ -35,6 +36,7 @@ SPECIAL = {
     "many entries": 3.0,
 }
 """Least shares in per cent, of whatever kernel takes it."""
+ODD_DIMS = {"head dim above 8, no multiple of it": 10.0}
 SIZES = {
     "many keys": 3.0,
     "many queries": 1.0,
@@ -61,20 +63,29 @@ MASKS = {
     "0 or 1 keys after an entry of all": 1.0,
     "as many entries as key heads, of different lengths": 2.0,
 }
+HANDED = {
+    "mask that differs from head to head": 4.0,
+    "mask that differs within a group of heads": 2.0,
+    "mask [B,.,1,K], several entries": 2.0,
+    "mask [.,H,1,K], several heads": 1.5,
+    "mask [B,H,Q,K], handed over whole": 3.0,
+}
 RESTRICTED: dict[str, tuple[Callable[[Problem], bool], dict[str, float]]] = {
     "causal only": (
         lambda p: str(p.mask) == "causal_upper_left" and p.len_q == p.len_k,
-        SPECIAL | {"entries as heads": 4.0, "heads as group": 4.0},
+        SPECIAL | ODD_DIMS | {"entries as heads": 4.0, "heads as group": 4.0},
     ),
     "d128 only": (
         lambda p: p.dim_qk == p.dim_v == 128,
-        SPECIAL | ALIGNED | MASKS | {"many keys": 2.5, "entries as heads": 4.0},
+        SPECIAL | ALIGNED | MASKS | HANDED | {"many keys": 2.5, "entries as heads": 4.0},
     ),
     "window only": (
         lambda p: p.mask.names == {"window"},
         SPECIAL
         | SIZES
+        | ODD_DIMS
         | {
+            "mask [B,H,Q,K], handed over whole": 3.0,
             "one query, mask from the last query": 10.0,
             "one key, mask from the last query": 4.0,
             "window without a left bound": 10.0,
@@ -84,7 +95,33 @@ RESTRICTED: dict[str, tuple[Callable[[Problem], bool], dict[str, float]]] = {
     ),
     "one query only": (
         lambda p: p.len_q == 1,
-        SPECIAL | {"many keys": 2.5, "vast": 0.2, "one query, mask from the first query": 20.0},
+        SPECIAL
+        | ODD_DIMS
+        | {
+            "many keys": 2.5,
+            "vast": 0.2,
+            "one query, mask from the first query": 20.0,
+            "mask that differs from head to head": 4.0,
+            "mask that differs within a group of heads": 2.0,
+        },
+    ),
+    "booleans for each head only": (
+        lambda p: (
+            p.mask.names <= {"full", "per_head"}
+            and not p.mask_is_bias
+            and (p.mask == FULL or p.mask_as != "rule")
+        ),
+        SPECIAL
+        | ODD_DIMS
+        | {
+            "mask that differs from head to head": 10.0,
+            "mask [.,H,1,K], several heads": 5.0,
+            "mask [B,H,Q,K], handed over whole": 1.0,
+        },
+    ),
+    "padding as it is only": (
+        lambda p: p.mask.names <= {"full", "padding"} and p.mask_as in ("rule", "bool_small"),
+        SPECIAL | ODD_DIMS | {"mask [B,.,1,K], several entries": 5.0},
     ),
 }
 
@@ -102,13 +139,14 @@ def check(kernel: Kernel, least: dict[str, float], device: str = "cpu") -> None:
 
 
 def test_an_unrestricted_kernel_gets_every_kind() -> None:
-    check(find("naive")[0], SPECIAL | SIZES | ALIGNED | MASKS | dict.fromkeys(DISTRIBUTIONS, 0.8))
+    values = dict.fromkeys(DISTRIBUTIONS, 0.8)
+    check(find("naive")[0], SPECIAL | ODD_DIMS | SIZES | ALIGNED | MASKS | HANDED | values)
 
 
 def test_a_gpu_gets_what_only_it_can_afford() -> None:
     """More rows than its grid has blocks along an axis, ten times as many keys."""
     least = dict.fromkeys(("many keys", "many queries", "many rows", "vast"), 1.5)
-    check(find("naive")[0], SPECIAL | ALIGNED | MASKS | least, "cuda")
+    check(find("naive")[0], SPECIAL | ODD_DIMS | ALIGNED | MASKS | HANDED | least, "cuda")
 
 
 @pytest.mark.parametrize("name", RESTRICTED)
@@ -238,4 +276,4 @@ def test_parts_differ_in_size(recipe: str, split: Callable[[torch.Tensor], torch
 def test_every_kind_has_a_name_of_its_own() -> None:
     named = len(UNUSUAL) + len(DISTRIBUTIONS)
     assert len(kinds()) > named + 15
-    assert {*SPECIAL, *SIZES, *ALIGNED, *MASKS} <= kinds().keys()
+    assert {*SPECIAL, *ODD_DIMS, *SIZES, *ALIGNED, *MASKS, *HANDED} <= kinds().keys()
