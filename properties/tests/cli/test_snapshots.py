@@ -30,7 +30,7 @@ def wrong(q, k, v, *, scale, mask):
 def nowhere(q, k, v, *, scale, mask):
     return attend(q, k, v, scale, mask)
 """
-FUZZ = "--in-process --seed 1 --out run --cases 3 --property oracle --property ones".split()
+FUZZ = "--in-process --seed 1 --out run --cases 4 --property oracle --property ones".split()
 CASE = "b1.h1.q2.k3.d1.fp32.causal_lower_right/integers#1"
 COMMANDS = {
     "fuzz-green": (0, ["fuzz", "mine.py::right", *FUZZ]),
