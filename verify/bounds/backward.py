@@ -11,7 +11,17 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from verify.bounds.constants import CLAMP, STEPS, TANH, Terms, Units, finite, total, unbounded
+from verify.bounds.constants import (
+    CLAMP,
+    STEPS,
+    TANH,
+    UNBOUNDED,
+    Terms,
+    Units,
+    finite,
+    total,
+    unbounded,
+)
 from verify.bounds.exact import Block, by_key, from_keys, grouped, to_keys
 from verify.bounds.forward import Rows
 from verify.spec.arithmetic import Arithmetic
@@ -24,11 +34,12 @@ def gradients(
     """Terms of dq, dbias for these rows and what the rows add to dk, dv; the stores of dk, dv come
     after the sum. `dq`: exact.
     """
-    e_p, e_ds, ds = _ds_error(problem, b, units, arithmetic, rows)
+    e_p, overflow = _p_error(b, units, arithmetic, rows)
+    e_ds, ds = _ds_error(problem, b, units, arithmetic, rows, e_p)
     do, v = b.do.abs(), b.v.abs()
-    over = units.sum_overflow("scores", do, v, 2.0)  # dP, delta, dP - delta
+    over = overflow + units.sum_overflow("scores", do, v, 2.0)  # dP, delta, dP - delta
     over = over + units.sum_overflow("stored_scores", do, v)
-    result: dict[str, Terms] = {"dv": _dv(problem, b, units, arithmetic, e_p)}
+    result: dict[str, Terms] = {"dv": _dv(problem, b, units, arithmetic, e_p, overflow)}
     if problem.bias not in ("none", "alibi"):
         summed = (
             ("output", "batch_sum") if problem.bias != "bhqk" else ()
@@ -88,7 +99,14 @@ def gradients(
     return result
 
 
-def _dv(problem: Problem, b: Block, units: Units, arithmetic: Arithmetic, e_p: Tensor) -> Terms:
+def _dv(
+    problem: Problem,
+    b: Block,
+    units: Units,
+    arithmetic: Arithmetic,
+    e_p: Tensor,
+    overflow: Tensor,
+) -> Terms:
     do = b.do.abs()
     moved, mass = to_keys(e_p, do), to_keys(b.p, do)
     stored = 0.0 * mass
@@ -100,7 +118,7 @@ def _dv(problem: Problem, b: Block, units: Units, arithmetic: Arithmetic, e_p: T
     name, everything = f"P in {units.format['probs']}", mass + moved + stored
     weights = (b.p + e_p).sum((2, 3))[..., None]
     lost = units.exp_floor * (weights + problem.len_q * problem.group + STEPS)
-    lost = lost + units.overflow("accumulate", everything)
+    lost = lost + units.overflow("accumulate", everything) + overflow.sum((2, 3))[:, :, None]
     return {
         "scores and exponentials": moved,
         name: stored,
@@ -124,12 +142,11 @@ def _row_sum(problem: Problem, units: Units, arithmetic: Arithmetic) -> tuple[fl
 
 
 def _ds_error(
-    problem: Problem, b: Block, units: Units, arithmetic: Arithmetic, rows: Rows
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(error of P, error of dS, |dS|), each [B,Hk,G,n,K], before dS is rounded and before the slope
-    of a softcap.
+    problem: Problem, b: Block, units: Units, arithmetic: Arithmetic, rows: Rows, e_p: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(error of dS, |dS|), each [B,Hk,G,n,K], before dS is rounded and before the slope of a
+    softcap. e_p: the error of P.
     """
-    e_p = _p_error(b, units, arithmetic, rows)
     do, gamma, u, work = (
         b.do.abs(),
         units.gamma("scores", problem.dim_v),
@@ -163,7 +180,7 @@ def _ds_error(
             -1, keepdim=True
         )
     product = dp.abs() if arithmetic.delta == "product" else None
-    step.mul_(1 + work).add_((1 + work) * e_delta + work * delta.abs())
+    step.mul_(1 + work).add_((1 + work) * e_delta + work * delta.abs()).clamp_(max=UNBOUNDED)
     ds = dp.sub_(delta).abs_()
     factor = e_p
     if units.u["ds_probs"] > units.work:
@@ -179,11 +196,13 @@ def _ds_error(
             + units.u["ds_product"] * (b.p + e_p) * (product + step)
             + units.floor["ds_product"] * b.visible
         )
-    return e_p, e_ds, ds.mul_(b.p)
+    return e_ds.clamp(max=UNBOUNDED), ds.mul_(b.p)
 
 
-def _p_error(b: Block, units: Units, arithmetic: Arithmetic, rows: Rows) -> Tensor:
-    """|P^ - P| of P recomputed from the LSE, or kept by a softmax function."""
+def _p_error(b: Block, units: Units, arithmetic: Arithmetic, rows: Rows) -> tuple[Tensor, Tensor]:
+    """|P^ - P| of P recomputed from the LSE, or kept by a softmax function; UNBOUNDED for rows
+    [B,Hk,G,n,1] that may overflow.
+    """
     lse_error, probs = total(rows.lse), units.u["probs"]
     e_p = rows.exponent.add_(lse_error + STEPS * units.work * (finite(b.lse).abs() + lse_error))
     # 0 * NaN: a row that overflows, in S or in exp(s - lse), reaches the keys that are hidden from
@@ -194,4 +213,4 @@ def _p_error(b: Block, units: Units, arithmetic: Arithmetic, rows: Rows) -> Tens
     e_p.clamp_(max=CLAMP).expm1_().mul_(b.p)
     if arithmetic.normalized_probs:  # a softmax function keeps its rounded output for the backward
         e_p.mul_(1 + probs).add_(b.p, alpha=probs).add_(b.visible, alpha=units.floor["probs"])
-    return e_p.add_(overflow + STEPS * units.exp_floor)
+    return e_p.add_(overflow + STEPS * units.exp_floor), overflow

@@ -179,7 +179,7 @@ class Rows:
             + self.overflow
         }
         if self.operands is not None:
-            lost = from_keys(b.p + p_d, self.operands.v) * grow
+            lost = (from_keys(b.p + p_d, self.operands.v) * grow).clamp(max=UNBOUNDED)
             terms["V quantised"], mass, o_size = lost, mass + lost, o + lost
         else:
             o_size = o
@@ -193,7 +193,7 @@ class Rows:
         if self.arithmetic.splits > 1:
             terms["merge of splits"] = self._merge() * (mass + total(terms))
         terms["row sum"] = self.eta * (o_size + total(terms))
-        terms = {name: part * held_grow for name, part in terms.items()}
+        terms = {name: (part * held_grow).clamp(max=UNBOUNDED) for name, part in terms.items()}
         if self.operands is not None:
             terms["mean of V"] = (
                 STEPS * units.work * (o + total(terms) + self.operands.v_mean.unsqueeze(2).abs())

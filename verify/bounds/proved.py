@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from verify.bounds.backward import gradients
-from verify.bounds.constants import UNBOUNDED, UNIT, Allowance, Terms, Units, mapped, total
+from verify.bounds.constants import (
+    LARGEST,
+    UNBOUNDED,
+    UNIT,
+    Allowance,
+    Terms,
+    Units,
+    mapped,
+    total,
+)
 from verify.bounds.exact import Block, Exact, ungrouped
 from verify.bounds.forward import Operands, Rows
 from verify.spec.arithmetic import Arithmetic
@@ -66,8 +75,9 @@ def allowance(
     if saturated and uncertainty is None and share < 1:
         wide = allowance(problem.but(dtype="fp64"), inputs, exact, blocks, Arithmetic())
         uncertainty = {name: a.limit for name, a in wide.items()}
+    most = UNBOUNDED if problem.dtype == "fp64" else LARGEST["fp32"]
     return {
-        n: _closed(terms, getattr(exact, n), uncertainty[n] if uncertainty else share)
+        n: _closed(terms, getattr(exact, n), uncertainty[n] if uncertainty else share, most)
         for n, terms in result.items()
     }
 
@@ -83,9 +93,9 @@ def _broadcast_sum(terms: Terms, dbias: Tensor, units: Units) -> Terms:
     return summed
 
 
-def _closed(terms: Terms, exact: Tensor, oracle: Tensor | float) -> Allowance:
+def _closed(terms: Terms, exact: Tensor, oracle: Tensor | float, most: float) -> Allowance:
     """`oracle`: what the exact answer is off by, or which part of the kernel's bound that is at
-    most.
+    most. Beyond `most` anything may have overflown.
     """
     terms = (
         mapped(terms, lambda t: t.expand_as(exact))
@@ -99,7 +109,7 @@ def _closed(terms: Terms, exact: Tensor, oracle: Tensor | float) -> Allowance:
             "a bound is NaN: that is a defect of verify/bounds/constants.py, report it with the "
             "case"
         )
-    return Allowance(limit.masked_fill(limit >= UNBOUNDED, torch.inf), terms)
+    return Allowance(limit.masked_fill(limit >= most, torch.inf), terms)
 
 
 def _accumulate(sums: Terms, terms: Terms) -> None:

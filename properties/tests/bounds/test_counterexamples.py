@@ -13,7 +13,7 @@ from torch import Tensor
 from verify.bounds.metrics import distance
 from verify.oracles import emulator, mpmath_oracle
 from verify.reference.reference import Truth, about, oracle_limit
-from verify.spec.arithmetic import FLASH, Arithmetic
+from verify.spec.arithmetic import FLASH, Arithmetic, Quantisation
 from verify.spec.case import TORCH_DTYPES, Case, Inputs
 from verify.spec.problem import Problem
 
@@ -140,6 +140,25 @@ def test_a_product_of_the_backward_that_overflows() -> None:
     assert bool(limits["dq"].limit.isinf().all())
     assert bool(limits["dk"].limit.isinf().all())
     assert bool(limits["dv"].limit.isfinite().all())
+
+
+def test_a_row_whose_weights_overflow_takes_all_its_columns_along() -> None:
+    """P recomputed of scores of 1e10 may be infinite: its product with a zero of K is NaN."""
+    problem = Problem(len_k=2, dim_qk=2, scale=1.0, grads=True)
+    x = inputs(problem, [1e5, 1.0], [1e5, 0.0, 1e5, 0.0], [1.0, -1.0], [0.0])
+    limits = about(problem, x).allowances(FLASH)
+    for name in ("dq", "dk", "dv"):
+        assert bool(limits[name].limit.isinf().all()), name
+
+
+def test_a_bound_beyond_every_number_is_infinite() -> None:
+    """Scores of 4.5e9 in FP8, splits that cannot be merged: once infinity times zero."""
+    case = Case.parse("b1.h1.q1.k180.d256.bf16.blocks(54).scale=0.001.grads/constant(133120)#218")
+    limits = about(case.problem, case.inputs()).allowances(
+        Arithmetic(quantised=Quantisation(), splits=2)
+    )
+    for name, allowed in limits.items():
+        assert bool(allowed.limit.isinf().all()), name
 
 
 @pytest.mark.parametrize("tile", [1, 2, 4, 8, 16])

@@ -126,10 +126,12 @@ def test_a_rule_that_hides_nothing_changes_no_bit() -> None:
     assert all(torch.equal(a, b) for a, b in zip(attend(rule, x), attend(none, x), strict=True))
 
 
-def test_five_hundred_problems_compile_fewer_than_forty_kernels(
+def test_five_hundred_problems_compile_fewer_than_fifty_kernels(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Counted by what distinguishes compiled kernels, without a launch."""
+    """Counted by what distinguishes compiled kernels, without a launch. Head dims that TMA cannot
+    address, no multiple of 8, have kernels of their own.
+    """
     kernel, problems, compiled = REGISTRY["triton-fa2"], list[Case](), set[tuple[object, ...]]()
 
     def launched(self, function, kind, loads, stores, others, flags=0, **constants):
@@ -157,7 +159,7 @@ def test_five_hundred_problems_compile_fewer_than_forty_kernels(
 
     draw()
     assert len(problems) > 400
-    assert len(compiled) < 40
+    assert len(compiled) < 50
 
 
 @pytest.mark.slow

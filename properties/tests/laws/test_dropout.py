@@ -4,6 +4,7 @@ is found.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -133,9 +134,10 @@ def test_the_right_kernel_is_not_flagged() -> None:
     [
         (not_divided, "with p ="),
         (shared_by_the_heads, "drop the same weights"),
-        (shared_by_the_batch, "drop the same weights"),
+        # weights of the same entries, in every call: neither independent of each other nor of them
+        (shared_by_the_batch, "drop the same weights|depend on each other"),
         (the_same_in_every_call, "two calls drop the same weights"),
-        (another_in_the_backward, "dv["),
+        (another_in_the_backward, r"dv\["),
         (keeps_what_it_should_drop, "weights are kept"),
         (drops_a_little_more, "at p ="),
         (renormalised, "with p ="),
@@ -150,7 +152,7 @@ def test_dropping_wrongly_is_found(
 ) -> None:
     result = judged(subject(drop), 60, seed)
     assert result.finding is not None
-    assert said in result.finding.reason
+    assert re.search(said, result.finding.reason)
 
 
 def test_a_kernel_without_dropout_is_not_judged() -> None:
