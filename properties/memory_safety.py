@@ -66,7 +66,9 @@ def no_leak(kernel: Kernel, case: Case, device: str) -> Verdict:
     of_heads = hidden.repeat_interleave(p.heads_q // hidden.shape[1], 1)
     rows = ~(seen & of_heads).any(-1)  # [B,H,Q] that see none of them
     others = _of_key_heads(seen & ~rows.unsqueeze(-1), p).any(2)
-    alone = ~others & two.out.isfinite().all()  # [B,Hk,K] that only these rows see; 0 * NaN is NaN
+    # keys that only these rows see [B,Hk,K]; 0 * NaN is NaN, of P V or of P recomputed
+    ends = [t for t in (two.out, two.dq) if t is not None]
+    alone = ~others & all(bool(t.isfinite().all()) for t in ends)
     for name in ("out", "lse", "dq", "dk", "dv"):
         got, want = getattr(two, name), getattr(one, name)
         if got is not None and want is not None:

@@ -83,6 +83,8 @@ RESOLUTION = 0.03
 DISTINCT, LEVELS = 0.9, 16
 """For roundings to be taken as independent, such a part of a sample of scores must differ, and they
 must spread over so many unit roundoffs of P (else all of P is rounded the same way)."""
+ALIKE_PART = 16
+"""Exponents that differ by less than this part of a roundoff of P are rounded alike."""
 ORDER = 2
 """FP32 in another order than the emulation's, or fused, may err by this many times a random
 roundoff at every step.

@@ -9,16 +9,17 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
 
+from verify.bounds.constants import UNIT
 from verify.engine.causes import state_changed
 from verify.engine.evaluate import evaluate
 from verify.inspection import conventions
-from verify.inspection.identify import identified
+from verify.inspection.identify import TORCH_CPU_ULP, identified
 from verify.properties.catalogue import Property, named
 from verify.records.events import DeclaredOtherwise, FindingShrunk
 from verify.registry import Kernel
 from verify.sandbox.capabilities import as_variant, learn, options, variant
 from verify.sandbox.process import Interrupted
-from verify.spec.arithmetic import EAGER, FLASH, Arithmetic
+from verify.spec.arithmetic import EAGER, FLASH, ROUNDED, Arithmetic
 from verify.spec.case import Case
 from verify.spec.finding import Finding
 
@@ -32,6 +33,8 @@ USUAL = tuple(
     for delta in ("probs", "product")
 )
 """Eager code, on a CPU and on a GPU, and with Q scaled beforehand."""
+UNASKED = (replace(FLASH, exp_ulp=TORCH_CPU_ULP),)
+"""Of kernels that are too slow to be identified: torch compiles FlexAttention for a CPU so."""
 MOST_EXCUSED = 8
 """States of torch; a kernel that changes one to something else each time has no end of them."""
 
@@ -108,8 +111,11 @@ class Otherwise:
                 self._identified[target] = self._run(target, identified)
         except (Finding, Interrupted):
             return None
-        # what is not found by its bits may round less often than what most code does
-        possible = (self._identified[target], *USUAL)
+        # what is not found by its bits may round less often than what most code does; a kernel
+        # that calls one of several, as SDPA does, has now this arithmetic and now that
+        known = self._identified[target]
+        others = [_coarser(known, usual) for usual in USUAL] if known else UNASKED
+        possible = (known, *USUAL, *others)
         cases = [(prop, case) for case in dict.fromkeys((found.case, found.worst))]
         cases = self._explained[target] + cases
         arithmetic = next((a for a in possible if a and self._excused(target, a, cases)), None)
@@ -138,6 +144,26 @@ class Otherwise:
         except (Finding, Interrupted):
             return False
         return True
+
+
+def _coarser(one: Arithmetic, other: Arithmetic) -> Arithmetic:
+    """An arithmetic that errs as either does, or more."""
+    formats = {
+        name: max((getattr(one, name), getattr(other, name)), key=_roundoff) for name in ROUNDED
+    }
+    return replace(
+        other,
+        **formats,
+        exp_ulp=max(one.exp_ulp, other.exp_ulp),
+        scaled_query=one.scaled_query or other.scaled_query,
+        spill=one.spill or other.spill,
+        delta="out" if "out" in (one.delta, other.delta) else other.delta,
+    )
+
+
+def _roundoff(fmt: str) -> float:
+    """Of a format; the inputs' own is taken for the narrowest of them."""
+    return UNIT["bf16" if fmt == "input" else fmt]
 
 
 def _differ(one: Arithmetic, other: Arithmetic) -> set[str]:

@@ -4,6 +4,7 @@ it could not tell apart.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
@@ -12,7 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from verify.bounds.constants import DISTINCT, LEVELS, UNIT, Allowance
+from verify.bounds.constants import (
+    ALIKE_PART,
+    DISTINCT,
+    LEVELS,
+    UNBOUNDED,
+    UNIT,
+    Allowance,
+)
 from verify.bounds.exact import Block, Exact, from_keys, ungrouped
 from verify.bounds.expected import Expectation
 from verify.bounds.metrics import distance
@@ -27,8 +35,10 @@ KEPT = 8
 """Blocks are kept for reuse up to this fraction of the oracle's own block size."""
 NARROWED = tuple(name for name in ROUNDED if name not in ("scores", "accumulate"))
 """Fields that an arithmetic without narrow roundings has in FP32."""
-SAMPLE = 4096
-"""So many scores are looked at to see whether they repeat."""
+SAMPLE, ROWS = 2048, 32
+"""So many scores of so many rows are looked at to see whether their roundings repeat."""
+MIDDLE = 2.63
+"""2 sqrt(pi) standard deviations of a normal distribution, in ranges of its middle half."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +78,14 @@ class Truth:
 
     def expectation(self, arithmetic: Arithmetic) -> Expectation | None:
         """What honest kernels of this arithmetic are off by here; None where roundings repeat, so
-        that no statistics apply: equal scores, or P so flat that all of it is rounded the same way.
+        that no statistics apply: equal scores, or P or stored scores so flat that all of a row is
+        rounded the same way.
         """
-        flat = self.spread <= LEVELS * UNIT[arithmetic.format("probs", self.problem.dtype)]
-        if self.problem.dtype == "fp64" or not self.generic or flat:
+        unit, stored = (
+            UNIT[arithmetic.format(name, self.problem.dtype)] for name in ("probs", "stored_scores")
+        )
+        flat = self.spread <= LEVELS * unit or self.relief <= LEVELS * stored
+        if self.problem.dtype == "fp64" or flat or self._repeats(unit):
             return None
         return Expectation(
             self.exact,
@@ -79,7 +93,7 @@ class Truth:
             lambda: self.tilt,
             tests(self.problem),
             2 * arithmetic.exp_ulp * UNIT["fp32"],
-            None if arithmetic.quantised else partial(self.allowances, arithmetic),
+            limits=None if arithmetic.quantised else partial(self.allowances, arithmetic),
         )
 
     def _emulate(self, arithmetic: Arithmetic, kind: str) -> Exact:
@@ -101,16 +115,26 @@ class Truth:
         blocks = self.blocks() if arithmetic.quantised is None else None
         return emulator.emulate(self.problem, self.inputs, arithmetic, rounding, blocks)
 
-    @cached_property
-    def generic(self) -> bool:
-        """Whether the scores are all different, as far as a sample shows: equal ones are rounded
-        alike, row after row.
+    def _repeats(self, unit: float) -> bool:
+        """Whether roundings of P repeat, row after row: equal scores are rounded alike, and so are
+        rows that are moved by a bias alone. unit: the roundoff of P.
+
+        Of the last rows of two heads, the exponents s - max are put in bins of a fraction of a
+        roundoff, in which errors are alike; as many bins must differ as of independent exponents of
+        the same spread (normal ones meet as often as if they filled 2.63 times the range of their
+        middle half evenly).
         """
-        for block in self.blocks():
-            seen = block.raw.masked_select(block.visible)
-            sample = seen[:: max(1, seen.numel() // SAMPLE)]
-            return sample.unique().numel() > DISTINCT * sample.numel()
-        return False
+        for b in self.blocks():
+            last, seen = slice(-ROWS, None), b.visible.expand(b.s.shape)
+            apart = (b.s - b.row_max)[..., last, :]
+            heads = [apart[n, n, n][seen[n, n, n, last]] for n in (0, -1)]
+            # a row's largest weight is 1, and not rounded
+            some = [t[t < 0][:SAMPLE] for t in heads if int((t < 0).sum()) > 1]
+            # a bias that is the same for all heads repeats them in each
+            apart_heads = self.problem.batch * self.problem.heads_q > 1
+            both = [torch.cat(some)] if len(some) > 1 and apart_heads else []
+            return not some or any(_alike(t, unit / ALIKE_PART) for t in some + both)
+        return True
 
     @cached_property
     def spread(self) -> float:
@@ -119,6 +143,19 @@ class Truth:
         """
         for b in self.blocks():
             return (b.row_max - (b.p * b.s).sum(-1, keepdim=True)).mean().item()
+        return 0.0
+
+    @cached_property
+    def relief(self) -> float:
+        """How far scores spread, in the largest of their row, on average over the first rows: the
+        standard deviation of those that are seen.
+        """
+        for b in self.blocks():
+            seen = b.visible.expand(b.raw.shape)
+            raw = torch.where(seen, b.raw, torch.nan)
+            apart = (raw - raw.nanmean(-1, keepdim=True)).square().nanmean(-1).sqrt()
+            largest = torch.where(seen, b.raw.abs(), 0.0).amax(-1)
+            return (apart / largest.clamp(min=1 / UNBOUNDED)).nanmean().item()
         return 0.0
 
     @cached_property
@@ -155,6 +192,14 @@ def tests(problem: Problem) -> int:
     by head.
     """
     return 4 * (6 if problem.grads else 2) * (1 + problem.batch * problem.heads_q)
+
+
+def _alike(exponents: Tensor, bin_width: float) -> bool:
+    """Whether more of them fall into the same bins than of independent ones."""
+    low, high = exponents.quantile(torch.tensor([0.25, 0.75]).to(exponents)).tolist()
+    bins, n = 1 + MIDDLE * (high - low) / bin_width, exponents.numel()
+    independent = bins * -math.expm1(-n / bins)
+    return (exponents / bin_width).floor().unique().numel() < DISTINCT * independent
 
 
 @lru_cache(maxsize=2)

@@ -13,7 +13,7 @@ import torch
 from verify.bounds.expected import Expectation, scores
 from verify.oracles.emulator import emulate
 from verify.reference.reference import Truth, truth
-from verify.spec.arithmetic import FLASH, Arithmetic
+from verify.spec.arithmetic import EAGER, FLASH, Arithmetic
 from verify.spec.case import Case
 from verify.studies.kernels import LOSSES, Draw, tiled
 
@@ -115,3 +115,44 @@ def test_the_tail_is_no_heavier_than_the_inequality_says() -> None:
 def test_where_roundings_repeat_no_statistics_are_made(recipe: str) -> None:
     known = truth(Case.parse(f"b1.h4.q64.k64.d2.fp16.full/{recipe}#1"), "cpu")
     assert known.expectation(FLASH) is None
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "b1.h4.q256.k113.d1.bf16.full.bias=alibi.scale=1.0/tiny#{seed}",
+        "b1.h2.q215.k215.d16.bf16.full.bias=alibi/tiny#{seed}",
+        "b3.h7:1.q5.k12.d256.bf16.causal_lower_right.bias=qk/tiny#{seed}",
+    ],
+)
+@pytest.mark.parametrize("other", [{"tile": 16}, {"rowsum": "rounded"}], ids=str)
+def test_rows_that_a_bias_alone_moves_are_no_evidence(case: str, other: dict) -> None:
+    """They are rounded alike, row after row: honest kernels once alarmed in 13 and 30 of 30."""
+    accused = []
+    for seed in range(30):
+        known = truth(Case.parse(case.format(seed=seed)), "cpu")
+        expected = known.expectation(FLASH)
+        given = emulate(known.problem, known.inputs, replace(FLASH, **other))
+        if expected is not None and expected.surprise("out", given.out):
+            accused.append(seed)
+    assert accused == []
+
+
+@DTYPES
+@pytest.mark.parametrize("recipe", ["normal", "sink", "one_sign", "rising(30)"])
+def test_a_kernel_that_is_better_than_expected_is_never_accused(dtype: str, recipe: str) -> None:
+    """The exact answer itself, of arithmetics that lean: tensor cores truncate."""
+    for arithmetic in (FLASH, Arithmetic(summation="truncated"), Arithmetic(probs="e4m3")):
+        case = f"b1.h4.q96.k256.d64.{dtype}.full.grads/{recipe}#1"
+        known = truth(Case.parse(case), "cpu")
+        expected = known.expectation(arithmetic)
+        assert expected is not None
+        for name in ("out", "lse", "dq", "dk", "dv"):
+            assert expected.surprise(name, getattr(known.exact, name)) is None, name
+
+
+def test_scores_that_are_stored_where_they_hardly_differ_are_no_evidence() -> None:
+    """65536 and 1 more are one number in BF16: all rows err alike."""
+    known = truth(Case.parse("b1.h2:1.q30.k2.d2:1.bf16.full/apart(131072)#0"), "cpu")
+    assert known.expectation(EAGER) is None
+    assert known.expectation(FLASH) is not None
