@@ -109,7 +109,9 @@ class Otherwise:
         try:
             if target not in self._identified:
                 self._identified[target] = self._run(target, identified)
-        except (Finding, Interrupted):
+        except Finding:
+            self._identified[target] = None
+        except Interrupted:
             return None
         # what is not found by its bits may round less often than what most code does; a kernel
         # that calls one of several, as SDPA does, has now this arithmetic and now that
