@@ -13,7 +13,7 @@ from verify.bounds.constants import UNIT
 from verify.engine.causes import state_changed
 from verify.engine.evaluate import evaluate
 from verify.inspection import conventions
-from verify.inspection.identify import TORCH_CPU_ULP, identified
+from verify.inspection.identify import identified
 from verify.properties.catalogue import Property, named
 from verify.records.events import DeclaredOtherwise, FindingShrunk
 from verify.registry import Kernel
@@ -33,8 +33,6 @@ USUAL = tuple(
     for delta in ("probs", "product")
 )
 """Eager code, on a CPU and on a GPU, and with Q scaled beforehand."""
-UNASKED = (replace(FLASH, exp_ulp=TORCH_CPU_ULP),)
-"""Of kernels that are too slow to be identified: torch compiles FlexAttention for a CPU so."""
 MOST_EXCUSED = 8
 """States of torch; a kernel that changes one to something else each time has no end of them."""
 
@@ -116,8 +114,7 @@ class Otherwise:
         # what is not found by its bits may round less often than what most code does; a kernel
         # that calls one of several, as SDPA does, has now this arithmetic and now that
         known = self._identified[target]
-        others = [_coarser(known, usual) for usual in USUAL] if known else UNASKED
-        possible = (known, *USUAL, *others)
+        possible = (known, *USUAL, *(_coarser(known, usual) for usual in USUAL if known))
         cases = [(prop, case) for case in dict.fromkeys((found.case, found.worst))]
         cases = self._explained[target] + cases
         arithmetic = next((a for a in possible if a and self._excused(target, a, cases)), None)
