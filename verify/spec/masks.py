@@ -235,6 +235,23 @@ def _none(rule: Rule, anchor: Anchor, *, common: bool = False, mirror: str = "")
     )
 
 
+def _hashed(
+    rule: Rule, anchor: Anchor, example: str, per_cent: tuple[int, ...], *, per_head: bool = False
+) -> Kind:
+    """A kind that stands for any boolean matrix, of which a per cent drawn from these is seen."""
+    drawn = Drawn(rule.__name__, example, lambda batch, len_q, len_k: shares(*per_cent))
+    return Kind(
+        rule,
+        "(per cent visible, seed)",
+        lambda a: len(a) == 2 and min(a) >= 0 and a[0] <= 100,
+        lambda a, batch: [(tuple(a),) * batch],
+        anchor,
+        (drawn,),
+        per_head=per_head,
+        matrix=True,
+    )
+
+
 KINDS: dict[str, Kind] = {
     "full": _none(full, "keys"),
     "causal_upper_left": _none(causal_upper_left, "first", mirror="causal_lower_right"),
@@ -278,31 +295,8 @@ KINDS: dict[str, Kind] = {
         "first",
         (Drawn("blocks", "blocks(2,3)", lambda b, q, k: sequences(min(q, k))),),
     ),
-    "dense": Kind(
-        dense,
-        "(per cent visible, seed)",
-        lambda a: len(a) == 2 and min(a) >= 0 and a[0] <= 100,
-        lambda a, batch: [(tuple(a),) * batch],
-        "first",
-        (
-            Drawn(
-                "dense",
-                "dense(60,1)",
-                lambda b, q, k: shares(50, 90, 10, 1),
-            ),
-        ),
-        matrix=True,
-    ),
-    "per_head": Kind(
-        per_head,
-        "(per cent visible, seed)",
-        lambda a: len(a) == 2 and min(a) >= 0 and a[0] <= 100,
-        lambda a, batch: [(tuple(a),) * batch],
-        "keys",
-        (Drawn("per_head", "per_head(60,1)", lambda b, q, k: shares(50, 75, 90, 25)),),
-        per_head=True,
-        matrix=True,
-    ),
+    "dense": _hashed(dense, "first", "dense(60,1)", (50, 90, 10, 1)),
+    "per_head": _hashed(per_head, "keys", "per_head(60,1)", (50, 75, 90, 25), per_head=True),
 }
 """Every kind, the simplest first: masks shrink towards the beginning of this table."""
 
