@@ -5,7 +5,7 @@ and legitimate ones. It is judged as what it is from then on, and the line to de
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
 from typing import Any
 
@@ -13,14 +13,14 @@ from verify.bounds.constants import UNIT
 from verify.engine.causes import state_changed
 from verify.engine.evaluate import evaluate
 from verify.inspection import conventions
-from verify.inspection.identify import identified
+from verify.inspection.identify import TORCH_CPU_ULP, identified
 from verify.properties.catalogue import Property, named
 from verify.records.events import DeclaredOtherwise, FindingShrunk
-from verify.registry import Kernel
+from verify.registry import CONVENTIONS, Kernel
 from verify.sandbox.capabilities import as_variant, learn, options, variant
 from verify.sandbox.process import Interrupted
 from verify.spec.arithmetic import EAGER, FLASH, ROUNDED, Arithmetic
-from verify.spec.case import Case
+from verify.spec.case import Case, has_empty_row
 from verify.spec.finding import Finding
 
 FREE = frozenset({"tile", "splits", "normalized_probs", "rowsum", "exp", "summation"})
@@ -33,6 +33,8 @@ USUAL = tuple(
     for delta in ("probs", "product")
 )
 """Eager code, on a CPU and on a GPU, and with Q scaled beforehand."""
+COMPILED = (replace(FLASH, exp_ulp=TORCH_CPU_ULP),)
+"""FlexAttention as torch compiles it for a CPU."""
 MOST_EXCUSED = 8
 """States of torch; a kernel that changes one to something else each time has no end of them."""
 
@@ -96,28 +98,30 @@ class Otherwise:
         return True
 
     def explains(
-        self, target: str, kernel: Kernel, found: FindingShrunk
+        self, target: str, kernel: Kernel, found: FindingShrunk, *, hurried: bool = False
     ) -> DeclaredOtherwise | None:
         """Whether a finding is none in the arithmetic that the kernel was found to have: then it is
-        judged by that.
+        judged by that. hurried: whether it is one of the usual ones is all that is asked.
         """
         prop = named(found.property)
-        if prop.style or not found.measured or not isinstance(kernel.arithmetic, Arithmetic):
+        if prop.style or not found.measured:
             return None
-        try:
-            if target not in self._identified:
-                self._identified[target] = self._run(target, identified)
-        except Finding:
-            self._identified[target] = None
-        except Interrupted:
+        taken = options(kernel, self._device)
+        if taken.crawls and (event := self._empty_row(target, found)):
+            return event
+        if not isinstance(kernel.arithmetic, Arithmetic):
             return None
-        # what is not found by its bits may round less often than what most code does; a kernel
-        # that calls one of several, as SDPA does, has now this arithmetic and now that
-        known = self._identified[target]
-        possible = (known, *USUAL, *(_coarser(known, usual) for usual in USUAL if known))
         cases = [(prop, case) for case in dict.fromkeys((found.case, found.worst))]
         cases = self._explained[target] + cases
-        arithmetic = next((a for a in possible if a and self._excused(target, a, cases)), None)
+        usual = self._first(target, (*COMPILED, *USUAL), cases)
+        if hurried and not usual:
+            return None
+        known = None if taken.slow and usual else self._known(target)
+        # what is not found by its bits may round less often than what most code does; a kernel
+        # that calls one of several, as SDPA does, has now this arithmetic and now that
+        arithmetic = self._first(target, (known,), cases) or usual
+        if known and not arithmetic:
+            arithmetic = self._first(target, [_coarser(known, other) for other in USUAL], cases)
         if arithmetic is None:
             return None
         self._explained[target] = cases
@@ -130,16 +134,58 @@ class Otherwise:
             harmless=kernel.arithmetic == FLASH and _differ(arithmetic, FLASH) <= FREE,
         )
 
+    def _empty_row(self, target: str, found: FindingShrunk) -> DeclaredOtherwise | None:
+        """Whether a finding is none where a row that sees no key may be another value. It is asked
+        of kernels whose conventions were not read off, since their calls take seconds.
+        """
+        about = [(named(found.property), case) for case in (found.case, found.worst)]
+        if "empty_row" in self._changes[target] or not all(
+            has_empty_row(Case.parse(case).problem) for _, case in about
+        ):
+            return None
+        for value in CONVENTIONS["empty_row"][1:]:
+            if self._excused(target, {"empty_row": value}, about):
+                self._changes[target]["empty_row"] = value
+                return DeclaredOtherwise(
+                    kernel=found.kernel,
+                    property=found.property,
+                    case=found.case,
+                    declare=f"empty_row={value!r}",
+                )
+        return None
+
+    def _known(self, target: str) -> Arithmetic | None:
+        """What the kernel's arithmetic is found to be, if there is time to find it."""
+        if target not in self._identified:
+            try:
+                self._identified[target] = self._run(target, identified)
+            except Finding:
+                self._identified[target] = None
+            except Interrupted:
+                return None
+        return self._identified[target]
+
+    def _first(
+        self,
+        target: str,
+        possible: Iterable[Arithmetic | None],
+        cases: list[tuple[Property, str]],
+    ) -> Arithmetic | None:
+        """The first arithmetic in which all of these cases hold."""
+        return next(
+            (a for a in possible if a and self._excused(target, {"arithmetic": a}, cases)), None
+        )
+
     def _excused(
-        self, target: str, arithmetic: Arithmetic, cases: list[tuple[Property, str]]
+        self, target: str, changes: dict[str, Any], cases: list[tuple[Property, str]]
     ) -> bool:
-        """Whether all of these cases hold for a kernel of this arithmetic; others are judged by
+        """Whether all of these cases hold for a kernel with these changes; others are judged by
         what is known meanwhile.
         """
-        changes = (("arithmetic", arithmetic),)
+        same = tuple(changes.items())
         try:
             for prop, case in cases:
-                self._run(target, as_variant, changes, evaluate, prop, Case.parse(case))
+                self._run(target, as_variant, same, evaluate, prop, Case.parse(case))
         except (Finding, Interrupted):
             return False
         return True

@@ -18,6 +18,7 @@ from verify.engine.session import Session
 from verify.inspection import conventions
 from verify.properties.catalogue import Property
 from verify.records.events import (
+    CaseFinished,
     DeclaredOtherwise,
     Ended,
     Event,
@@ -155,6 +156,8 @@ class Run:
         for event in rounds.run():
             if not isinstance(event, Search):
                 yield event
+                if one := _failing(searches, event):
+                    yield from self._spared(one, rounds, searches)
                 continue
             for end in event.finish():
                 yield end
@@ -169,18 +172,44 @@ class Run:
                         searches.append(rounds.again(event))
             keep(self._of.corpus, event)
 
-    def _right_otherwise(self, one: Search, found: FindingShrunk) -> DeclaredOtherwise | None:
+    def _spared(
+        self, one: Search, rounds: Rounds, searches: list[Search]
+    ) -> Iterator[FindingShrunk | DeclaredOtherwise]:
+        """The events of a search whose first case that fails holds in another arithmetic: there is
+        nothing to shrink, and it begins anew.
+        """
+        found = one.shrunk()
+        if found and (other := self._right_otherwise(one, found, hurried=True)):
+            yield found
+            yield other
+            one.close()
+            searches.append(rounds.again(one))
+
+    def _right_otherwise(
+        self, one: Search, found: FindingShrunk, *, hurried: bool = False
+    ) -> DeclaredOtherwise | None:
         if self._of.config.strict:
             return None
-        return self._of.otherwise.explains(self._of.targets[one.kernel.name], one.kernel, found)
+        target = self._of.targets[one.kernel.name]
+        return self._of.otherwise.explains(target, one.kernel, found, hurried=hurried)
 
     def _break_off(self, one: Search, *, timed_out: bool) -> Iterator[Event]:
         """The events of a search that the end of the run, or of its time, cut short."""
         one.close()
         if found := one.shrunk(cut=True):
             yield found
-            yield self._of.triage.explain(found)
+            other = self._right_otherwise(one, found, hurried=True)
+            yield other or self._of.triage.explain(found)
         yield one.ending(one.timed_out() if timed_out else Ended.INTERRUPTED)
+
+
+def _failing(searches: list[Search], event: Event) -> Search | None:
+    """The search of which a case failed, if the event says so."""
+    if not (isinstance(event, CaseFinished) and event.outcome is Outcome.FAILED):
+        return None
+    about = event.kernel, event.property
+    of_it = (one for one in searches if (one.kernel.name, one.prop.name) == about)
+    return next((one for one in of_it if one.shrinking and not one.ended), None)
 
 
 def _no_time(kernel: Kernel, prop: Property, seed: int) -> PropertyFinished:

@@ -59,6 +59,9 @@ BACKWARD: dict[str, tuple[Any, ...]] = {
     "delta": ("out", "probs", "product"),
     "scaled_dscores": (False, True),
 }
+TORCH_CPU_ULP = 900.0
+"""Units in the last place that torch's exponential of 16 bits on a CPU is off by (pytorch pull
+151441)."""
 SPILLS = (None, (32, 512), (64, 512), (128, 512), (256, 512))
 TILES = (0, 16, 32, 48, 64, 80, 96, 112, 128, 160, 176, 192, 256)
 QUESTIONS = (
@@ -71,7 +74,7 @@ QUESTIONS = (
     Question(
         "b1.h8.q128.k64.d128.{fine}.full/normal#3",
         ("out",),
-        {"exp_ulp": (2.0, 20.0, 900.0, 8192.0)},
+        {"exp_ulp": (2.0, 20.0, TORCH_CPU_ULP, 8192.0)},
     ),
     Question("b1.h4.q512.k64.d128.{narrow}.full.grads/normal#6", ("dk", "dv"), {"spill": SPILLS}),
     # fewer rows at a time where there are few, as torch has it on a CPU

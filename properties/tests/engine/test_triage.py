@@ -6,7 +6,10 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,19 +19,30 @@ from verify.diagnosis.explain import explain, explain_call
 from verify.engine import causes
 from verify.engine.clock import Alarm, Clock
 from verify.engine.config import RunConfig
-from verify.engine.otherwise import Otherwise
+from verify.engine.evaluate import evaluate
+from verify.engine.otherwise import COMPILED, Otherwise
 from verify.engine.run import Run as WholeRun
 from verify.engine.session import Session
 from verify.errors import VerifyError
+from verify.inspection.identify import TORCH_CPU_ULP, identified
 from verify.properties.catalogue import PROPERTIES
 from verify.properties.tests.support import ATTEND, searched
 from verify.pytest_plugin import Run
-from verify.records.events import CaseFinished, DeclaredOtherwise, Event, Outcome
+from verify.records.events import (
+    CaseFinished,
+    DeclaredOtherwise,
+    Event,
+    FindingShrunk,
+    Outcome,
+)
 from verify.records.shared import Shared
 from verify.records.summary import OTHERWISE, declare, exit_code, findings
 from verify.registry import find
-from verify.spec.arithmetic import EAGER
+from verify.sandbox.capabilities import learn, options
+from verify.sandbox.process import Interrupted
+from verify.spec.arithmetic import EAGER, FLASH
 from verify.spec.case import Case
+from verify.spec.finding import Finding
 
 PASSED = Outcome.PASSED
 
@@ -301,5 +315,66 @@ def test_a_case_is_not_judged_by_an_arithmetic_that_is_being_tried() -> None:
 
     otherwise = Otherwise("cpu", run)
     cases = [(PROPERTIES["oracle"], "b1.h1.q1.k1.d1.fp32.full/integers#0")]
-    assert otherwise._excused("mine", EAGER, cases)
+    assert otherwise._excused("mine", {"arithmetic": EAGER}, cases)
     assert meanwhile == [()]
+
+
+@pytest.mark.parametrize("hurried", [False, True])
+def test_usual_arithmetics_are_tried_though_no_time_is_left(
+    hurried: bool,  # noqa: FBT001 (parametrised)
+) -> None:
+
+    def run(target: str, function: Callable[..., object], *arguments: Any) -> None:
+        if function is identified:
+            raise Interrupted
+        changes = dict(arguments[0])
+        if changes["arithmetic"] not in COMPILED:
+            raise Finding("too much error")
+
+    kernel = replace(find("naive")[0], arithmetic=FLASH)
+    case = "b1.h1.q2.k8.d8.bf16.full/normal#0"
+    found = FindingShrunk(
+        kernel="naive", property="oracle", case=case, reason="", measured={"out": 2.0}, worst=case
+    )
+    otherwise = Otherwise("cpu", run)
+    event = otherwise.explains("naive", kernel, found, hurried=hurried)
+    assert event
+    assert f"exp_ulp={TORCH_CPU_ULP}" in event.declare
+    assert otherwise.changes("naive") == (("arithmetic", COMPILED[0]),)
+
+
+@pytest.mark.parametrize(("crawls", "says"), [(True, "empty_row='mean'"), (False, "")])
+def test_an_empty_row_may_be_another_where_calls_take_seconds(
+    crawls: bool,  # noqa: FBT001 (parametrised)
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its conventions are not read off; another's were, and it is wrong."""
+    monkeypatch.setattr(registry, "REGISTRY", dict(registry.REGISTRY))
+    (tmp_path / "mean.py").write_text(
+        f"{ATTEND}\n\n@kernel(dtypes=('fp32',))\ndef averages(q, k, v, *, scale, mask):\n"
+        "    least = torch.finfo(q.dtype).min\n"
+        "    s = q @ k.mT * scale\n"
+        "    s = s if mask is None else s.masked_fill(~mask, least)\n"
+        "    return torch.softmax(s, -1) @ v\n"
+    )
+    (kernel,) = find(f"{tmp_path / 'mean.py'}::averages")
+    learn(kernel, "cpu", replace(options(kernel, "cpu"), crawls=crawls))
+    case = "b1.h1.q2.k1.d1.fp32.causal_lower_right/integers#0"
+    with pytest.raises(Finding) as raised:
+        evaluate(kernel, "cpu", PROPERTIES["oracle"], Case.parse(case))
+    found = FindingShrunk(
+        kernel="averages",
+        property="oracle",
+        case=case,
+        reason=raised.value.sentence,
+        measured=raised.value.measured,
+        worst=case,
+    )
+
+    def run(target: str, function: Callable[..., object], *arguments: Any) -> object:
+        return function(kernel, "cpu", *arguments)
+
+    event = Otherwise("cpu", run).explains("mine", kernel, found)
+    assert (event.declare if event else "") == says
