@@ -37,7 +37,7 @@ def arithmetics(draw: Callable[..., Any]) -> Arithmetic:
         stored_scores=one_of("fp32", "fp32", "input"),
         exp=one_of("natural", "binary", "fused"),
         exp_ulp=one_of(2.0, 2.0, 20.0, 65536.0),
-        tile=one_of(0, 16),
+        tile=one_of(0, 16, 1, 3),
         splits=one_of(1, 1, 2, 3),
         probs=narrow,
         probs_scale=256.0 if narrow == "e4m3" else 1.0,

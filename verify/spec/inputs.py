@@ -179,6 +179,26 @@ def sunken(rng: np.random.Generator, problem: Problem, c: float = 3e4) -> Triple
     return q, k, v
 
 
+@distribution({"cancelling(1e9)": 1}, says=lambda problem: problem.dim_qk > 2 < problem.len_k)
+def cancelling(rng: np.random.Generator, problem: Problem, c: float = 1e9) -> Triple:
+    """Scores of every third key are sums of c, -c and less than nothing: 60 below the others, where
+    they are not found by chance to be far above.
+    """
+    q, k, v = normal(rng, problem)
+    low = np.arange(problem.len_k) % 3 == 2
+    scale = problem.softmax_scale or 1.0
+    q[..., :2], k[..., 0], k[..., 1] = 1.0, np.where(low, c, 0.0), np.where(low, -c, 0.0)
+    q[..., 2], k[..., 2] = 1.0, np.where(low, -60.0, 0.0) / scale
+    return q, k, v
+
+
+@distribution({"vast(1e38)": 1})
+def vast(rng: np.random.Generator, problem: Problem, size: float = 1e38) -> Triple:
+    """V near the largest numbers, of one sign: sums of P V that are not divided yet overflow."""
+    q, k, v = normal(rng, problem)
+    return q, k, size * (1 + rng.random(v.shape))
+
+
 @distribution({"ties": 1, "ties(3)": 1})
 def ties(rng: np.random.Generator, problem: Problem, keys: float = 1.0) -> Triple:
     """So many different keys, again and again: scores of a row tie, with one key all of them, P is

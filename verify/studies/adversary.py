@@ -71,7 +71,8 @@ class Adversary:
         along = [5] if form is by_key else [4] if form is from_keys else [2, 3]  # of [B,Hk,G,n,K,D]
         terms = a * b
         size = terms.numel() // max(1, terms.sum(along).numel())
-        return self._moved(terms, _gamma(size, u) * terms.abs()).sum(along)
+        most = torch.maximum(_gamma(size, u) * terms.abs(), FLOOR[fmt] * (terms != 0))
+        return self._moved(terms, most).sum(along)
 
 
 def _gamma(n: int, u: float) -> float:
