@@ -108,6 +108,8 @@ class Nearest:
         """
         if fmt == "fp64":
             return form(a, b)
+        if fmt in ("fp16", "bf16"):
+            return _by_steps(form, a, b, fmt)
         if fmt == "fp22" and form is from_keys:
             return _by_products(a, b)
         if cut:
@@ -152,6 +154,18 @@ def _partial_sums(found: Tensor, sizes: Tensor, terms: int) -> Tensor:
     partial sums as large as the whole, where terms have one sign; as the sum of sizes, where they
     cancel (Higham 2002, section 4.2; random signs)."""
     return torch.maximum(sizes, math.sqrt(max(1, terms)) * found.abs())
+
+
+def _by_steps(form: Form, a: Tensor, b: Tensor, fmt: str) -> Tensor:
+    """An exact sum of MMA_TERMS products at a time, added to an accumulator of 16 bits."""
+    along_a, along_b = _CONTRACTED[form]
+    steps = range(0, a.shape[along_a], MMA_TERMS["fp32"])
+    total = torch.zeros((), dtype=torch.float64, device=a.device)
+    for start in steps:
+        terms = min(MMA_TERMS["fp32"], a.shape[along_a] - start)
+        part = form(a.narrow(along_a, start, terms), b.narrow(along_b, start, terms))
+        total = rounded(total + part, fmt)
+    return total if steps else form(a, b)
 
 
 def _by_instructions(form: Form, a: Tensor, b: Tensor, fmt: str) -> Tensor:

@@ -33,7 +33,7 @@ def arithmetics(draw: Callable[..., Any]) -> Arithmetic:
     return Arithmetic(
         quantised=one_of(None, None, None, None, None, *QUANTISED),
         scaled_query=one_of(False, False, False, True),
-        scores=one_of("fp32", "tf32", "fp22"),
+        scores=one_of("fp32", "tf32", "fp22", "fp16"),
         stored_scores=one_of("fp32", "fp32", "input"),
         exp=one_of("natural", "binary", "fused"),
         exp_ulp=one_of(2.0, 2.0, 20.0, 65536.0),
@@ -43,7 +43,7 @@ def arithmetics(draw: Callable[..., Any]) -> Arithmetic:
         probs_scale=256.0 if narrow == "e4m3" else 1.0,
         normalized_probs=one_of(False, True),
         rowsum=one_of("unrounded", "rounded"),
-        accumulate=one_of("fp32", "tf32", "fp22"),
+        accumulate=one_of("fp32", "tf32", "fp22", "fp16", "bf16"),
         summation=one_of("hardware", "truncated"),
         output=one_of("input", "fp32"),
         dscores=one_of("input", "fp32", "bf16"),

@@ -8,6 +8,8 @@ from dataclasses import dataclass, fields
 
 from verify.errors import VerifyError
 
+ACCUMULATORS = ("input", "fp64", "fp32", "tf32", "fp22", "fp16", "bf16")
+"""Formats that products are added up in."""
 FORMATS = ("input", "fp64", "fp32", "tf32", "fp22", "fp16", "bf16", "e4m3", "e5m2")
 """Names of formats; `input` is the dtype of the problem. fp22: FP32 with 13 stored bits of
 significand, the accumulator of Hopper's FP8 tensor cores (SageAttention2, arXiv 2411.10958, section
@@ -135,6 +137,7 @@ class Arithmetic:
     def __post_init__(self) -> None:
         choices = {
             **dict.fromkeys(ROUNDED, FORMATS),
+            **dict.fromkeys(("scores", "accumulate"), ACCUMULATORS),
             "rowsum": ("unrounded", "rounded"),
             "delta": ("out", "probs", "product"),
             "exp": ("natural", "binary", "fused"),
