@@ -63,12 +63,13 @@ def gradients(
     )
     name = f"dS in {units.format['dscores']}"
     over = over + units.row_overflow("dscores", ds, e_ds, max(1.0, scale))
-    size, flushed = ds + e_ds, units.exp_floor * (1 + scale)
+    size, step = ds + e_ds, units.step["accumulate"]
 
     moved, mass = scale * from_keys(e_ds, k), scale * from_keys(ds, k)
     stored = u_ds * (mass + moved) + scale * floor_ds * k.sum(-2)[:, :, None, None, :] + over
     gamma, everything = units.gamma("accumulate", problem.len_k), mass + moved + stored
-    lost = flushed * (size.sum(-1, keepdim=True) + problem.len_k + STEPS)
+    lost = units.exp_floor * size.sum(-1, keepdim=True) + step * (problem.len_k + STEPS)
+    lost = lost * (1 + scale)
     lost = lost + units.overflow("accumulate", everything / min(1.0, scale or 1.0))
     result["dq"] = {"dS": moved, name: stored, "sum over keys": gamma * everything + lost}
     if rows.operands is not None:
@@ -90,7 +91,8 @@ def gradients(
     )
     gamma, floor = _row_sum(problem, units, arithmetic)
     everything = mass + moved + stored
-    lost = flushed * (size.sum((2, 3))[..., None] + problem.len_q * problem.group + STEPS)
+    summed = problem.len_q * problem.group + STEPS
+    lost = (units.exp_floor * size.sum((2, 3))[..., None] + step * summed) * (1 + scale)
     lost = lost + units.overflow("accumulate", everything / min(1.0, scale or 1.0))
     result["dk"] = {"dS": moved, name: stored, "sum over rows": gamma * everything + floor + lost}
     if rows.operands is not None:
@@ -117,7 +119,8 @@ def _dv(
     gamma, floor = _row_sum(problem, units, arithmetic)
     name, everything = f"P in {units.format['probs']}", mass + moved + stored
     weights = (b.p + e_p).sum((2, 3))[..., None]
-    lost = units.exp_floor * (weights + problem.len_q * problem.group + STEPS)
+    summed = problem.len_q * problem.group + STEPS
+    lost = units.exp_floor * weights + units.step["accumulate"] * summed
     lost = lost + units.overflow("accumulate", everything) + overflow.sum((2, 3))[:, :, None]
     return {
         "scores and exponentials": moved,

@@ -167,6 +167,10 @@ class Units:
         self.exp = 2 * arithmetic.exp_ulp * self.work  # one ulp is two roundoffs
         self.exp_floor = FLOOR["fp64" if problem.dtype == "fp64" else "fp32"]
         """What may be flushed of an exponential, a product, or an input that is subnormal."""
+        self.step = {
+            name: max(self.exp_floor, self.floor[name]) for name in ("scores", "accumulate")
+        }
+        """Absolute error of a step of a sum: what is flushed, or the accumulator's own spacing."""
         self.stores_scores = self.u["stored_scores"] > self.work
 
     def gamma(self, name: str, terms: int) -> float:
@@ -204,17 +208,18 @@ class Units:
         return unbounded(by_key(weights, keys).amax(-1, keepdim=True) > largest)
 
     def flushed(self, terms: int, weights: Tensor, keys: Tensor) -> float:
-        """What a sum of this many products may lose to flushed subnormals: each product, and either
-        factor.
+        """What a sum of this many products, a score, may lose near zero: in each step, and of
+        either factor of a product.
         """
         largest = sum(_amax(t).item() for t in (weights, keys) if t.numel())
-        return self.exp_floor * (terms * (1 + largest) + STEPS)
+        return self.step["scores"] * (terms + STEPS) + self.exp_floor * terms * largest
 
     def score_overflow(self, b: Block, q: Tensor, k: Tensor, scale: float) -> Tensor:
         """UNBOUNDED for rows where S, of products of these absolute values, may overflow its
         format, however scale is applied.
         """
-        largest, factor = LARGEST[self.format["stored_scores"]], max(1.0, scale)
+        largest = min(LARGEST[self.format[name]] for name in ("scores", "stored_scores"))
+        factor = max(1.0, scale)
         if (
             not k.shape[-2]
             or not q.numel()

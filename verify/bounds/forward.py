@@ -202,12 +202,13 @@ class Rows:
         return terms
 
     def _lost(self, added: Tensor) -> Tensor | float:
-        """What the sum of P V loses to flushed subnormals; UNBOUNDED where it may overflow before
-        it is divided by the row sum.
+        """What the sum of P V loses near zero; UNBOUNDED where it may overflow before it is divided
+        by the row sum.
         """
         units, b, len_k = self.units, self.block, self.problem.len_k
-        lost = units.exp_floor * (len_k + STEPS)
-        largest = LARGEST[units.format["accumulate"]] / self.arithmetic.probs_scale
+        scaled = self.arithmetic.probs_scale
+        lost = units.step["accumulate"] * (len_k + units.tiles + STEPS) / min(1.0, scaled)
+        largest = LARGEST[units.format["accumulate"]] / scaled
         normalised = self.arithmetic.normalized_probs
         most = added.amax().item() * (1 if normalised else len_k) if added.numel() else 0.0
         if most <= largest:

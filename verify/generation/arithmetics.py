@@ -7,7 +7,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from verify.spec.arithmetic import Arithmetic, Quantisation
+from verify.spec.arithmetic import SHORT, Arithmetic, Quantisation
 
 QUANTISED = (
     Quantisation(),
@@ -30,10 +30,12 @@ def arithmetics(draw: Callable[..., Any]) -> Arithmetic:
         return draw(st.sampled_from(values))
 
     narrow = one_of("input", "fp32", "bf16", "fp16", "e4m3", "e5m2", "tf32")
+    quantised = one_of(None, None, None, None, None, *QUANTISED)
+    short = () if quantised else SHORT
     return Arithmetic(
-        quantised=one_of(None, None, None, None, None, *QUANTISED),
+        quantised=quantised,
         scaled_query=one_of(False, False, False, True),
-        scores=one_of("fp32", "tf32", "fp22", "fp16"),
+        scores=one_of("fp32", "tf32", "fp22", *short),
         stored_scores=one_of("fp32", "fp32", "input"),
         exp=one_of("natural", "binary", "fused"),
         exp_ulp=one_of(2.0, 2.0, 20.0, 65536.0),
@@ -43,7 +45,7 @@ def arithmetics(draw: Callable[..., Any]) -> Arithmetic:
         probs_scale=256.0 if narrow == "e4m3" else 1.0,
         normalized_probs=one_of(False, True),
         rowsum=one_of("unrounded", "rounded"),
-        accumulate=one_of("fp32", "tf32", "fp22", "fp16", "bf16"),
+        accumulate=one_of("fp32", "tf32", "fp22", *short),
         summation=one_of("hardware", "truncated"),
         output=one_of("input", "fp32"),
         dscores=one_of("input", "fp32", "bf16"),

@@ -10,6 +10,8 @@ from verify.errors import VerifyError
 
 ACCUMULATORS = ("input", "fp64", "fp32", "tf32", "fp22", "fp16", "bf16")
 """Formats that products are added up in."""
+SHORT = ("fp16", "bf16")
+"""Those of 16 bits."""
 FORMATS = ("input", "fp64", "fp32", "tf32", "fp22", "fp16", "bf16", "e4m3", "e5m2")
 """Names of formats; `input` is the dtype of the problem. fp22: FP32 with 13 stored bits of
 significand, the accumulator of Hopper's FP8 tensor cores (SageAttention2, arXiv 2411.10958, section
@@ -146,6 +148,12 @@ class Arithmetic:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise VerifyError(f"{name}={getattr(self, name)!r}: one of {', '.join(allowed)}")
+        short = [name for name in ("scores", "accumulate") if getattr(self, name) in SHORT]
+        if self.quantised and short:
+            raise VerifyError(
+                f"{short[0]}={getattr(self, short[0])!r} beside quantised inputs: sums of 8-bit "
+                "codes in 16 bits are not emulated; declare fp32 or fp22"
+            )
         if self.spill is not None and min(self.spill) < 1:
             raise VerifyError(f"spill={self.spill!r}: (query rows, keys), each at least 1, or None")
         numbers = {

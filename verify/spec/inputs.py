@@ -185,10 +185,10 @@ def cancelling(rng: np.random.Generator, problem: Problem, c: float = 1e9) -> Tr
     they are not found by chance to be far above.
     """
     q, k, v = normal(rng, problem)
-    low = np.arange(problem.len_k) % 3 == 2
-    scale = problem.softmax_scale or 1.0
-    q[..., :2], k[..., 0], k[..., 1] = 1.0, np.where(low, c, 0.0), np.where(low, -c, 0.0)
-    q[..., 2], k[..., 2] = 1.0, np.where(low, -60.0, 0.0) / scale
+    low = (np.arange(problem.len_k) % 3 == 2).astype(np.float64)
+    q[..., :3] = 1.0
+    for column, far in enumerate((c, -c, -60.0 / (problem.softmax_scale or 1.0))[: k.shape[-1]]):
+        k[..., column] = far * low
     return q, k, v
 
 

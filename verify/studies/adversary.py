@@ -11,10 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from verify.bounds.constants import CUT, FLOOR, LOG, TANH, UNIT
+from verify.bounds.constants import CUT, FLOOR, LARGEST, LOG, TANH, UNIT
 from verify.bounds.exact import Exact, by_key, from_keys
 from verify.oracles.emulator import emulate
-from verify.oracles.formats import Form
+from verify.oracles.formats import EIGHT_BITS, Form
 from verify.spec.arithmetic import Arithmetic
 from verify.spec.case import Inputs
 from verify.spec.problem import Problem
@@ -45,25 +45,30 @@ class Adversary:
         return torch.where(finite, x + self._sigma(x) * torch.where(finite, most, 0.0), x)
 
     def store(self, x: Tensor, fmt: str) -> Tensor:
-        """x (1 + sigma u), or x + sigma floor near zero; zero is exact."""
-        return self._moved(x, torch.maximum(UNIT[fmt] * x.abs(), FLOOR[fmt] * (x != 0)))
+        """x (1 + sigma u), or x + sigma floor near zero; zero is exact. What does not fit is
+        infinite.
+        """
+        most = torch.maximum(UNIT[fmt] * x.abs(), FLOOR[fmt] * (x != 0))
+        return _overflowed(self._moved(x, most), fmt)
 
     def function(self, name: str, x: Tensor, fmt: str, ulp: float) -> Tensor:
         """The function's result, off by its error."""
-        return self._moved(
-            x,
-            torch.maximum(
-                ROUNDOFFS.get(name, 2 * ulp) * UNIT[fmt] * x.abs(), FLOOR[fmt] * (x != 0)
-            ),
-        )
+        unit = ROUNDOFFS.get(name, 2 * ulp) * UNIT[fmt]
+        most = torch.maximum(unit * x.abs(), FLOOR[fmt] * (x != 0))
+        return _overflowed(self._moved(x, most), fmt)
 
     def total(self, x: Tensor, fmt: str) -> Tensor:
         """Every term of the sum off by gamma."""
-        return self._moved(x, _gamma(x.shape[-1], UNIT[fmt]) * x.abs()).sum(-1, keepdim=True)
+        moved = self._moved(x, _gamma(x.shape[-1], UNIT[fmt]) * x.abs())
+        return _overflowed(moved.sum(-1, keepdim=True), fmt)
 
     def product(self, form: Form, a: Tensor, b: Tensor, fmt: str, *, cut: bool) -> Tensor:
-        """Every product inside the sum off by gamma."""
-        u = UNIT["fp32" if fmt == "tf32" else fmt] * (CUT if cut or fmt == "fp22" else 1)
+        """Every product inside the sum off by gamma, or by what a step loses near zero; factors
+        that are subnormal may be flushed; partial sums in the worst order may overflow.
+        """
+        fmt = "fp32" if fmt == "tf32" else fmt
+        u = UNIT[fmt] * (CUT if cut or fmt == "fp22" else 1)
+        a, b = (self._flushed(factor, fmt) for factor in (a, b))
         a, b = (
             a.unsqueeze(-2 if form is by_key else -1),
             b.unsqueeze(-2) if form not in (by_key, from_keys) else b[:, :, None, None],
@@ -72,7 +77,21 @@ class Adversary:
         terms = a * b
         size = terms.numel() // max(1, terms.sum(along).numel())
         most = torch.maximum(_gamma(size, u) * terms.abs(), FLOOR[fmt] * (terms != 0))
-        return self._moved(terms, most).sum(along)
+        found = self._moved(terms, most).sum(along)
+        one_sign = [terms.clamp(min=0.0).sum(along), -terms.clamp(max=0.0).sum(along)]
+        return torch.where(torch.maximum(*one_sign) > LARGEST[fmt], torch.inf, found)
+
+    def _flushed(self, x: Tensor, fmt: str) -> Tensor:
+        """x, of which subnormal numbers of the working format may be flushed."""
+        subnormal = x.abs() < FLOOR["fp64" if fmt == "fp64" else "fp32"]
+        return self._moved(x, x.abs() * subnormal)
+
+
+def _overflowed(x: Tensor, fmt: str) -> Tensor:
+    """What does not fit the format is infinite; the 8-bit formats saturate."""
+    if fmt in EIGHT_BITS:
+        return x
+    return torch.where(x.abs() > LARGEST[fmt], torch.inf * x.sign(), x)
 
 
 def _gamma(n: int, u: float) -> float:
