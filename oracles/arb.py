@@ -26,7 +26,7 @@ from verify.errors import VerifyError
 from verify.spec.case import Inputs, visibility
 from verify.spec.problem import Problem
 
-# Any, so that mypy says the same with and without the extra
+# Any, so that mypy says the same with and without it
 flint: Any = importlib.import_module("flint") if importlib.util.find_spec("flint") else None
 
 LARGEST = 100_000_000  # multiply-adds at 256 bits: one to two seconds
@@ -74,8 +74,7 @@ def work(problem: Problem) -> int:
 def _refuse(problem: Problem, bits: int) -> None:
     if not available():
         raise VerifyError(
-            "the interval oracle needs python-flint: pip install 'attention-verify[flint]' (or "
-            "python-flint)"
+            "the interval oracle needs python-flint: pip install python-flint"
         )
     if bits < 2:
         raise VerifyError(f"bits={bits}: at least 2; 256 leave nothing but float64's own rounding")

@@ -36,6 +36,7 @@ class Rounding(Protocol):
 
     def store(self, x: Tensor, fmt: str) -> Tensor: ...  # noqa: D102
     def function(self, name: str, x: Tensor, fmt: str, ulp: float) -> Tensor: ...  # noqa: D102
+    def rescaled(self, x: Tensor, times: Tensor, fmt: str, ulp: float) -> Tensor: ...  # noqa: D102
     def total(self, x: Tensor, fmt: str) -> Tensor: ...  # noqa: D102
     def product(self, form: Form, a: Tensor, b: Tensor, fmt: str, *, cut: bool) -> Tensor: ...  # noqa: D102
 
@@ -145,10 +146,11 @@ class _Emulator:
             s.amax(-1, keepdim=True) if s.shape[-1] else s.new_full((*s.shape[:-1], 1), -torch.inf)
         )
         row_max = row_max.masked_fill(row_max == -torch.inf, 0.0)
-        held = running_max(s, row_max, self.arithmetic)
+        held, times = running_max(s, row_max, self.arithmetic)
         if self.arithmetic.exp == "fused":  # elsewhere a maximum is one of the stored scores
             row_max, held = self.working(row_max), self.working(held)
         weights, later = self.exp(s - held, unit), torch.exp(unit * (held - row_max))
+        later = self.rounding.rescaled(later, times, self.work, self.arithmetic.exp_ulp)
         v = self.operand(b.v, "accumulate")
         factor = self.arithmetic.probs_scale
         if self.arithmetic.normalized_probs:
@@ -163,9 +165,7 @@ class _Emulator:
             out = self.weighted(p, v)
             return self.output(out, total), self.lse(unit * row_max, total), p, slope
         stored = self.store(weights * factor, "probs") / factor
-        total = self.rounding.total(
-            (stored if self.arithmetic.rowsum == "rounded" else weights) * later, self.work
-        )
+        total = self.row_sum(stored if self.arithmetic.rowsum == "rounded" else weights, later)
         out = self.weighted(stored, v, later)
         lse = self.lse(unit * row_max, total)
         seen = self.working(lse.masked_fill(lse == -torch.inf, 0.0) / unit)
@@ -176,6 +176,14 @@ class _Emulator:
             self.exp(s - seen, unit),
             slope,
         )
+
+    def row_sum(self, weights: Tensor, later: Tensor) -> Tensor:
+        """Of rounded weights as tensor cores add them up, where they would truncate."""
+        rounded = self.arithmetic.rowsum == "rounded" and self.arithmetic.accumulate == "fp32"
+        if rounded and self.arithmetic.truncates("accumulate", self.problem.dtype, self.device):
+            ones = weights.new_ones((*weights.shape[:2], weights.shape[-1], 1))
+            return self.product(from_keys, weights * later, ones, "accumulate")
+        return self.rounding.total(weights * later, self.work)
 
     def weighted(
         self, p: Tensor, v: Tensor, later: Tensor | float = 1.0
@@ -272,13 +280,13 @@ class _Emulator:
         return self.store((self.store(x, "group_sum") if x.shape[2] > 1 else x).sum(2), "output")
 
 
-def running_max(s: Tensor, row_max: Tensor, arithmetic: Arithmetic) -> Tensor:
-    """The maximum that was in force when P of each key was rounded: [.., n, K], or [.., n, 1] where
-    it is the row's.
+def running_max(s: Tensor, row_max: Tensor, arithmetic: Arithmetic) -> tuple[Tensor, Tensor]:
+    """(the maximum that was in force when P of each key was rounded, how many more times the sums
+    are rescaled): [.., n, K], or [.., n, 1] where it is the row's.
     """
     if not s.shape[-1] or (arithmetic.tile == 0 and arithmetic.splits == 1):
-        return row_max
-    parts, share = [], -(-s.shape[-1] // arithmetic.splits)
+        return row_max, torch.zeros((), device=s.device)
+    parts, times, share = [], [], -(-s.shape[-1] // arithmetic.splits)
     for part in s.split(
         -(-share // (arithmetic.tile or 1)) * (arithmetic.tile or 1), -1
     ):  # whole tiles
@@ -287,8 +295,10 @@ def running_max(s: Tensor, row_max: Tensor, arithmetic: Arithmetic) -> Tensor:
         parts += [
             top.expand(tile.shape) for top, tile in zip(tops.split(1, -1), tiles, strict=True)
         ]
+        left = len(tiles) + (arithmetic.splits > 1)  # a merge is one more
+        times += [n for at, tile in enumerate(tiles, 1) for n in [left - at] * tile.shape[-1]]
     held = torch.cat(parts, -1)
-    return torch.where(held == -torch.inf, row_max, held)
+    return torch.where(held == -torch.inf, row_max, held), torch.tensor(times, device=s.device)
 
 
 def emulate(

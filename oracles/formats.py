@@ -96,6 +96,12 @@ class Nearest:
             x.isfinite(), x + draw * size.nan_to_num() * 2.0 ** -(STORED_BITS["fp32"] + 1), x
         )
 
+    def rescaled(self, x: Tensor, times: Tensor, fmt: str, ulp: float) -> Tensor:
+        """The factor exp(m - m_last) of sums that are rescaled so many times on the way to the last
+        maximum: what they round is far less than a stored weight's roundoff.
+        """
+        return x
+
     def total(self, x: Tensor, fmt: str) -> Tensor:
         """The sum along the last dimension, kept."""
         return (

@@ -39,6 +39,8 @@ def gradients(
     do, v = b.do.abs(), b.v.abs()
     over = overflow + units.sum_overflow("scores", do, v, 2.0)  # dP, delta, dP - delta
     over = over + units.sum_overflow("stored_scores", do, v)
+    if arithmetic.delta == "product":
+        over = over + units.sum_overflow("ds_product", do, v)
     result: dict[str, Terms] = {"dv": _dv(problem, b, units, arithmetic, e_p, overflow)}
     if problem.bias not in ("none", "alibi"):
         summed = (

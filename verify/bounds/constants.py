@@ -157,9 +157,9 @@ class Units:
             name: CUT if arithmetic.truncates(name, problem.dtype, device) else 1
             for name in ("scores", "accumulate")
         }
+        self.format["ds_product"] = problem.dtype
         self.u = {name: UNIT[f] for name, f in self.format.items()}
         self.floor = {name: FLOOR[f] for name, f in self.format.items()}
-        self.u["ds_product"], self.floor["ds_product"] = UNIT[problem.dtype], FLOOR[problem.dtype]
         self.work = UNIT["fp64" if problem.dtype == "fp64" else "fp32"]
         shortest = min(SHORTEST_TILE, arithmetic.tile or SHORTEST_TILE)
         self.tiles = problem.len_k // shortest + arithmetic.splits

@@ -144,7 +144,9 @@ class Rows:
             if arithmetic.rowsum == "rounded"
             else torch.zeros_like(b.lse)
         )
-        summed = units.work * (problem.len_k + units.tiles + STEPS)
+        # a rounded P may be added up by tensor cores, as a product with ones
+        cut = units.cut["accumulate"] if arithmetic.rowsum == "rounded" else 1
+        summed = units.work * (cut * problem.len_k + units.tiles + STEPS)
         self.eta = (rounded + summed).clamp(max=1 - UNIT["fp64"])
         self.out = self._out(p_d, spread)
         self.lse = self._lse(spread)
@@ -290,6 +292,8 @@ def _score_error(
             + 2 * floor * problem.softcap
         )
     if b.bias is not None:
-        error = error + (units.work + u) * b.bias.abs() + u * (b.s.abs() + error)
+        # ALiBi's: slope / scale or slope * log2(e), its product with the distance, the store
+        formed = STEPS if problem.bias == "alibi" else 1
+        error = error + (formed * units.work + u) * b.bias.abs() + u * (b.s.abs() + error)
         error = error + 2 * floor + units.exp_floor
     return error, b.s.abs(), overflow

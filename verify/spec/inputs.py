@@ -21,9 +21,10 @@ from verify.spec.masks import FULL
 from verify.spec.problem import Problem
 
 Triple = tuple[np.ndarray, np.ndarray, np.ndarray]
-Stress = Literal["scales", "delta"]
+Stress = Literal["scales", "delta", "range"]
 """What some inputs are hard on: scales that are shared or found too early, as kernels that quantise
-have them; dP and delta, which are large and nearly cancel, in gradients.
+have them; dP and delta, which are large and nearly cancel, in gradients; the range of a format, of
+which they come near an end, and its digits, where they cancel.
 """
 
 
@@ -179,10 +180,14 @@ def sunken(rng: np.random.Generator, problem: Problem, c: float = 3e4) -> Triple
     return q, k, v
 
 
-@distribution({"cancelling(1e9)": 1}, says=lambda problem: problem.dim_qk > 2 < problem.len_k)
+@distribution(
+    {"cancelling(1e9)": 1},
+    stresses={"range": 12},
+    says=lambda problem: problem.dim_qk > 2 < problem.len_k,
+)
 def cancelling(rng: np.random.Generator, problem: Problem, c: float = 1e9) -> Triple:
-    """Scores of every third key are sums of c, -c and less than nothing: 60 below the others, where
-    they are not found by chance to be far above.
+    """Every third key's score is c, minus c, minus 60: far below the others', where the sum of the
+    first two is 0 as it should be.
     """
     q, k, v = normal(rng, problem)
     low = (np.arange(problem.len_k) % 3 == 2).astype(np.float64)
@@ -192,11 +197,20 @@ def cancelling(rng: np.random.Generator, problem: Problem, c: float = 1e9) -> Tr
     return q, k, v
 
 
-@distribution({"vast(1e38)": 1})
+@distribution({"vast(1e38)": 1}, stresses={"range": 8})
 def vast(rng: np.random.Generator, problem: Problem, size: float = 1e38) -> Triple:
-    """V near the largest numbers, of one sign: sums of P V that are not divided yet overflow."""
+    """V near the largest numbers, of one sign: a sum of P V that is not divided yet overflows."""
     q, k, v = normal(rng, problem)
     return q, k, size * (1 + rng.random(v.shape))
+
+
+@distribution({"faint(1e38)": 1}, stresses={"range": 12})
+def faint(rng: np.random.Generator, problem: Problem, size: float = 1e38) -> Triple:
+    """Q so small that it is subnormal, K as large: their products are usual, or 0 where subnormal
+    numbers are flushed.
+    """
+    q, k, v = normal(rng, problem)
+    return q / size, k * size, v
 
 
 @distribution({"ties": 1, "ties(3)": 1})
@@ -285,7 +299,7 @@ def growing(rng: np.random.Generator, problem: Problem, factor: float = 8.0) -> 
     return q * of_q / factor**0.5, k * of_k / factor**0.5, v * of_k
 
 
-@distribution({"constant(1000)": 1, "constant(133120)": 1})
+@distribution({"constant(1000)": 1, "constant(133120)": 1}, stresses={"range": 4})
 def constant(rng: np.random.Generator, problem: Problem, value: float = 1000.0) -> Triple:
     """Every element the same large value (clamped to the dtype's range): score overflow, exact
     ties.
@@ -293,7 +307,7 @@ def constant(rng: np.random.Generator, problem: Problem, value: float = 1000.0) 
     return _each(problem, lambda shape: np.full(shape, value))
 
 
-@distribution({"tiny": 3})
+@distribution({"tiny": 3, "tiny(2e-4)": 1}, stresses={"range": 4})
 def tiny(rng: np.random.Generator, problem: Problem, size: float = 1e-6) -> Triple:
     """N(0, size^2) for all three: subnormal in FP16; V must survive, the softmax is flat."""
     return normal(rng, problem, size)

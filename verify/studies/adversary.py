@@ -1,22 +1,46 @@
 """Roundings chosen to hurt: every rounding of the emulation turned the way that moves one element
-of the result farthest.
+of the result farthest: ``python -m verify.studies.adversary --help``.
 
 In the standard model each stored value, function result and product inside a sum may be off by
 sigma times its largest error, for any sigma in [-1, 1]. The derivative of an element by all sigmas,
-at 0, says which signs are the worst to first order.
+at 0, says which signs are the worst to first order. What does not fit a format is infinite, what is
+subnormal may be flushed, and partial sums are taken in the order that overflows first.
+
+The proved bound must hold against it. Each of HOLES takes back one repair of the bound: the same
+attacks must then cross it, else they would not have found the hole.
 """
 
 from __future__ import annotations
 
+import inspect
+import math
+import textwrap
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import hypothesis
+import numpy as np
 import torch
+import typer
+from hypothesis import strategies as st
 from torch import Tensor
 
-from verify.bounds.constants import CUT, FLOOR, LARGEST, LOG, TANH, UNIT
+from verify.bounds import backward, forward
+from verify.bounds.constants import CUT, FLOOR, LARGEST, LOG, TANH, UNIT, Units
 from verify.bounds.exact import Exact, by_key, from_keys
+from verify.bounds.metrics import distance
+from verify.generation.arithmetics import arithmetics
+from verify.generation.small import small_cases
 from verify.oracles.emulator import emulate
 from verify.oracles.formats import EIGHT_BITS, Form
+from verify.reference.reference import truth
 from verify.spec.arithmetic import Arithmetic
-from verify.spec.case import Inputs
+from verify.spec.case import Case, Inputs
+from verify.spec.masks import ways
 from verify.spec.problem import Problem
 
 ROUNDOFFS = {"log": LOG, "tanh": TANH}
@@ -45,9 +69,7 @@ class Adversary:
         return torch.where(finite, x + self._sigma(x) * torch.where(finite, most, 0.0), x)
 
     def store(self, x: Tensor, fmt: str) -> Tensor:
-        """x (1 + sigma u), or x + sigma floor near zero; zero is exact. What does not fit is
-        infinite.
-        """
+        """x (1 + sigma u), or x + sigma floor near zero; zero is exact."""
         most = torch.maximum(UNIT[fmt] * x.abs(), FLOOR[fmt] * (x != 0))
         return _overflowed(self._moved(x, most), fmt)
 
@@ -57,15 +79,18 @@ class Adversary:
         most = torch.maximum(unit * x.abs(), FLOOR[fmt] * (x != 0))
         return _overflowed(self._moved(x, most), fmt)
 
+    def rescaled(self, x: Tensor, times: Tensor, fmt: str, ulp: float) -> Tensor:
+        """Every factor off by an exponential's error and a product's."""
+        unit = (2 * ulp + 1) * UNIT[fmt]
+        return self._moved(x, (times * math.log1p(unit)).expm1() * x)
+
     def total(self, x: Tensor, fmt: str) -> Tensor:
         """Every term of the sum off by gamma."""
         moved = self._moved(x, _gamma(x.shape[-1], UNIT[fmt]) * x.abs())
         return _overflowed(moved.sum(-1, keepdim=True), fmt)
 
     def product(self, form: Form, a: Tensor, b: Tensor, fmt: str, *, cut: bool) -> Tensor:
-        """Every product inside the sum off by gamma, or by what a step loses near zero; factors
-        that are subnormal may be flushed; partial sums in the worst order may overflow.
-        """
+        """Every product inside the sum off by gamma, or by what a step loses near zero."""
         fmt = "fp32" if fmt == "tf32" else fmt
         u = UNIT[fmt] * (CUT if cut or fmt == "fp22" else 1)
         a, b = (self._flushed(factor, fmt) for factor in (a, b))
@@ -82,7 +107,7 @@ class Adversary:
         return torch.where(torch.maximum(*one_sign) > LARGEST[fmt], torch.inf, found)
 
     def _flushed(self, x: Tensor, fmt: str) -> Tensor:
-        """x, of which subnormal numbers of the working format may be flushed."""
+        """A factor: subnormal numbers of the working format may be flushed."""
         subnormal = x.abs() < FLOOR["fp64" if fmt == "fp64" else "fp32"]
         return self._moved(x, x.abs() * subnormal)
 
@@ -118,3 +143,181 @@ def attack(
             emulate(problem, inputs, arithmetic, Adversary(signs))
             for signs in (up, [-s for s in up])
         ]
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """An element beyond the proved bound, and by which factor."""
+
+    case: Case
+    arithmetic: Arithmetic
+    tensor: str
+    attacked: str
+    times: float
+
+    def __str__(self) -> str:
+        where = f"{self.tensor} of {self.case}, {self.arithmetic}, attacked {self.attacked}"
+        return f"{where}: {self.times:.3g} times the bound"
+
+
+def crossings(case: Case, arithmetic: Arithmetic, chosen: int) -> Iterator[Crossing | None]:
+    """Attack one element of one tensor: what crosses the bound in each attack, None where nothing
+    does.
+    """
+    known = truth(case, "cpu")
+    limits = {name: a.limit for name, a in known.allowances(arithmetic).items()}
+    some = [name for name, limit in limits.items() if limit.numel()]
+    if not some:
+        return
+    name = some[chosen % len(some)]
+    where = np.unravel_index(chosen // len(some) % limits[name].numel(), limits[name].shape)
+    index = tuple(int(n) for n in where)
+    for worst in attack(case.problem, known.inputs, arithmetic, name, index):
+        apart = {n: distance(getattr(worst, n), getattr(known.exact, n)) for n in limits}
+        beyond = [n for n in limits if not bool((apart[n] <= limits[n]).all())]
+        factors = [_factor(apart[n], limits[n]) for n in beyond]
+        yield (
+            Crossing(case, arithmetic, beyond[0], f"{name}{list(index)}", factors[0])
+            if beyond
+            else None
+        )
+
+
+def _factor(apart: Tensor, limit: Tensor) -> float:
+    ratio = apart / limit.clamp(min=torch.finfo(torch.float64).tiny)
+    return ratio.nan_to_num(nan=torch.inf).max().item()
+
+
+attacks = st.tuples(
+    st.sampled_from(sorted(ways())).flatmap(lambda way: small_cases(way, "range")),
+    arithmetics(),
+    st.integers(0, 10**6),
+)
+"""(case, arithmetic, which element) of an attack."""
+
+
+HOLES: dict[str, tuple[Callable[..., Any], str, str]] = {
+    "large score errors of small weights": (
+        forward.Rows._weights_error,
+        "beyond = b.visible & (e > CLAMP)",
+        "beyond = b.visible & (e > UNBOUNDED)",
+    ),
+    "overflow of P V": (
+        forward.Rows._lost,
+        "return lost + unbounded(added * row_sum > largest)",
+        "return lost",
+    ),
+    "overflow of dP": (
+        backward.gradients,
+        'over = overflow + units.sum_overflow("scores", do, v, 2.0)',
+        "over = overflow",
+    ),
+    "flushed subnormals": (
+        Units.flushed,
+        'self.step["scores"] * (terms + STEPS) + self.exp_floor * terms * largest',
+        "0.0",
+    ),
+    "S in FP16 before the scale": (forward._score_error, "(2 + scale) * floor", "2 * floor"),
+    "the floor of a scaled query": (
+        forward._score_error,
+        "floor_q = FLOOR[problem.dtype] / (scale or UNBOUNDED)",
+        "floor_q = 0.0",
+    ),
+    "overflow of a scaled query": (
+        forward._score_error,
+        "scale * q.amax(-1, keepdim=True) > largest",
+        "q.amax(-1, keepdim=True) > UNBOUNDED",
+    ),
+    "tiles below sixteen": (
+        Units.__init__,
+        "min(SHORTEST_TILE, arithmetic.tile or SHORTEST_TILE)",
+        "SHORTEST_TILE",
+    ),
+    "steps of an accumulator of 16 bits": (
+        Units.__init__,
+        "max(self.exp_floor, self.floor[name])",
+        "self.exp_floor",
+    ),
+}
+"""Holes that the proved bound once had: the function, what repaired it, what was there before."""
+
+
+@contextmanager
+def taken_back(hole: str) -> Iterator[None]:
+    """The bound as it was with one of HOLES."""
+    function, repair, before = HOLES[hole]
+    source = textwrap.dedent(inspect.getsource(function))
+    if source.count(repair) != 1:
+        raise AssertionError(f"{repair!r} is not once in {function.__qualname__}")
+    scope = dict(function.__globals__)
+    exec(source.replace(repair, before), scope)
+    whole = function.__code__
+    function.__code__ = scope[function.__name__].__code__
+    try:
+        yield
+    finally:
+        function.__code__ = whole
+
+
+class _Over(Exception):
+    """The time or the number of attacks is over."""
+
+
+def tried(
+    seed: int, *, seconds: float = math.inf, most: float = math.inf, stop: bool = False
+) -> tuple[Counter[str], list[Crossing]]:
+    """(attacks by dtype, what crossed the bound) of so much time or so many attacks; stop: at the
+    first that crosses it.
+    """
+    counts: Counter[str] = Counter()
+    found: list[Crossing] = []
+    end = time.monotonic() + seconds
+
+    @hypothesis.seed(seed)
+    @hypothesis.settings(
+        max_examples=10**9,
+        deadline=None,
+        database=None,
+        phases=[hypothesis.Phase.generate],
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    @hypothesis.given(attacks)
+    def search(drawn: tuple[Case, Arithmetic, int]) -> None:
+        case, arithmetic, chosen = drawn
+        for crossing in crossings(case, arithmetic, chosen):
+            counts[case.problem.dtype] += 1
+            if crossing:
+                found.append(crossing)
+                break
+        if time.monotonic() > end or counts.total() >= most or (stop and found):
+            raise _Over
+
+    try:
+        search()
+    except _Over:
+        pass
+    return counts, found
+
+
+def main(
+    seconds: Annotated[float, typer.Option(help="time to attack for")] = 60.0,
+    seed: Annotated[int, typer.Option(help="seed of the cases")] = 0,
+    hole: Annotated[
+        str | None, typer.Option(help=f"take back a repair: {'; '.join(HOLES)}")
+    ] = None,
+) -> None:
+    """Attack the proved bound; print what crosses it. Exits with 1 where something does."""
+    torch.set_num_threads(1)
+    if hole is not None and hole not in HOLES:
+        raise typer.BadParameter(f"hole {hole!r}: one of {'; '.join(HOLES)}")
+    with taken_back(hole) if hole else nullcontext():
+        counts, found = tried(seed, seconds=seconds, stop=bool(hole))
+    for crossing in found:
+        print(crossing)
+    by_dtype = ", ".join(f"{n} {dtype}" for dtype, n in sorted(counts.items()))
+    print(f"seed {seed}: {counts.total()} attacks ({by_dtype}), {len(found)} crossed the bound")
+    raise typer.Exit(1 if found else 0)
+
+
+if __name__ == "__main__":
+    typer.run(main)

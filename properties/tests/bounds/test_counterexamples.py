@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from verify.bounds.constants import UNIT
 from verify.bounds.metrics import distance
-from verify.oracles import emulator, mpmath_oracle
+from verify.oracles import certified, emulator, mpmath_oracle
 from verify.reference.reference import Truth, about, oracle_limit
 from verify.spec.arithmetic import FLASH, Arithmetic, Quantisation
 from verify.spec.case import TORCH_DTYPES, Case, Inputs
@@ -67,6 +68,18 @@ def test_the_float64_oracle_knows_where_it_is_wrong(dtype: str) -> None:
     assert off <= limit
     assert off <= known.allowances(FLASH)["out"].limit.item()
     assert dtype == "fp64" or off > 1  # else there is nothing to know
+
+
+@pytest.mark.parametrize("size", [2.0**100, 2.0**300, 1e153])
+def test_scores_that_cancel_beyond_any_fixed_precision(size: float) -> None:
+    """Two keys of scores size**2 + 3 and size**2: which one wins is in the 200th bit or beyond."""
+    problem = Problem(len_k=2, dim_qk=2, scale=1.0, dtype="fp64")
+    x = inputs(problem, [size, 1.0], [size, 3.0, size, 0.0], [1.0, 0.0])
+    exact = mpmath_oracle.exact(problem, x, digits=700)["out"].ravel()[0]
+    found = certified.exact(problem, x)
+    assert found is not None
+    answer, off = found
+    assert abs(exact - answer.out.item()) <= off["out"].item() < UNIT["fp32"]
 
 
 @pytest.mark.parametrize(

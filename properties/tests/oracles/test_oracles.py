@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from verify.bounds.constants import UNIT
 from verify.oracles import float64, mpmath_oracle
-from verify.properties.tests.support import small_cases
+from verify.generation.small import small_cases
 from verify.reference.reference import oracle_limit
 from verify.spec.case import Case, Inputs
 from verify.spec.masks import ways
