@@ -35,7 +35,7 @@ def arithmetics(draw: Callable[..., Any]) -> Arithmetic:
     return Arithmetic(
         quantised=quantised,
         scaled_query=one_of(False, False, False, True),
-        scores=one_of("fp32", "tf32", "fp22", *short),
+        scores=one_of(*3 * ("fp32",), "tf32", "fp22", *short),
         stored_scores=one_of("fp32", "fp32", "input"),
         exp=one_of("natural", "binary", "fused"),
         exp_ulp=one_of(2.0, 2.0, 20.0, 65536.0),
@@ -45,7 +45,7 @@ def arithmetics(draw: Callable[..., Any]) -> Arithmetic:
         probs_scale=256.0 if narrow == "e4m3" else 1.0,
         normalized_probs=one_of(False, True),
         rowsum=one_of("unrounded", "rounded"),
-        accumulate=one_of("fp32", "tf32", "fp22", *short),
+        accumulate=one_of(*5 * ("fp32",), "tf32", "fp22", *short),
         summation=one_of("hardware", "truncated"),
         output=one_of("input", "fp32"),
         dscores=one_of("input", "fp32", "bf16"),

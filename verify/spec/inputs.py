@@ -182,7 +182,7 @@ def sunken(rng: np.random.Generator, problem: Problem, c: float = 3e4) -> Triple
 
 @distribution(
     {"cancelling(1e9)": 1},
-    stresses={"range": 12},
+    stresses={"range": 40},
     says=lambda problem: problem.dim_qk > 2 < problem.len_k,
 )
 def cancelling(rng: np.random.Generator, problem: Problem, c: float = 1e9) -> Triple:
@@ -197,17 +197,17 @@ def cancelling(rng: np.random.Generator, problem: Problem, c: float = 1e9) -> Tr
     return q, k, v
 
 
-@distribution({"vast(1e38)": 1}, stresses={"range": 8})
+@distribution({"vast(1e38)": 1}, stresses={"range": 20})
 def vast(rng: np.random.Generator, problem: Problem, size: float = 1e38) -> Triple:
     """V near the largest numbers, of one sign: a sum of P V that is not divided yet overflows."""
     q, k, v = normal(rng, problem)
     return q, k, size * (1 + rng.random(v.shape))
 
 
-@distribution({"faint(1e38)": 1}, stresses={"range": 12})
+@distribution({"faint(1e38)": 1, "faint(1e4)": 1, "faint(1e-4)": 1}, stresses={"range": 20})
 def faint(rng: np.random.Generator, problem: Problem, size: float = 1e38) -> Triple:
-    """Q so small that it is subnormal, K as large: their products are usual, or 0 where subnormal
-    numbers are flushed.
+    """Q small by a factor and K large by it: products are usual, but Q, or scale times Q, is
+    subnormal, and 0 where that is flushed; below 1, it overflows.
     """
     q, k, v = normal(rng, problem)
     return q / size, k * size, v
@@ -307,7 +307,7 @@ def constant(rng: np.random.Generator, problem: Problem, value: float = 1000.0) 
     return _each(problem, lambda shape: np.full(shape, value))
 
 
-@distribution({"tiny": 3, "tiny(2e-4)": 1}, stresses={"range": 4})
+@distribution({"tiny": 3, "tiny(2e-4)": 1}, stresses={"range": 30})
 def tiny(rng: np.random.Generator, problem: Problem, size: float = 1e-6) -> Triple:
     """N(0, size^2) for all three: subnormal in FP16; V must survive, the softmax is flat."""
     return normal(rng, problem, size)

@@ -20,7 +20,7 @@ from verify.reference.reference import truth
 from verify.spec.arithmetic import FLASH, Arithmetic
 from verify.spec.case import Case
 from verify.spec.masks import ways
-from verify.studies.adversary import attack
+from verify.studies.adversary import HOLES, attack, crossings, taken_back
 
 
 @settings(max_examples=600, deadline=None, derandomize=True, database=None)
@@ -41,24 +41,59 @@ def test_no_honest_emulation_crosses_its_bound(case: Case, arithmetic: Arithmeti
 def test_no_rounding_however_malicious_crosses_the_bound(
     way: str, data: st.DataObject, arithmetic: Arithmetic, chosen: int
 ) -> None:
-    """Every rounding of every step turned against one element, up to the most that its format
-    allows.
+    """Every rounding of every step turned against one element of each tensor, up to the most that
+    its format allows.
     """
-    case = data.draw(small_cases(way).filter(lambda c: c.problem.dtype != "fp64"))
-    known = truth(case, "cpu")
-    limits = known.allowances(arithmetic)
-    for name, allowed in limits.items():
-        if allowed.limit.numel():
-            index = tuple(
-                int(n)
-                for n in np.unravel_index(chosen % allowed.limit.numel(), allowed.limit.shape)
-            )
-            for worst in attack(case.problem, known.inputs, arithmetic, name, index):
-                for other in limits:
-                    error = distance(getattr(worst, other), getattr(known.exact, other))
-                    assert bool((error <= limits[other].limit).all()), (
-                        f"{other} of {case}, {arithmetic}, attacked {name}{index}"
-                    )
+    case = data.draw(small_cases(way, "range"))
+    tensors = len(truth(case, "cpu").allowances(arithmetic))
+    for element in range(tensors * chosen, tensors * (chosen + 1)):
+        crossed = [str(found) for found in crossings(case, arithmetic, element) if found]
+        assert not crossed, crossed
+
+
+ATTACKED = {
+    "large score errors of small weights": ("q1.k3.d3.fp32.full/cancelling(1e9)#0", FLASH),
+    "overflow of P V": ("q1.k4.d1.fp32.full/vast(1e38)#0", FLASH),
+    "overflow of dP": (
+        "q1.k3.d1:2.fp16.full.grads/vast(1e38)#0",
+        Arithmetic(scores="fp16", dscores="fp32", output="fp32"),
+    ),
+    "flushed subnormals": ("q1.k2.d1.fp32.full.scale=0.5/faint(1e38)#0", FLASH),
+    "S in FP16 before the scale": (
+        "q1.k2.d1.fp16.full.scale=1000.0/tiny(2e-4)#1",
+        Arithmetic(stored_scores="input"),
+    ),
+    "the floor of a scaled query": (
+        "q1.k2.d1.fp16.full.scale=0.001/faint(1e4)#1",
+        Arithmetic(scaled_query=True),
+    ),
+    "overflow of a scaled query": (
+        "q1.k2.d2.fp16.full.scale=1000.0/faint(1e-4)#1",
+        Arithmetic(scaled_query=True),
+    ),
+    "tiles below sixteen": (
+        "q1.k6.d1.fp32.full.scale=0.0/normal#0",
+        Arithmetic(tile=1, exp_ulp=20),
+    ),
+    "steps of an accumulator of 16 bits": (
+        "q1.k5.d1.fp16.full/tiny#0",
+        Arithmetic(accumulate="fp16"),
+    ),
+}
+"""A case that shows each of HOLES."""
+
+
+@pytest.mark.parametrize("hole", HOLES)
+def test_the_adversary_finds_every_hole_that_the_bound_once_had(hole: str) -> None:
+    text, arithmetic = ATTACKED[hole]
+    case = Case.parse(f"b1.h1.{text}")
+
+    def crossed() -> bool:
+        return any(found for n in range(8) for found in crossings(case, arithmetic, n))
+
+    assert not crossed()
+    with taken_back(hole):
+        assert crossed()
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
