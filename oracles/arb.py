@@ -73,9 +73,7 @@ def work(problem: Problem) -> int:
 
 def _refuse(problem: Problem, bits: int) -> None:
     if not available():
-        raise VerifyError(
-            "the interval oracle needs python-flint: pip install python-flint"
-        )
+        raise VerifyError("the interval oracle needs python-flint: pip install python-flint")
     if bits < 2:
         raise VerifyError(f"bits={bits}: at least 2; 256 leave nothing but float64's own rounding")
     products = 3 if problem.grads else 1  # q.k and p v; then do.v, p do, dx k, dx q

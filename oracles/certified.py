@@ -16,7 +16,7 @@ from verify.spec.problem import Problem
 AFFORDABLE = 1_000_000
 """Multiply-adds per product, as arb.work counts them: some 30 ms."""
 BITS = (256, 1280)
-"""Tried in turn: scores beyond 2**200 need more than the first, those of float64 at most 2**1024."""
+"""Tried in turn: scores beyond 2**200 need more than the first; float64 ends at 2**1024."""
 ENOUGH = 2.0**-50
 """An error of this part of a tensor's largest element needs no more bits."""
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from verify.bounds.exact import Block, Exact, by_key, from_keys, grouped, to_keys, ungrouped
 from verify.oracles import float64
-from verify.oracles.formats import Form, Nearest, Quantised, quantised
+from verify.oracles.formats import Form, Nearest
+from verify.oracles.quantised import Quantised, quantised
 from verify.spec.arithmetic import Arithmetic
 from verify.spec.case import Inputs
 from verify.spec.problem import Problem

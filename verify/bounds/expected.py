@@ -62,6 +62,8 @@ class Expectation:
     """Largest relative error of an exponential: where it is not the same in P and in the row sum,
     out is off by that factor.
     """
+    alarm: float = FALSE_ALARM
+    """Probability that an honest kernel alarms on the case."""
     limits: Callable[[], Mapping[str, Allowance]] | None = None
     """How far each tensor may be off. Where any distance is allowed, since a format may overflow,
     or where much of it is the oracle's own error, no statistics hold either."""
@@ -122,7 +124,7 @@ class Expectation:
         return order
 
     def _worst(self, name: str, mine: Tensor, honest: Tensor, order: Tensor) -> Surprise:
-        level = math.sqrt(2 * math.log(self.tests / FALSE_ALARM))
+        level = math.sqrt(2 * math.log(self.tests / self.alarm))
         margin = ((1 + RESOLUTION) ** 2 - 1) * honest * honest + order * order
         whole, heads = scores(mine * mine - honest * honest, margin)
         if name == "dk":

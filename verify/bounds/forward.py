@@ -17,79 +17,32 @@ nothing there, and is counted as uninformative.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from verify.bounds.constants import (
+    ALIKE_PART,
     CLAMP,
-    FLOOR,
     LARGEST,
     SATURATED,
     STEPS,
-    TANH,
     UNBOUNDED,
     UNIT,
     Terms,
     Units,
     finite,
-    narrowed,
     reciprocal,
     total,
     unbounded,
 )
-from verify.bounds.exact import Block, by_key, from_keys, grouped
+from verify.bounds.exact import Block, from_keys
+from verify.bounds.score_error import Operands, score_error
 from verify.spec.arithmetic import Arithmetic
-from verify.spec.case import Inputs
 from verify.spec.problem import Problem
-from verify.spec.quantization import FIT, centres, key_mean, rotation
 
-
-@dataclass(frozen=True)
-class Operands:
-    """What quantisation may have moved q [B,H,Q,D], k [B,Hk,K,D], v [B,Hk,K,Dv] by, element by
-    element; and for Q K^T the sizes and errors to multiply: the same, or the norms of rows [..., 1]
-    where the kernel rotates them (Cauchy-Schwarz).
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    q_pair: tuple[Tensor, Tensor]
-    k_pair: tuple[Tensor, Tensor]
-    v_mean: Tensor
-    """[B,Hk,1,Dv]: what V lacks in P V and is added to the output, or 0"""
-
-    @classmethod
-    def of(cls, problem: Problem, inputs: Inputs, arithmetic: Arithmetic) -> Operands | None:
-        """None where nothing is quantised."""
-        how = arithmetic.quantised
-        if how is None:
-            return None
-        x = inputs.exact(inputs.q.device)
-        seen, k_mean, v_mean = centres(problem, x, how)
-        pairs = []
-        for t, mean in ((x.q, x.q.new_zeros(())), (x.k, k_mean)):
-            size, moved = (
-                s.norm(dim=-1, keepdim=True) if how.rotated else s.abs() for s in (t, t - mean)
-            )
-            columns = rotation(t.shape[-1]).shape[0] if how.rotated else 1
-            lost = narrowed(moved, how.format, how.rows, columns=columns)
-            lost = lost + FIT * (moved + lost) if how.fitted and t is x.q else lost
-            pairs.append((size, lost + STEPS * UNIT["fp32"] * (size + moved)))
-        q, k = (pair[1].expand(t.shape) for pair, t in zip(pairs, (x.q, x.k), strict=True))
-        moved = (x.v - v_mean).abs()
-        by_column, rows = how.values == "columns", 0 if how.values == "head" else how.rows
-        lost = (
-            narrowed(moved.mT, how.format, 1).mT if by_column else narrowed(moved, how.format, rows)
-        )
-        lost = lost + STEPS * UNIT["fp32"] * (x.v.abs() + moved)
-        if how.balanced:  # a mean of what rounding took; its sum is in FP32
-            lost = lost + key_mean(lost, seen).double() * (
-                1 + (x.v.shape[2] + STEPS) * UNIT["fp32"]
-            )
-        return cls(q, k, lost, pairs[0], pairs[1], v_mean)
+REACH_ELEMENTS = 1 << 24
+"""Elements, rows times keys times columns, up to which the V that a row sees are looked through."""
 
 
 class Rows:
@@ -112,7 +65,7 @@ class Rows:
             arithmetic,
             operands,
         )
-        self.score, size, self.overflow = _score_error(problem, b, units, arithmetic, operands)
+        self.score, size, self.overflow = score_error(problem, b, units, arithmetic, operands)
         rescaled = STEPS * units.work * b.row_max.abs() + (1 + units.tiles) * (
             units.exp + units.work
         )
@@ -176,8 +129,9 @@ class Rows:
         grow, held_grow = reciprocal(1 - spread), reciprocal(1 - self.eta)
         moved = from_keys(p_d, v)
         mass = torch.minimum((from_keys(b.p, v) + moved) * grow, hull)
+        farthest = torch.minimum(hull + o, self._reach())
         terms = {
-            "scores and exponentials": torch.minimum((moved + o * spread) * grow, hull + o)
+            "scores and exponentials": torch.minimum((moved + o * spread) * grow, farthest)
             + self.overflow
         }
         if self.operands is not None:
@@ -202,6 +156,21 @@ class Rows:
             )
         units.store(terms, "output", b.out)
         return terms
+
+    def _reach(self) -> Tensor:
+        """How far the V of a row's visible keys lie from its output: no weights take a mean of them
+        farther. It matters where scores err so much that weights are arbitrary, and is infinite
+        where they do not, or where it would take too long to find.
+        """
+        b = self.block
+        v = b.v[:, :, None, None]
+        visible = b.visible.expand(b.p.shape).unsqueeze(-1)
+        quick = visible.numel() * v.shape[-1] <= REACH_ELEMENTS
+        if not (self.saturated and quick and b.p.shape[-1]) or self.operands is not None:
+            return b.out.new_full((), torch.inf)
+        above = torch.where(visible, v, -torch.inf).amax(-2) - b.out
+        below = b.out - torch.where(visible, v, torch.inf).amin(-2)
+        return torch.maximum(above, below).clamp(min=0.0)
 
     def _rounded(self, p_d: Tensor, v: Tensor, mass: Tensor, grow: Tensor) -> Tensor:
         """What rounding P moves out by: at most u of each product; as a sum of independent errors,
@@ -272,60 +241,3 @@ def alike(b: Block, width: float) -> Tensor:
         number = torch.where(near, 2.0 * apart, number)
         apart *= 2
     return number
-
-
-def _score_error(
-    problem: Problem, b: Block, units: Units, arithmetic: Arithmetic, operands: Operands | None
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """|s^ - s| [B,Hk,G,n,K]: quantised operands, the product Q K^T, each store of S in the declared
-    format, softcap, bias. Then a bound of |s| itself, None where the first already holds STEPS
-    roundings of it; and where a row may overflow the format of S, whichever way the scale is
-    applied: UNBOUNDED [B,Hk,G,n,1].
-    """
-    scale, u, floor = (
-        abs(problem.softmax_scale),
-        units.u["stored_scores"],
-        units.floor["stored_scores"],
-    )
-    gamma, q, k = units.gamma("scores", problem.dim_qk), b.q.abs(), b.k.abs()
-    overflow = units.score_overflow(b, q, k, scale)
-    flushed = (1 + scale) * units.flushed(problem.dim_qk, q, k)
-    if not (
-        units.stores_scores
-        or problem.softcap
-        or b.bias is not None
-        or arithmetic.scaled_query
-        or operands is not None
-    ):
-        # |s| <= scale |q|.|k|
-        factor = scale * (gamma + (2 * u + STEPS * units.work) * (1 + gamma))
-        return by_key(q * factor, k).add_(flushed), None, overflow
-    size = by_key(q, k)
-    error = size * gamma
-    if arithmetic.scaled_query:
-        largest = LARGEST[problem.dtype]
-        overflow = overflow + unbounded(scale * q.amax(-1, keepdim=True) > largest)
-        floor_q = FLOOR[problem.dtype] / (scale or UNBOUNDED)
-        error = error + (UNIT[problem.dtype] * size + floor_q * k.sum(-1)[:, :, None, None, :]) * (
-            1 + gamma
-        )
-    if operands is not None:
-        (q_size, q_error), (k_size, k_error) = operands.q_pair, operands.k_pair
-        q_size, q_error = (grouped(t[:, :, b.rows], problem) for t in (q_size, q_error))
-        error = error + (by_key(q_error, k_size) + by_key(q_size + q_error, k_error)) * (1 + gamma)
-    error.mul_(scale * (1 + 2 * u)).add_(b.raw.abs(), alpha=2 * u)
-    error.add_(flushed + (2 + scale) * floor)  # before and after the scale
-    if problem.softcap:
-        error = error + u * (b.raw.abs() + error) + floor * problem.softcap  # s / softcap
-        error = (
-            error
-            + TANH * units.work * problem.softcap
-            + 2 * u * (b.capped.abs() + error)
-            + 2 * floor * problem.softcap
-        )
-    if b.bias is not None:
-        # ALiBi's: slope / scale or slope * log2(e), its product with the distance, the store
-        formed = STEPS if problem.bias == "alibi" else 1
-        error = error + (formed * units.work + u) * b.bias.abs() + u * (b.s.abs() + error)
-        error = error + 2 * floor + units.exp_floor
-    return error, b.s.abs(), overflow

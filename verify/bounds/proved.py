@@ -19,7 +19,8 @@ from verify.bounds.constants import (
     total,
 )
 from verify.bounds.exact import Block, Exact, ungrouped
-from verify.bounds.forward import Operands, Rows
+from verify.bounds.forward import Rows
+from verify.bounds.score_error import Operands
 from verify.spec.arithmetic import Arithmetic
 from verify.spec.case import Inputs
 from verify.spec.problem import Problem

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from verify.generation.strategies import masks
 from verify.sandbox.domain import HEADS, SCALES
 from verify.spec.case import Case
-from verify.spec.inputs import Recipe, Stress, drawn_from
+from verify.spec.distribution import Stress, drawn_from
+from verify.spec.inputs import Recipe
 from verify.spec.masks import ways
 from verify.spec.problem import DTYPES, Problem
 

@@ -25,7 +25,8 @@ from verify.registry import Kernel
 from verify.sandbox.capabilities import fitted, options, plain_problem
 from verify.sandbox.domain import changed
 from verify.spec.case import Case
-from verify.spec.inputs import Recipe, Stress, drawn_from
+from verify.spec.distribution import Stress, drawn_from
+from verify.spec.inputs import Recipe
 from verify.spec.masks import FULL, KINDS, TWO, Kind, Mask, ways
 from verify.spec.problem import Problem
 from verify.spec.requirements import NOTHING, Requirements

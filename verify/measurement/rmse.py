@@ -27,7 +27,7 @@ from verify.bounds.exact import Exact
 from verify.bounds.metrics import measure
 from verify.errors import VerifyError
 from verify.oracles import emulator, float64
-from verify.oracles.formats import dequantised
+from verify.oracles.quantised import dequantised
 from verify.registry import Kernel
 from verify.reports import rmse_pages, rmse_table, stored
 from verify.sandbox.call import call

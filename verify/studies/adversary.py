@@ -29,7 +29,7 @@ import typer
 from hypothesis import strategies as st
 from torch import Tensor
 
-from verify.bounds import backward, forward
+from verify.bounds import backward, forward, score_error
 from verify.bounds.constants import CUT, FLOOR, LARGEST, LOG, TANH, UNIT, Units
 from verify.bounds.exact import Exact, by_key, from_keys
 from verify.bounds.metrics import distance
@@ -217,14 +217,14 @@ HOLES: dict[str, tuple[Callable[..., Any], str, str]] = {
         'self.step["scores"] * (terms + STEPS) + self.exp_floor * terms * largest',
         "0.0",
     ),
-    "S in FP16 before the scale": (forward._score_error, "(2 + scale) * floor", "2 * floor"),
+    "S in FP16 before the scale": (score_error.score_error, "(2 + scale) * floor", "2 * floor"),
     "the floor of a scaled query": (
-        forward._score_error,
+        score_error.score_error,
         "floor_q = FLOOR[problem.dtype] / (scale or UNBOUNDED)",
         "floor_q = 0.0",
     ),
     "overflow of a scaled query": (
-        forward._score_error,
+        score_error.score_error,
         "scale * q.amax(-1, keepdim=True) > largest",
         "q.amax(-1, keepdim=True) > UNBOUNDED",
     ),
@@ -250,7 +250,7 @@ def taken_back(hole: str) -> Iterator[None]:
     if source.count(repair) != 1:
         raise AssertionError(f"{repair!r} is not once in {function.__qualname__}")
     scope = dict(function.__globals__)
-    exec(source.replace(repair, before), scope)
+    exec(source.replace(repair, before), scope)  # noqa: S102 (this package's own source)
     whole = function.__code__
     function.__code__ = scope[function.__name__].__code__
     try:
@@ -313,9 +313,11 @@ def main(
     with taken_back(hole) if hole else nullcontext():
         counts, found = tried(seed, seconds=seconds, stop=bool(hole))
     for crossing in found:
-        print(crossing)
+        typer.echo(crossing)
     by_dtype = ", ".join(f"{n} {dtype}" for dtype, n in sorted(counts.items()))
-    print(f"seed {seed}: {counts.total()} attacks ({by_dtype}), {len(found)} crossed the bound")
+    typer.echo(
+        f"seed {seed}: {counts.total()} attacks ({by_dtype}), {len(found)} crossed the bound"
+    )
     raise typer.Exit(1 if found else 0)
 
 

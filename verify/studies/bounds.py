@@ -42,8 +42,9 @@ from verify.records.journal import cases as journal_cases
 from verify.reference.reference import Truth, truth
 from verify.spec.arithmetic import FLASH
 from verify.spec.case import Case
+from verify.spec.distribution import drawn_from
 from verify.spec.finding import Finding
-from verify.spec.inputs import Recipe, drawn_from
+from verify.spec.inputs import Recipe
 from verify.studies.kernels import LOSSES, Draw, at_gpu, narrow_kernels
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)

@@ -75,9 +75,7 @@ def main(
     Console(width=120).print(table)
 
 
-def _count(
-    name: str, case: Case, judged: Counter[str], alarms: Counter[tuple[str, float]]
-) -> None:
+def _count(name: str, case: Case, judged: Counter[str], alarms: Counter[tuple[str, float]]) -> None:
     known = truth(case, "cpu")
     tensors = ("out", "lse", "dq", "dk", "dv") if case.problem.grads else ("out", "lse")
     for declared in DECLARED.values():

@@ -20,7 +20,7 @@ from rich.table import Table
 from verify import environment
 from verify.bounds.metrics import measure
 from verify.oracles import float64
-from verify.oracles.formats import dequantised
+from verify.oracles.quantised import dequantised
 from verify.reports.comparison import change
 from verify.reports.rmse_table import pooled
 from verify.spec.case import Case

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from verify.bounds.metrics import distance
 from verify.generation.arithmetics import arithmetics
+from verify.generation.small import small_cases
 from verify.generation.strategies import cases
 from verify.oracles import emulator, formats
-from verify.generation.small import small_cases
 from verify.properties.tests.support import ANYTHING, GRADIENTS
 from verify.reference.reference import truth
 from verify.spec.arithmetic import FLASH, Arithmetic

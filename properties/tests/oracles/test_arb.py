@@ -16,8 +16,8 @@ from torch import Tensor
 
 from verify.bounds.constants import UNIT
 from verify.errors import VerifyError
-from verify.oracles import arb, float64, mpmath_oracle
 from verify.generation.small import small_cases
+from verify.oracles import arb, float64, mpmath_oracle
 from verify.reference.reference import oracle_limit
 from verify.spec.case import Case, Inputs
 from verify.spec.masks import ways

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from verify.bounds.constants import UNIT
-from verify.oracles import float64, mpmath_oracle
 from verify.generation.small import small_cases
+from verify.oracles import float64, mpmath_oracle
 from verify.reference.reference import oracle_limit
 from verify.spec.case import Case, Inputs
 from verify.spec.masks import ways

@@ -13,7 +13,8 @@ from verify.errors import VerifyError
 from verify.generation.strategies import cases
 from verify.properties.tests.support import ANYTHING, GRADIENTS
 from verify.spec.case import TORCH_DTYPES, Case
-from verify.spec.inputs import Recipe, drawn_from
+from verify.spec.distribution import drawn_from
+from verify.spec.inputs import Recipe
 from verify.spec.problem import DTYPES, Problem
 
 
