@@ -9,7 +9,6 @@ products, in any order, at most gamma_n = n u / (1 - n u) times the sum of the a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -152,12 +151,7 @@ class Allowance:
 class Units:
     """Unit roundoffs, floors and gammas in force for an arithmetic in a problem."""
 
-    def __init__(
-        self, problem: Problem, arithmetic: Arithmetic, device: str, *, elements: int = 0
-    ) -> None:
-        self.times = math.sqrt(2 * math.log(2 * elements / FALSE_ALARM)) if elements else math.inf
-        """So many standard deviations a sum of independent errors may be off by, of so many
-        elements: Hoeffding's inequality, each error being as large as it may be."""
+    def __init__(self, problem: Problem, arithmetic: Arithmetic, device: str) -> None:
         self.format = {name: arithmetic.format(name, problem.dtype) for name in ROUNDED}
         self.cut = {
             name: CUT if arithmetic.truncates(name, problem.dtype, device) else 1

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from verify.bounds.constants import (
-    ALIKE_PART,
     CLAMP,
     LARGEST,
     SATURATED,
@@ -142,7 +141,7 @@ class Rows:
         flushed = self.flushed * (
             from_keys(b.visible.to(v.dtype).expand(b.p.shape), v) if self._short() else everything
         )
-        terms[f"P in {units.format['probs']}"] = self._rounded(p_d, v, mass, grow) + flushed
+        terms[f"P in {units.format['probs']}"] = u_p * mass + flushed
         gamma = units.gamma("accumulate", self.problem.len_k + units.tiles)
         added = mass * (1 + u_p) + flushed
         terms["sum over keys"] = gamma * added + self._lost(added)
@@ -171,20 +170,6 @@ class Rows:
         above = torch.where(visible, v, -torch.inf).amax(-2) - b.out
         below = b.out - torch.where(visible, v, torch.inf).amin(-2)
         return torch.maximum(above, below).clamp(min=0.0)
-
-    def _rounded(self, p_d: Tensor, v: Tensor, mass: Tensor, grow: Tensor) -> Tensor:
-        """What rounding P moves out by: at most u of each product; as a sum of independent errors,
-        where the units say how likely it may be off (Higham and Mary 2019, SIAM J. Sci. Comput.
-        41:A2815; Ipsen and Zhou 2020, SIAM J. Matrix Anal. Appl. 41:1773).
-        """
-        u_p, times = self.units.u["probs"], self.units.times
-        if math.isinf(times):
-            return u_p * mass
-        weights = self.block.p + p_d
-        spread = from_keys(weights.square(), v.square()).sqrt() * grow
-        small = u_p * self.problem.len_k * UNIT["fp32"] * v.amax((-2, -1), keepdim=True)[:, :, None]
-        likely = times * alike(self.block, u_p / ALIKE_PART).sqrt() * u_p * spread + small
-        return torch.minimum(likely, u_p * mass)
 
     def _lost(self, added: Tensor) -> Tensor | float:
         """What the sum of P V loses near zero; UNBOUNDED where it may overflow before it is divided
@@ -223,21 +208,3 @@ class Rows:
             "row sum": -torch.log1p(-self.eta) + unbounded(self.eta >= 1 - UNIT["fp64"]),
             "logarithm": STEPS * self.units.work * (lse.abs() + 2 * self.block.row_max.abs() + 1),
         }
-
-
-def alike(b: Block, width: float) -> Tensor:
-    """How many of a row's exponents, at most, lie so close together: they are rounded alike, and
-    err as one; a power of 2, [B,Hk,G,n,1]. Those of weights below FP32's roundoff do not count.
-    """
-    exponents = b.s - b.row_max
-    counts = b.visible & (exponents > math.log(UNIT["fp32"]))
-    ordered = torch.where(counts, exponents, torch.nan).sort(-1).values
-    number = torch.ones_like(b.row_max)
-    apart = 1
-    while apart < ordered.shape[-1]:
-        near = (ordered[..., apart:] - ordered[..., :-apart] < width).any(-1, keepdim=True)
-        if not bool(near.any()):
-            break
-        number = torch.where(near, 2.0 * apart, number)
-        apart *= 2
-    return number

@@ -33,8 +33,6 @@ def allowance(
     blocks: Callable[[], Iterable[Block]],
     arithmetic: Arithmetic,
     uncertainty: dict[str, Tensor] | None = None,
-    *,
-    likely: bool = False,
 ) -> dict[str, Allowance]:
     """The proved bound for out, lse and, where problem.grads, dq, dk, dv, dbias of a kernel of this
     arithmetic.
@@ -44,13 +42,9 @@ def allowance(
     at most the ratio of FP64's unit roundoff to the working format's of the same bound, as long as
     every part of it grows at least linearly with the unit roundoffs; where a row's does not, the
     bound is evaluated once more, for FP64.
-
-    likely: how far they may be if roundings of P are independent and of mean 0, but for a
-    probability of FALSE_ALARM that any element is farther.
     """
-    elements = sum(exact_of.numel() for exact_of in (exact.out, exact.lse)) if likely else 0
     units, operands = (
-        Units(problem, arithmetic, exact.out.device.type, elements=elements),
+        Units(problem, arithmetic, exact.out.device.type),
         Operands.of(problem, inputs, arithmetic),
     )
     by_row: dict[str, list[Terms]] = {"out": [], "lse": []}

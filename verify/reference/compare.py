@@ -35,22 +35,22 @@ def judge(kernel: Kernel, output: Output, known: Truth, *, names: tuple[str, ...
     """
     arithmetic = kernel.numerics(known.problem, known.device)
     judged = Judged(known.allowances(arithmetic), known.expectation(arithmetic))
-    likely = known.likely(arithmetic) if "out" in names and judged.expected is not None else None
     tensors = {
         n: getattr(output, n)
         for n in names
         if getattr(output, n) is not None and getattr(known.exact, n) is not None
     }
     for name, got in tensors.items():
+        want = getattr(known.exact, name)
+        if name == "out" and kernel.empty_row == "nan":
+            want = want.masked_fill((known.exact.lse == -torch.inf).unsqueeze(-1), torch.nan)
         try:
-            compare(name, got, _wanted(kernel, known, name), judged.limits[name], against="exact")
+            compare(name, got, want, judged.limits[name], against="exact")
         except Finding as finding:
             raise Finding(
                 finding.sentence + _expected(judged, name, got), measured=finding.measured
             ) from None
     for name, got in tensors.items():
-        if name == "out" and likely is not None:
-            _judge_likely(judged, got, _wanted(kernel, known, name), likely)
         error, limit = distance(got, getattr(known.exact, name)), judged.limits[name].limit
         within = (limit > 0) & limit.isfinite()
         if within.any():
@@ -58,27 +58,6 @@ def judge(kernel: Kernel, output: Output, known: Truth, *, names: tuple[str, ...
         if judged.expected is not None:
             _judge_expected(judged, judged.expected, name, got)
     return judged
-
-
-def _wanted(kernel: Kernel, known: Truth, name: str) -> Tensor:
-    """The exact tensor, NaN in rows that the kernel declares to be NaN."""
-    want = getattr(known.exact, name)
-    if name == "out" and kernel.empty_row == "nan":
-        return want.masked_fill((known.exact.lse == -torch.inf).unsqueeze(-1), torch.nan)
-    return want
-
-
-def _judge_likely(judged: Judged, got: Tensor, want: Tensor, likely: Allowance) -> None:
-    """Raise a Finding where an element is farther off than roundings of P in any honest kernel but
-    one in 1 / FALSE_ALARM take it.
-    """
-    try:
-        compare("out", got, want, likely, against="exact")
-    except Finding as finding:
-        what = f"; an honest kernel is that far off in {FALSE_ALARM:g} of cases, though it may be"
-        raise Finding(
-            finding.sentence + what + _expected(judged, "out", got), measured=finding.measured
-        ) from None
 
 
 def _judge_expected(judged: Judged, expected: Expectation, name: str, got: Tensor) -> None:

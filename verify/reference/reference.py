@@ -76,23 +76,6 @@ class Truth:
             self.problem, self.inputs, self.exact, self.blocks, arithmetic, self.uncertainty
         )
 
-    def likely(self, arithmetic: Arithmetic) -> Allowance | None:
-        """How far out may be but for FALSE_ALARM, where roundings are as independent as
-        `expectation` needs them: None elsewhere, and where the bound for the worst case is as near.
-        """
-        sharp = UNIT[arithmetic.format("probs", self.problem.dtype)] > UNIT["fp32"]
-        if not sharp or arithmetic.quantised or self.expectation(arithmetic) is None:
-            return None
-        return allowance(
-            self.problem.but(grads=False),
-            self.inputs,
-            self.exact,
-            self.blocks,
-            arithmetic,
-            self.uncertainty,
-            likely=True,
-        )["out"]
-
     def expectation(self, arithmetic: Arithmetic) -> Expectation | None:
         """What honest kernels of this arithmetic are off by here; None where roundings repeat, so
         that no statistics apply: equal scores, or P or stored scores so flat that all of a row is

@@ -113,6 +113,7 @@ def peak_row(rng: np.random.Generator, problem: Problem, c: float = 1e4) -> Trip
 
 @distribution(
     {"sunken(3e4)": 2, "sunken(15000)": 2},
+    stresses={"range": 5},
     says=lambda problem: problem.mask != FULL and problem.len_k > 1,
 )
 def sunken(rng: np.random.Generator, problem: Problem, c: float = 3e4) -> Triple:

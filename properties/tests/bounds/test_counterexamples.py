@@ -13,9 +13,9 @@ from torch import Tensor
 from verify.bounds.constants import UNIT
 from verify.bounds.metrics import distance
 from verify.oracles import certified, emulator, mpmath_oracle
-from verify.reference.reference import Truth, about, oracle_limit
-from verify.spec.arithmetic import FLASH, Arithmetic, Quantisation
-from verify.spec.case import TORCH_DTYPES, Case, Inputs
+from verify.reference.reference import Truth, about, oracle_limit, truth
+from verify.spec.arithmetic import EAGER, FLASH, Arithmetic, Quantisation
+from verify.spec.case import TORCH_DTYPES, Case, Inputs, visibility
 from verify.spec.problem import Problem
 
 
@@ -172,6 +172,22 @@ def test_a_bound_beyond_every_number_is_infinite() -> None:
     )
     for name, allowed in limits.items():
         assert bool(allowed.limit.isinf().all()), name
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_scores_that_are_lost_leave_a_mean_of_what_the_row_sees(dtype: str) -> None:
+    """Scores of -3e4, off by 15: any weights are honest, those of hidden keys are not."""
+    case = Case.parse(f"b1.h1.q4.k6.d2.{dtype}.causal_upper_left.scale=1.0/sunken(30000)#0")
+    known = truth(case, "cpu")
+    x, limit = known.inputs, known.allowances(EAGER)["out"].limit
+    hidden = ~visibility(case.problem, x.q.device)
+
+    def off(fill: float) -> Tensor:
+        scores = (x.q @ x.k.mT).masked_fill(hidden, fill)
+        return distance(torch.softmax(scores, -1) @ x.v, known.exact.out)
+
+    assert bool((off(-torch.inf) <= limit).all())
+    assert bool((off(-1e4) > limit)[0, 0, 0].any())  # this row sees one key
 
 
 @pytest.mark.parametrize("tile", [1, 2, 4, 8, 16])
