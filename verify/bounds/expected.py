@@ -67,6 +67,10 @@ class Expectation:
     limits: Callable[[], Mapping[str, Allowance]] | None = None
     """How far each tensor may be off. Where any distance is allowed, since a format may overflow,
     or where much of it is the oracle's own error, no statistics hold either."""
+    held: Callable[[], Tensor] | None = None
+    """How far out is moved by rounding each row's largest weight [B,H,n,C]. The emulation does not
+    round it, since it is 1; where exponents are relative to an upper bound of the maximum, it is
+    another number."""
 
     @cached_property
     def nearest(self) -> Exact:
@@ -111,6 +115,9 @@ class Expectation:
                 known = allowed.terms["oracle"] <= RESOLUTION * allowed.limit
                 bounded = _columns(allowed.limit.isfinite() & known)
                 mine, honest = (torch.where(bounded, x, 0.0) for x in (mine, honest))
+            if self.held and name == "out":
+                held = self.held()
+                mine, honest = _apart_from(held, mine), _apart_from(held, honest)
             found = self._worst(name, mine, honest, self._order(name))
         return found if found.score > found.level else None
 
@@ -153,6 +160,15 @@ class Expectation:
         return {"alpha": exact, "bias": torch.ones_like(exact)} | (
             {"tilt": self.tilt()} if name == "out" else {}
         )
+
+
+def _apart_from(held: Tensor, errors: Tensor) -> Tensor:
+    """Errors [B,H,n,C] without what rounding each row's largest weight explains: its direction is
+    known, its size is at most that of `held`.
+    """
+    size = held.square().sum(-1, keepdim=True)
+    part = (errors * held).sum(-1, keepdim=True) / size.clamp(min=torch.finfo(size.dtype).tiny)
+    return errors - part.clamp(-1.0, 1.0) * held
 
 
 def scores(d: Tensor, margin: Tensor, *, by_head: bool = False) -> tuple[float, Tensor]:

@@ -94,6 +94,7 @@ class Truth:
             tests(self.problem),
             2 * arithmetic.exp_ulp * UNIT["fp32"],
             limits=None if arithmetic.quantised else partial(self.allowances, arithmetic),
+            held=None if arithmetic.normalized_probs else partial(self._held, arithmetic),
         )
 
     def _emulate(self, arithmetic: Arithmetic, kind: str) -> Exact:
@@ -114,6 +115,21 @@ class Truth:
         rounding = formats.Jittered() if kind == "jittered fp32" else formats.Nearest()
         blocks = self.blocks() if arithmetic.quantised is None else None
         return emulator.emulate(self.problem, self.inputs, arithmetic, rounding, blocks)
+
+    def _held(self, arithmetic: Arithmetic) -> Tensor:
+        """What rounding each row's largest weight moves out by [B,H,Q,Dv]: of the sum of P V, and
+        of the row sum where that adds rounded weights.
+        """
+        parts = [torch.zeros_like(self.exact.out[:, :, :0])]
+        for b in self.blocks():
+            if b.s.shape[-1]:
+                top = b.p.argmax(-1, keepdim=True)
+                v = b.v.unsqueeze(2).expand(*b.p.shape[:3], -1, -1)
+                moved = v.take_along_dim(top.expand(*b.out.shape), -2)
+                moved = moved - b.out if arithmetic.rowsum == "rounded" else moved
+                parts.append(ungrouped(b.p.take_along_dim(top, -1) * moved))
+        unit = UNIT[arithmetic.format("probs", self.problem.dtype)]
+        return unit * torch.cat(parts, 2)
 
     def _repeats(self, unit: float) -> bool:
         """Whether roundings of P repeat, row after row: equal scores are rounded alike, and so are

@@ -156,3 +156,26 @@ def test_scores_that_are_stored_where_they_hardly_differ_are_no_evidence() -> No
     known = truth(Case.parse("b1.h2:1.q30.k2.d2:1.bf16.full/apart(131072)#0"), "cpu")
     assert known.expectation(EAGER) is None
     assert known.expectation(FLASH) is not None
+
+
+@DTYPES
+@pytest.mark.parametrize("recipe", ["normal(5)", "rising(30)", "rising(-30)", "sink"])
+@pytest.mark.parametrize("rowsum", ["unrounded", "rounded"])
+def test_exponents_may_be_relative_to_any_bound_of_the_maximum(
+    dtype: str, recipe: str, rowsum: str
+) -> None:
+    """The largest weight is then rounded, in every row alike: it once was taken for a factor."""
+    declared, accused = Arithmetic(rowsum=rowsum), []
+    for seed in range(4):
+        for above in (0.01, 0.7, 3.0):
+            case = f"b1.h2.q64.k128.d64.{dtype}.full/{recipe}#{seed}"
+            known, expected = known_and_expected(case, declared)
+            x, scale = known.inputs, known.problem.softmax_scale
+            s = x.q.float() @ x.k.float().mT * scale
+            weights = torch.exp(s - s.amax(-1, keepdim=True) - above)
+            stored = weights.to(x.q.dtype).float()
+            added = stored if rowsum == "rounded" else weights
+            out = (stored @ x.v.float() / added.sum(-1, keepdim=True)).to(x.q.dtype)
+            if expected.surprise("out", out):
+                accused.append((seed, above))
+    assert accused == []
