@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from verify.bounds.constants import spacings
 from verify.bounds.exact import Block, Exact, by_key, from_keys, grouped, to_keys, ungrouped
 from verify.oracles import float64
 from verify.oracles.formats import Form, Nearest
@@ -36,6 +37,7 @@ class Rounding(Protocol):
     """
 
     def store(self, x: Tensor, fmt: str) -> Tensor: ...  # noqa: D102
+    def directed(self, x: Tensor, fmt: str, how: str) -> Tensor: ...  # noqa: D102
     def function(self, name: str, x: Tensor, fmt: str, ulp: float) -> Tensor: ...  # noqa: D102
     def rescaled(self, x: Tensor, times: Tensor, fmt: str, ulp: float) -> Tensor: ...  # noqa: D102
     def total(self, x: Tensor, fmt: str) -> Tensor: ...  # noqa: D102
@@ -56,7 +58,12 @@ class _Emulator:
         return "fp64" if self.problem.dtype == "fp64" else "fp32"
 
     def store(self, x: Tensor, field: str) -> Tensor:
-        return self.rounding.store(x, self.arithmetic.format(field, self.problem.dtype))
+        return self.stored(x, self.arithmetic.format(field, self.problem.dtype))
+
+    def stored(self, x: Tensor, fmt: str) -> Tensor:
+        if spacings(self.arithmetic, fmt) > 1:
+            return self.rounding.directed(x, fmt, self.arithmetic.rounding)
+        return self.rounding.store(x, fmt)
 
     def working(self, x: Tensor) -> Tensor:
         return self.rounding.store(x, self.work)
@@ -87,7 +94,7 @@ class _Emulator:
         """
         scale, q, arithmetic = self.problem.softmax_scale, b.q, self.arithmetic
         if arithmetic.scaled_query:
-            scale, q = 1.0, self.rounding.store(scale * q, self.problem.dtype)
+            scale, q = 1.0, self.stored(scale * q, self.problem.dtype)
         exactly = arithmetic.scores == "fp22" and arithmetic.truncates(
             "scores", self.problem.dtype, self.device
         )
@@ -136,9 +143,9 @@ class _Emulator:
         return self.function("exp", torch.exp(unit * self.working(x)))
 
     def function(self, name: str, x: Tensor) -> Tensor:
-        return self.rounding.function(
-            name, x, self.work, self.arithmetic.exp_ulp if name == "exp" else 1.0
-        )
+        coarse = self.arithmetic.tanh_ulp > Arithmetic.tanh_ulp
+        ulp = {"exp": self.arithmetic.exp_ulp, "tanh": self.arithmetic.tanh_ulp if coarse else 1.0}
+        return self.rounding.function(name, x, self.work, ulp.get(name, 1.0))
 
     def forward(self, b: Block) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(out, lse, P as the backward sees it, the slope of the softcap)"""
@@ -167,7 +174,10 @@ class _Emulator:
             return self.output(out, total), self.lse(unit * row_max, total), p, slope
         stored = self.store(weights * factor, "probs") / factor
         total = self.row_sum(stored if self.arithmetic.rowsum == "rounded" else weights, later)
-        out = self.weighted(stored, v, later)
+        if self.arithmetic.splits > 1 and self.arithmetic.partials != "fp32":
+            out = self.merged(stored, weights, v, later)
+        else:
+            out = self.weighted(stored, v, later)
         lse = self.lse(unit * row_max, total)
         seen = self.working(lse.masked_fill(lse == -torch.inf, 0.0) / unit)
         s = s if self.rounding.repeats or not self.problem.grads else self.scores(b)[0]
@@ -177,6 +187,16 @@ class _Emulator:
             self.exp(s - seen, unit),
             slope,
         )
+
+    def merged(self, stored: Tensor, weights: Tensor, v: Tensor, later: Tensor) -> Tensor:
+        """P V, of splits that are divided by their row sums, stored, and multiplied again."""
+        out, later = v.new_zeros(()), later.expand(weights.shape)
+        for part in _shares(weights.shape[-1], self.arithmetic):
+            p, w, scale = stored[..., part], weights[..., part], later[..., part]
+            total = self.row_sum(p if self.arithmetic.rowsum == "rounded" else w, scale)
+            divided = self.weighted(p, v[:, :, part], scale) / total.masked_fill(total == 0, 1.0)
+            out = out + self.store(divided, "partials") * total
+        return out
 
     def row_sum(self, weights: Tensor, later: Tensor) -> Tensor:
         """Of rounded weights as tensor cores add them up, where they would truncate."""
@@ -209,7 +229,7 @@ class _Emulator:
         dp = self.product(by_key, self.operand(b.do, "scores"), self.operand(v, "scores"), "scores")
         dp = self.store(dp, "stored_scores")
         if self.arithmetic.delta == "product":
-            product = self.rounding.store(self.working(p * dp), self.problem.dtype)
+            product = self.stored(self.working(p * dp), self.problem.dtype)
             return self.working(product - self.working(p * self.rounding.total(product, self.work)))
         delta = self.rounding.total(
             b.do * out if self.arithmetic.delta == "out" else p * dp, self.work
@@ -287,10 +307,9 @@ def running_max(s: Tensor, row_max: Tensor, arithmetic: Arithmetic) -> tuple[Ten
     """
     if not s.shape[-1] or (arithmetic.tile == 0 and arithmetic.splits == 1):
         return row_max, torch.zeros((), device=s.device)
-    parts, times, share = [], [], -(-s.shape[-1] // arithmetic.splits)
-    for part in s.split(
-        -(-share // (arithmetic.tile or 1)) * (arithmetic.tile or 1), -1
-    ):  # whole tiles
+    parts, times = [], []
+    for share in _shares(s.shape[-1], arithmetic):
+        part = s[..., share]
         tiles = part.split(arithmetic.tile or part.shape[-1], -1)
         tops = torch.cat([tile.amax(-1, keepdim=True) for tile in tiles], -1).cummax(-1).values
         parts += [
@@ -300,6 +319,13 @@ def running_max(s: Tensor, row_max: Tensor, arithmetic: Arithmetic) -> tuple[Ten
         times += [n for at, tile in enumerate(tiles, 1) for n in [left - at] * tile.shape[-1]]
     held = torch.cat(parts, -1)
     return torch.where(held == -torch.inf, row_max, held), torch.tensor(times, device=s.device)
+
+
+def _shares(len_k: int, arithmetic: Arithmetic) -> list[slice]:
+    """The keys of each split: whole tiles."""
+    tile = arithmetic.tile or 1
+    step = -(-len_k // (arithmetic.splits * tile)) * tile
+    return [slice(start, start + step) for start in range(0, len_k, max(1, step))]
 
 
 def emulate(

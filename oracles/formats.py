@@ -8,10 +8,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from verify.bounds.constants import LARGEST
 from verify.bounds.exact import by_key, from_keys, to_keys
 from verify.spec.case import TORCH_DTYPES
 
 EIGHT_BITS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+WHOLE = ("int8", "int4")
 STORED_BITS = {"fp32": 23, "fp22": 13, "tf32": 10, "exponent": 0}
 """Stored bits of the significand."""
 MMA_TERMS = {"fp32": 16, "fp22": 32}
@@ -47,8 +49,10 @@ def rounded(x: Tensor, fmt: str) -> Tensor:
     """x as float64, rounded to nearest in this format. Overflow is infinite; in the 8-bit formats
     it saturates.
     """
+    if fmt in WHOLE:
+        return x.round().clamp(-LARGEST[fmt], LARGEST[fmt])
     if fmt in EIGHT_BITS:
-        largest = torch.finfo(EIGHT_BITS[fmt]).max
+        largest = LARGEST[fmt]
         return x.clamp(-largest, largest).to(torch.float32).to(EIGHT_BITS[fmt]).to(torch.float64)
     if fmt == "fp22":
         return truncated(x.to(torch.float32).to(torch.float64), fmt)
@@ -67,6 +71,21 @@ class Nearest:
         """x as this format holds it."""
         return x if fmt == "fp64" else rounded(x, fmt)
 
+    def directed(self, x: Tensor, fmt: str, how: str) -> Tensor:
+        """x as this format holds it, of 16 or 8 bits: rounded towards `zero`, or `stochastic`."""
+        bits = torch.int8 if fmt in EIGHT_BITS else torch.int16
+        dtype = EIGHT_BITS.get(fmt) or TORCH_DTYPES[fmt]
+        near = rounded(x, fmt)
+        code = near.to(torch.float32).to(dtype).view(bits)
+        beyond = near.abs() > x.abs()
+        inside = torch.where(beyond, code - 1, code).view(dtype).to(torch.float64)
+        if how == "zero":
+            return torch.where(x.isfinite(), inside, x)
+        outside = torch.where(beyond | (near == x), code, code + 1).view(dtype).to(torch.float64)
+        outside = torch.where((near == 0) & ~beyond, outside.abs() * x.sign(), outside)
+        up = self._draw(x) * (outside - inside).abs() < (x - inside).abs()
+        return torch.where(x.isfinite(), torch.where(up, outside, inside), x)
+
     def function(self, name: str, x: Tensor, fmt: str, ulp: float) -> Tensor:
         """The result x of `name` (exp, log, tanh) in this format; off at random where it is
         declared to be off by many ulp.
@@ -77,17 +96,15 @@ class Nearest:
 
     def _random(self, x: Tensor, size: Tensor) -> Tensor:
         """x moved by up to FP32's unit roundoff of `size`, evenly distributed."""
+        moved = (2 * self._draw(x) - 1) * size.nan_to_num() * 2.0 ** -(STORED_BITS["fp32"] + 1)
+        return torch.where(x.isfinite(), x + moved, x)
+
+    def _draw(self, x: Tensor) -> Tensor:
+        """Numbers in [0, 1), as many as x."""
         if x.device not in self.generators:
             self.generators[x.device] = torch.Generator(x.device).manual_seed(1)
-        draw = (
-            2
-            * torch.rand(
-                x.shape, dtype=x.dtype, device=x.device, generator=self.generators[x.device]
-            )
-            - 1
-        )
-        return torch.where(
-            x.isfinite(), x + draw * size.nan_to_num() * 2.0 ** -(STORED_BITS["fp32"] + 1), x
+        return torch.rand(
+            x.shape, dtype=x.dtype, device=x.device, generator=self.generators[x.device]
         )
 
     def rescaled(self, x: Tensor, times: Tensor, fmt: str, ulp: float) -> Tensor:
@@ -128,7 +145,7 @@ class Jittered(Nearest):
 
     def function(self, name: str, x: Tensor, fmt: str, ulp: float) -> Tensor:
         """The function's result, off by up to its error."""
-        return self._random(x, (2 * ulp if name == "exp" else 2) * x.abs()) if fmt == "fp32" else x
+        return self._random(x, 2 * ulp * x.abs()) if fmt == "fp32" else x
 
     def store(self, x: Tensor, fmt: str) -> Tensor:
         """x as this format holds it; FP32 at random."""

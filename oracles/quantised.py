@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from verify.oracles.formats import EIGHT_BITS, rounded
+from verify.bounds.constants import LARGEST
+from verify.oracles.formats import rounded
 from verify.spec.arithmetic import Quantisation
 from verify.spec.case import Inputs
 from verify.spec.problem import Problem
@@ -40,11 +41,15 @@ def quantised(problem: Problem, inputs: Inputs, how: Quantisation) -> Quantised:
     k, v = ((t - mean).masked_fill(~seen, 0.0) for t, mean in ((x.k, k_mean), (x.v, v_mean)))
     turn = _turn(problem.dim_qk, x.q.device) if how.rotated else None
     by_rows = how.values == "rows" and bool(how.rows)
-    over = {"rows": (0, 1, 2, 3) if how.rows is None else (2, 3), "head": (2, 3), "columns": (2,)}[
-        how.values
-    ]
-    v_scale = v.new_ones(()) if by_rows else _scales(v, how.format, over)
-    v8 = _whole(_coded(v, how)) if by_rows else rounded(v / v_scale, how.format) * v_scale
+    over = {"rows": (0, 1, 2, 3) if how.rows is None else (2, 3), "head": (2, 3), "columns": (2,)}
+    v_scale = v.new_ones(())
+    if how.values == "given":
+        v8 = v
+    elif by_rows:
+        v8 = _whole(_coded(v, how))
+    else:
+        v_scale = _scales(v, how.format, over[how.values])
+        v8 = rounded(v / v_scale, how.format) * v_scale
     v_mean = v_mean + key_mean(v - v8, seen).double() if how.balanced else v_mean
     q8, k8 = _coded(x.q, how, turn, fitted=how.fitted), _coded(k, how, turn)
     left = Inputs(
@@ -95,7 +100,7 @@ def _whole(
 def _scales(x: Tensor, fmt: str, over: tuple[int, ...]) -> Tensor:
     if not x.numel():
         return x.new_ones(())
-    scale = (x.abs().amax(over, keepdim=True) / torch.finfo(EIGHT_BITS[fmt]).max).float().double()
+    scale = (x.abs().amax(over, keepdim=True) / LARGEST[fmt]).float().double()
     return scale.masked_fill(scale == 0, 1.0)
 
 

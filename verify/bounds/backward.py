@@ -14,7 +14,6 @@ from torch import Tensor
 from verify.bounds.constants import (
     CLAMP,
     STEPS,
-    TANH,
     UNBOUNDED,
     Terms,
     Units,
@@ -40,7 +39,7 @@ def gradients(
     over = overflow + units.sum_overflow("scores", do, v, 2.0)  # dP, delta, dP - delta
     over = over + units.sum_overflow("stored_scores", do, v)
     if arithmetic.delta == "product":
-        over = over + units.sum_overflow("ds_product", do, v)
+        over = over + units.sum_overflow("inputs", do, v)
     result: dict[str, Terms] = {"dv": _dv(problem, b, units, arithmetic, e_p, overflow)}
     if problem.bias not in ("none", "alibi"):
         summed = (
@@ -51,9 +50,9 @@ def gradients(
         result["dbias"] = {"dS": e_ds + over, "dS stored": parts * (ds + e_ds) + floor}
     if problem.softcap:
         slope = 1 - (b.capped / problem.softcap) ** 2
-        e_slope = 2 * (
-            rows.score / problem.softcap + TANH * units.work + units.u["stored_scores"]
-        ).clamp(max=1)
+        e_slope = 2 * (rows.score / problem.softcap + units.tanh + units.u["stored_scores"]).clamp(
+            max=1
+        )
         ds, e_ds = ds * slope, e_ds * slope + (ds + e_ds) * e_slope
     scale, k, q = abs(problem.softmax_scale), b.k.abs(), b.q.abs()
     stores = (
@@ -178,8 +177,8 @@ def _ds_error(
         if arithmetic.delta == "product":
             terms = (
                 terms
-                + units.u["ds_product"] * (b.p * dp.abs() + terms)
-                + units.floor["ds_product"] * b.visible
+                + units.u["inputs"] * (b.p * dp.abs() + terms)
+                + units.floor["inputs"] * b.visible
             )
         e_delta = (terms + (problem.len_k + STEPS) * units.work * (b.p * dp.abs() + terms)).sum(
             -1, keepdim=True
@@ -198,8 +197,8 @@ def _ds_error(
     if product is not None:
         e_ds = (
             e_ds
-            + units.u["ds_product"] * (b.p + e_p) * (product + step)
-            + units.floor["ds_product"] * b.visible
+            + units.u["inputs"] * (b.p + e_p) * (product + step)
+            + units.floor["inputs"] * b.visible
         )
     return e_ds.clamp(max=UNBOUNDED), ds.mul_(b.p)
 

@@ -27,7 +27,7 @@ UNIT = {
     "fp16": 2.0**-11,
     "bf16": 2.0**-8,
 }
-UNIT |= {"e4m3": 2.0**-4, "e5m2": 2.0**-3}
+UNIT |= {"e4m3": 2.0**-4, "e5m2": 2.0**-3, "int8": 0.0, "int4": 0.0}
 """Unit roundoff (half the spacing at 1), to nearest; TF32's is the whole spacing: tensor cores may
 cut the operand's low bits.
 """
@@ -39,9 +39,9 @@ FLOOR = {
     "fp16": 2.0**-25,
     "bf16": 2.0**-126,
 }
-FLOOR |= {"e4m3": 2.0**-10, "e5m2": 2.0**-17}
+FLOOR |= {"e4m3": 2.0**-10, "e5m2": 2.0**-17, "int8": 0.5, "int4": 0.5}
 """Absolute error of a store near zero: half the smallest subnormal of a short exponent; elsewhere
-subnormals may be flushed.
+subnormals may be flushed. Whole numbers are half a unit apart everywhere.
 """
 LARGEST = {
     "fp64": 1.7e308,
@@ -51,14 +51,12 @@ LARGEST = {
     "fp16": 65504.0,
     "bf16": 3.38e38,
 }
-LARGEST |= {"e4m3": 448.0, "e5m2": 57344.0}
+LARGEST |= {"e4m3": 448.0, "e5m2": 57344.0, "int8": 127.0, "int4": 7.0}
 """A value beyond may overflow the format."""
 CUT = 3
 """A truncated sum of n products errs by this many times n unit roundoffs: each product is cut to
 the largest exponent present (one spacing = two roundoffs), the accumulator at least every fourth
 product (Fasi et al. 2021, PeerJ Comput. Sci. 7:e330)."""
-TANH = 8
-"""tanh errs by at most this many unit roundoffs of 1, formed from exp."""
 LOG = 2
 """log errs by at most this many unit roundoffs: CUDA's logf 1 ulp (CUDA C++ Programming Guide,
 mathematical functions).
@@ -157,14 +155,16 @@ class Units:
             name: CUT if arithmetic.truncates(name, problem.dtype, device) else 1
             for name in ("scores", "accumulate")
         }
-        self.format["ds_product"] = problem.dtype
-        self.u = {name: UNIT[f] for name, f in self.format.items()}
-        self.floor = {name: FLOOR[f] for name, f in self.format.items()}
+        self.format["inputs"] = problem.dtype
+        times = {name: spacings(arithmetic, f) for name, f in self.format.items()}
+        self.u = {name: times[name] * UNIT[f] for name, f in self.format.items()}
+        self.floor = {name: times[name] * FLOOR[f] for name, f in self.format.items()}
         self.work = UNIT["fp64" if problem.dtype == "fp64" else "fp32"]
         shortest = min(SHORTEST_TILE, arithmetic.tile or SHORTEST_TILE)
         self.tiles = problem.len_k // shortest + arithmetic.splits
         """Rescalings, and sums over splits."""
         self.exp = 2 * arithmetic.exp_ulp * self.work  # one ulp is two roundoffs
+        self.tanh = 2 * arithmetic.tanh_ulp * self.work
         self.exp_floor = FLOOR["fp64" if problem.dtype == "fp64" else "fp32"]
         """What may be flushed of an exponential, a product, or an input that is subnormal."""
         self.step = {
@@ -233,6 +233,12 @@ class Units:
         size = exact.abs() + total(terms)
         rounding = self.u[name] * size + self.floor[name] + self.overflow(name, size)
         terms[f"store in {self.format[name]}"] = rounding
+
+
+def spacings(arithmetic: Arithmetic, fmt: str) -> int:
+    """So many unit roundoffs, each half of the spacing, a store in this format errs by at most."""
+    short = fmt in ("fp16", "bf16", "e4m3", "e5m2")
+    return 2 if short and arithmetic.rounding != "nearest" else 1
 
 
 def dropout_error(units: Units, p: Tensor, error: Tensor, rate: float) -> Tensor:

@@ -67,6 +67,9 @@ class Expectation:
     limits: Callable[[], Mapping[str, Allowance]] | None = None
     """How far each tensor may be off. Where any distance is allowed, since a format may overflow,
     or where much of it is the oracle's own error, no statistics hold either."""
+    leans: bool = False
+    """Whether honest errors lean to a side, by as much as tiles and splits say: all of them are cut
+    towards zero. Then a lean is no evidence."""
     held: Callable[[], Tensor] | None = None
     """How far out is moved by rounding each row's largest weight [B,H,n,C]. The emulation does not
     round it, since it is 1; where exponents are relative to an upper bound of the maximum, it is
@@ -144,7 +147,8 @@ class Expectation:
             at = int(heads.argmax())
             where = f"error in head {at % heads.shape[1]} of batch entry {at // heads.shape[1]}"
             found.append(Surprise(where, heads.max().item(), level))
-        for direction, along in self._directions(name).items():
+        directions = {} if self.leans else self._directions(name)
+        for direction, along in directions.items():
             slack = order * along.abs()
             apart, own = (
                 max(scores(side * along, slack, by_head=name == "dk")[0] for side in (d, -d))

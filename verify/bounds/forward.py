@@ -145,6 +145,10 @@ class Rows:
         gamma = units.gamma("accumulate", self.problem.len_k + units.tiles)
         added = mass * (1 + u_p) + flushed
         terms["sum over keys"] = gamma * added + self._lost(added)
+        if self.arithmetic.splits > 1 and units.u["partials"] > units.work:
+            part = units.u["partials"] * (mass + total(terms)) + units.floor["partials"]
+            part = part + units.overflow("partials", hull + total(terms))
+            terms[f"splits in {units.format['partials']}"] = part
         if self.arithmetic.splits > 1:
             terms["merge of splits"] = self._merge() * (mass + total(terms))
         terms["row sum"] = self.eta * (o_size + total(terms))

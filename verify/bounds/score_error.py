@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from verify.bounds.constants import (
-    FLOOR,
     LARGEST,
     STEPS,
-    TANH,
     UNBOUNDED,
     UNIT,
     Units,
@@ -57,6 +56,8 @@ class Operands:
             lost = lost + FIT * (moved + lost) if how.fitted and t is x.q else lost
             pairs.append((size, lost + STEPS * UNIT["fp32"] * (size + moved)))
         q, k = (pair[1].expand(t.shape) for pair, t in zip(pairs, (x.q, x.k), strict=True))
+        if how.values == "given":
+            return cls(q, k, torch.zeros_like(x.v), pairs[0], pairs[1], v_mean)
         moved = (x.v - v_mean).abs()
         by_column, rows = how.values == "columns", 0 if how.values == "head" else how.rows
         lost = (
@@ -101,8 +102,8 @@ def score_error(
     if arithmetic.scaled_query:
         largest = LARGEST[problem.dtype]
         overflow = overflow + unbounded(scale * q.amax(-1, keepdim=True) > largest)
-        floor_q = FLOOR[problem.dtype] / (scale or UNBOUNDED)
-        error = error + (UNIT[problem.dtype] * size + floor_q * k.sum(-1)[:, :, None, None, :]) * (
+        floor_q = units.floor["inputs"] / (scale or UNBOUNDED)
+        error = error + (units.u["inputs"] * size + floor_q * k.sum(-1)[:, :, None, None, :]) * (
             1 + gamma
         )
     if operands is not None:
@@ -115,7 +116,7 @@ def score_error(
         error = error + u * (b.raw.abs() + error) + floor * problem.softcap  # s / softcap
         error = (
             error
-            + TANH * units.work * problem.softcap
+            + units.tanh * problem.softcap
             + 2 * u * (b.capped.abs() + error)
             + 2 * floor * problem.softcap
         )

@@ -19,6 +19,8 @@ QUANTISED = (
         "e4m3", 16, rotated=True, values="columns", centred=True, fitted=True, balanced=True
     ),
     Quantisation("e5m2", 3, fitted=True, balanced=True),
+    Quantisation("int8", 4, values="given", centred=True),
+    Quantisation("int4", 1, values="columns"),
 )
 
 
@@ -31,6 +33,7 @@ def arithmetics(draw: Callable[..., Any]) -> Arithmetic:
 
     narrow = one_of("input", "fp32", "bf16", "fp16", "e4m3", "e5m2", "tf32")
     quantised = one_of(None, None, None, None, None, *QUANTISED)
+    normalised = one_of(False, True)
     short = () if quantised else SHORT
     return Arithmetic(
         quantised=quantised,
@@ -41,9 +44,12 @@ def arithmetics(draw: Callable[..., Any]) -> Arithmetic:
         exp_ulp=one_of(2.0, 2.0, 20.0, 65536.0),
         tile=one_of(0, 16, 1, 3),
         splits=one_of(1, 1, 2, 3),
+        partials="fp32" if normalised else one_of("fp32", "fp32", "input", "fp16"),
+        rounding=one_of(*3 * ("nearest",), "zero", "stochastic"),
+        tanh_ulp=one_of(4.0, 4.0, 4096.0),
         probs=narrow,
         probs_scale=256.0 if narrow == "e4m3" else 1.0,
-        normalized_probs=one_of(False, True),
+        normalized_probs=normalised,
         rowsum=one_of("unrounded", "rounded"),
         accumulate=one_of(*5 * ("fp32",), "tf32", "fp22", *short),
         summation=one_of("hardware", "truncated"),

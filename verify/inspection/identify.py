@@ -67,6 +67,11 @@ TILES = (0, 16, 32, 48, 64, 80, 96, 112, 128, 160, 176, 192, 256)
 QUESTIONS = (
     Question("b1.h8.q128.k16.d128.{narrow}.full/normal#1", ("out",), FORWARD),
     Question(
+        "b1.h8.q128.k16.d128.{narrow}.full/normal#1",
+        ("out",),
+        {"rounding": ("nearest", "zero")},
+    ),
+    Question(
         "b1.h8.q128.k64.d128.{fine}.full/normal#2",
         ("out",),
         {"summation": ("hardware", "nearest", "truncated")},
@@ -75,6 +80,11 @@ QUESTIONS = (
         "b1.h8.q128.k64.d128.{fine}.full/normal#3",
         ("out",),
         {"exp_ulp": (2.0, 20.0, TORCH_CPU_ULP, 8192.0)},
+    ),
+    Question(
+        "b1.h8.q128.k64.d128.{fine}.full.softcap=1.0/normal#3",
+        ("out",),
+        {"tanh_ulp": (4.0, 4096.0)},
     ),
     Question("b1.h4.q512.k64.d128.{narrow}.full.grads/normal#6", ("dk", "dv"), {"spill": SPILLS}),
     # fewer rows at a time where there are few, as torch has it on a CPU
@@ -101,6 +111,8 @@ QUESTIONS = (
         {"tile": TILES, "splits": (1, 2, 4, 8, 16)},
     ),
 )
+COARSE = ("exp_ulp", "tanh_ulp")
+"""Errors of functions, of which only the size can be found."""
 OBSERVED = ("tile", "splits")
 """What a kernel chooses by shape: shown for the shape that was tried, not declared."""
 
@@ -196,12 +208,10 @@ def identify(kernel: Kernel, device: str) -> Identity:
         if known is None or reason is not None:
             unasked |= dict.fromkeys(question.candidates, reason or "")
             continue
-        new = (
-            [_exponential(question, known, output, found)]
-            if "exp_ulp" in question.candidates
-            else []
-        )
-        new = new or list(_answers(question, known, output, found))
+        if coarse := next((name for name in COARSE if name in question.candidates), ""):
+            new = [_function(coarse, question, known, output, found)]
+        else:
+            new = list(_answers(question, known, output, found))
         answers += new
         found = replace(
             found, **{a.field: a.found for a in new if a.certain and a.field not in OBSERVED}
@@ -221,6 +231,7 @@ def _taken(kernel: Kernel, device: str, case: Case) -> tuple[Case, str | None]:
         asked = asked.but(heads_q=widest[0], heads_kv=widest[1])
     problem = fitted(kernel, device, asked, needs)
     same = problem.dtype == asked.dtype and problem.len_k <= 2 * asked.len_k
+    same = same and bool(problem.softcap) == bool(asked.softcap)
     grouped = asked.group == 1 or problem.group > 1
     if not (same and grouped):
         return case, kernel.unsupported(asked, device) or "takes no such problem"
@@ -257,21 +268,23 @@ def _answers(
             yield Answer(name, mine, getattr(candidates[rival], name), chance, agreements[best])
 
 
-def _exponential(question: Question, known: Truth, output: Output, base: Arithmetic) -> Answer:
-    """An exponential's error has no pattern to match: the smallest whose random emulations are as
+def _function(
+    name: str, question: Question, known: Truth, output: Output, base: Arithmetic
+) -> Answer:
+    """The error of a function has no pattern to match: the smallest whose random emulations are as
     far apart as the kernel is.
     """
-    sizes = question.candidates["exp_ulp"]
+    sizes = question.candidates[name]
     honest = emulate(known.problem, known.inputs, base)
     mine, agree = _residual(known, output, output, honest, question.tensors)
     excess = []
     for ulp in sizes:
-        blurred = emulate(known.problem, known.inputs, replace(base, exp_ulp=ulp), Jittered())
+        blurred = emulate(known.problem, known.inputs, replace(base, **{name: ulp}), Jittered())
         spread, _ = _residual(known, output, blurred, honest, question.tensors)
         excess.append(mine - ALIKE * spread)
     found = next((n for n, e in enumerate(excess) if e.sum() <= 0), len(sizes) - 1)
     return Answer(
-        "exp_ulp",
+        name,
         sizes[found],
         sizes[found - 1] if found else sizes[1],
         _chance(excess[max(0, found - 1)] * (1 if found else -1)),

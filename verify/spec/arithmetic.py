@@ -17,6 +17,8 @@ FORMATS = ("input", "fp64", "fp32", "tf32", "fp22", "fp16", "bf16", "e4m3", "e5m
 significand, the accumulator of Hopper's FP8 tensor cores (SageAttention2, arXiv 2411.10958, section
 3.2; DeepSeek-V3, arXiv 2412.19437, section 3.3.2).
 """
+CODES = ("e4m3", "e5m2", "int8", "int4")
+"""Formats that inputs are quantised to."""
 NARROW = ("fp16", "bf16", "tf32", "e4m3", "e5m2")
 """Formats of operands that tensor cores multiply."""
 
@@ -27,7 +29,8 @@ class Quantisation:
     and rounded to `format`. Keys that no query sees are in no group.
 
     `rows`: how many rows of one head share a scale; 0 a whole head, None the whole tensor.
-    `values`: in V, as `rows` says, or a `head`, or each of its `columns`. `rotated`: Q and K are
+    `values`: in V, as `rows` says, or a `head`, or each of its `columns`; `given`: V is multiplied
+    as it comes (SageAttention), and not centred. `rotated`: Q and K are
     first padded to a power of two of columns and multiplied by signs times Hadamard
     (verify/spec/quantization.py). `centred`: K and V are first freed of their mean over the keys of
     a head; V's is added to the output, K's to the LSE (out does not depend on it: SageAttention,
@@ -38,6 +41,7 @@ class Quantisation:
     """
 
     format: str = "e4m3"
+    """e4m3, e5m2, or whole numbers of 8 or 4 bits, int8 (-127 to 127) and int4 (-7 to 7)."""
     rows: int | None = None
     rotated: bool = False
     values: str = "rows"
@@ -46,11 +50,16 @@ class Quantisation:
     balanced: bool = False
 
     def __post_init__(self) -> None:
-        if self.format not in ("e4m3", "e5m2"):
-            raise VerifyError(f"quantisation format={self.format!r}: e4m3 or e5m2")
-        if self.values not in ("rows", "head", "columns"):
+        if self.format not in CODES:
+            raise VerifyError(f"quantisation format={self.format!r}: one of {', '.join(CODES)}")
+        if self.values not in ("rows", "head", "columns", "given"):
             raise VerifyError(
-                f"quantisation values={self.values!r}: rows, head or columns share a scale of V"
+                f"quantisation values={self.values!r}: rows, head or columns share a scale of V, "
+                "or it is multiplied as given"
+            )
+        if self.values == "given" and self.balanced:
+            raise VerifyError(
+                "quantisation balanced=True beside values='given': nothing is rounded"
             )
         if self.rows is not None and self.rows < 0:
             raise VerifyError(
@@ -85,12 +94,20 @@ class Arithmetic:
     """Units in the last place of FP32 by which an exponential may be off; 2: CUDA's ex2.approx (PTX
     ISA, ex2).
     """
+    tanh_ulp: float = 4.0
+    """Units in the last place of FP32, relative to 1, by which the softcap's tanh may be off; 4:
+    formed from exp; 4096: CUDA's tanh.approx (PTX ISA, tanh: 2^-11)."""
     tile: int = 0
     """Keys between two updates of the running maximum; 0: the maximum of the whole row."""
     splits: int = 1
     """Parts of the keys, of whole tiles, that are attended to apart and merged through their LSE in
     FP32 (FlashDecoding).
     """
+    partials: str = "fp32"
+    """out of each split, divided by its row sum, as it is stored before splits are merged."""
+    rounding: str = "nearest"
+    """How numbers are stored in formats of 16 and 8 bits: `nearest`, whatever becomes of ties;
+    towards `zero`; `stochastic`, up or down with the probability that makes it right on average."""
     probs: str = "input"
     """P as the operand of P V and P^T dO."""
     probs_scale: float = 1.0
@@ -144,6 +161,7 @@ class Arithmetic:
             "delta": ("out", "probs", "product"),
             "exp": ("natural", "binary", "fused"),
             "summation": ("hardware", "nearest", "truncated"),
+            "rounding": ("nearest", "zero", "stochastic"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -154,6 +172,11 @@ class Arithmetic:
                 f"{short[0]}={getattr(self, short[0])!r} beside quantised inputs: sums of 8-bit "
                 "codes in 16 bits are not emulated; declare fp32 or fp22"
             )
+        if self.partials != "fp32" and self.normalized_probs:
+            raise VerifyError(
+                f"partials={self.partials!r} beside normalized_probs: P is divided by the sum of "
+                "the whole row, so no split has a row sum of its own"
+            )
         if self.spill is not None and min(self.spill) < 1:
             raise VerifyError(f"spill={self.spill!r}: (query rows, keys), each at least 1, or None")
         numbers = {
@@ -161,11 +184,12 @@ class Arithmetic:
             "splits": self.splits >= 1,
             "probs_scale": self.probs_scale > 0,
             "exp_ulp": self.exp_ulp > 0,
+            "tanh_ulp": self.tanh_ulp > 0,
         }
         if wrong := [name for name, fine in numbers.items() if not fine]:
             raise VerifyError(
-                f"{wrong[0]}={getattr(self, wrong[0])!r}: tile from 0, splits from 1, probs_scale "
-                "and exp_ulp above 0"
+                f"{wrong[0]}={getattr(self, wrong[0])!r}: tile from 0, splits from 1, probs_scale, "
+                "exp_ulp and tanh_ulp above 0"
             )
 
     def format(self, field: str, dtype: str) -> str:
@@ -199,6 +223,7 @@ class Arithmetic:
 ROUNDED = (
     "scores",
     "stored_scores",
+    "partials",
     "probs",
     "accumulate",
     "output",

@@ -63,10 +63,10 @@ def centres(problem: Problem, x: Inputs, how: Quantisation) -> tuple[Tensor, Ten
     where they are not centred)
     """
     seen = seen_keys(problem, x.k.device)
-    k, v = (
-        key_mean(t, seen).double() if how.centred else t.new_zeros((*t.shape[:2], 1, t.shape[3]))
-        for t in (x.k, x.v)
-    )
+    k, v = (t.new_zeros((*t.shape[:2], 1, t.shape[3])) for t in (x.k, x.v))
+    if how.centred:
+        k = key_mean(x.k, seen).double()
+        v = v if how.values == "given" else key_mean(x.v, seen).double()
     return seen, k, v
 
 

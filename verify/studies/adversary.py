@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from verify.bounds import backward, forward, score_error
-from verify.bounds.constants import CUT, FLOOR, LARGEST, LOG, TANH, UNIT, Units
+from verify.bounds.constants import CUT, FLOOR, LARGEST, LOG, UNIT, Units
 from verify.bounds.exact import Exact, by_key, from_keys
 from verify.bounds.metrics import distance
 from verify.generation.arithmetics import arithmetics
@@ -43,7 +43,7 @@ from verify.spec.case import Case, Inputs
 from verify.spec.masks import ways
 from verify.spec.problem import Problem
 
-ROUNDOFFS = {"log": LOG, "tanh": TANH}
+ROUNDOFFS = {"log": LOG, "tanh": 2 * Arithmetic.tanh_ulp}
 
 
 class Adversary:
@@ -73,9 +73,14 @@ class Adversary:
         most = torch.maximum(UNIT[fmt] * x.abs(), FLOOR[fmt] * (x != 0))
         return _overflowed(self._moved(x, most), fmt)
 
+    def directed(self, x: Tensor, fmt: str, how: str) -> Tensor:
+        """As far as the next number on either side, or nearly so."""
+        most = 2 * torch.maximum(UNIT[fmt] * x.abs(), FLOOR[fmt] * (x != 0))
+        return _overflowed(self._moved(x, most), fmt)
+
     def function(self, name: str, x: Tensor, fmt: str, ulp: float) -> Tensor:
         """The function's result, off by its error."""
-        unit = ROUNDOFFS.get(name, 2 * ulp) * UNIT[fmt]
+        unit = max(ROUNDOFFS.get(name, 0.0), 2 * ulp) * UNIT[fmt]
         most = torch.maximum(unit * x.abs(), FLOOR[fmt] * (x != 0))
         return _overflowed(self._moved(x, most), fmt)
 
@@ -220,7 +225,7 @@ HOLES: dict[str, tuple[Callable[..., Any], str, str]] = {
     "S in FP16 before the scale": (score_error.score_error, "(2 + scale) * floor", "2 * floor"),
     "the floor of a scaled query": (
         score_error.score_error,
-        "floor_q = FLOOR[problem.dtype] / (scale or UNBOUNDED)",
+        'floor_q = units.floor["inputs"] / (scale or UNBOUNDED)',
         "floor_q = 0.0",
     ),
     "overflow of a scaled query": (

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from verify.bounds.expected import Expectation, scores
+from verify.bounds.metrics import distance
 from verify.oracles.emulator import emulate
 from verify.reference.reference import Truth, truth
-from verify.spec.arithmetic import EAGER, FLASH, Arithmetic
+from verify.spec.arithmetic import EAGER, FLASH, Arithmetic, Quantisation
 from verify.spec.case import Case
 from verify.studies.kernels import LOSSES, Draw, tiled
 
@@ -156,6 +157,40 @@ def test_scores_that_are_stored_where_they_hardly_differ_are_no_evidence() -> No
     known = truth(Case.parse("b1.h2:1.q30.k2.d2:1.bf16.full/apart(131072)#0"), "cpu")
     assert known.expectation(EAGER) is None
     assert known.expectation(FLASH) is not None
+
+
+SAGE = Quantisation("int8", 32, values="given", centred=True)
+DECLARED = {
+    "towards zero": (Arithmetic(rounding="zero"), "full"),
+    "stochastic": (Arithmetic(rounding="stochastic"), "full"),
+    "tanh.approx": (Arithmetic(tanh_ulp=4096.0), "full.softcap=2.0"),
+    "splits in the input's format": (Arithmetic(splits=3, partials="input"), "full"),
+    "INT8, smoothed": (Arithmetic(quantised=SAGE), "full"),
+    "INT4": (Arithmetic(quantised=Quantisation("int4", 1)), "full"),
+    "sums in FP16": (Arithmetic(accumulate="fp16"), "full"),
+}
+
+
+@DTYPES
+@pytest.mark.parametrize("declared", DECLARED)
+def test_what_is_declared_is_honest_and_excuses_nothing_else(dtype: str, declared: str) -> None:
+    """Another honest kernel of it passes; the same with a scale 3 % off does not, and what is
+    declared shows where it is not.
+    """
+    arithmetic, options = DECLARED[declared]
+    known, expected = known_and_expected(
+        f"b1.h4.q128.k256.d64.{dtype}.{options}/normal#1", arithmetic
+    )
+    given = emulate(known.problem, known.inputs, replace(arithmetic, tile=64))
+    assert expected.surprise("out", given.out) is None
+    limit = known.allowances(arithmetic)["out"].limit
+    assert bool((distance(given.out, known.exact.out) <= limit).all())
+    off = known.problem.but(scale=1.03 * known.problem.softmax_scale)
+    assert expected.surprise("out", emulate(off, known.inputs, arithmetic).out)
+    plain = known.expectation(FLASH)
+    assert plain is not None
+    hidden = dtype == "bf16" and declared in ("tanh.approx", "sums in FP16")  # beneath P's rounding
+    assert bool(plain.surprise("out", given.out)) is not hidden
 
 
 @DTYPES

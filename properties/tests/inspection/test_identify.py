@@ -19,12 +19,14 @@ PLANTED = (
     Arithmetic(probs="fp32"),
     Arithmetic(scaled_query=True, exp_ulp=8192.0),
     Arithmetic(stored_scores="input", normalized_probs=True),
+    Arithmetic(rounding="zero"),
+    Arithmetic(tanh_ulp=4096.0),
 )
 
 
 @pytest.mark.parametrize("planted", PLANTED, ids=str)
 def test_a_planted_arithmetic_is_found(planted: Arithmetic) -> None:
-    def mine(q, k, v, *, scale: float, problem: Problem):
+    def mine(q, k, v, *, scale: float, softcap: float, problem: Problem):
         return emulate(
             problem, Inputs(q, k, v, q.new_zeros(problem.shapes["out"])), planted
         ).out.to(TORCH_DTYPES[problem.dtype])
@@ -32,7 +34,7 @@ def test_a_planted_arithmetic_is_found(planted: Arithmetic) -> None:
     kernel = Kernel(
         "mine",
         mine,
-        frozenset({"scale", "problem"}),
+        frozenset({"scale", "problem", "softcap"}),
         supports=lambda problem, device: forward_only(problem),
     )
     identity = identify(kernel, "cpu")
