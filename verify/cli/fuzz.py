@@ -136,8 +136,10 @@ def _run(config: Any, started: float, *, resumed: bool = False) -> int:
     show_run(events, write=plain, width=console.width)
     for number, found in enumerate(findings(events), 1):
         _show_finding(number, found)
+    wrong = {found.kernel for found in findings(events) if not found.style}
     for kernel, line in declare(events).items():
-        plain(f"\n{kernel} is not as declared, and right as it is: declare\n  @kernel({line})")
+        right = "right but for what was found" if kernel in wrong else "right as it is"
+        plain(f"\n{kernel} is not as declared, and {right}: declare\n  @kernel({line})")
     _close(events, ", ".join(sorted(names)), session.folder)
     return exit_code(events, strict=config.strict)
 

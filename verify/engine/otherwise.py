@@ -13,13 +13,13 @@ from verify.bounds.constants import UNIT
 from verify.engine.causes import state_changed
 from verify.engine.evaluate import evaluate
 from verify.inspection import conventions
-from verify.inspection.identify import TORCH_CPU_ULP, identified
-from verify.properties.catalogue import Property, named
+from verify.inspection.identify import TORCH_CPU_ULP, identified, ordinary
+from verify.properties.catalogue import PROPERTIES, Property, named
 from verify.records.events import DeclaredOtherwise, FindingShrunk
 from verify.registry import CONVENTIONS, Kernel
 from verify.sandbox.capabilities import as_variant, learn, options, variant
 from verify.sandbox.process import Interrupted
-from verify.spec.arithmetic import EAGER, FLASH, ROUNDED, Arithmetic
+from verify.spec.arithmetic import EAGER, FLASH, ROUNDED, SHORT, Arithmetic
 from verify.spec.case import Case, has_empty_row
 from verify.spec.finding import Finding
 
@@ -34,7 +34,7 @@ USUAL = tuple(
 )
 """Eager code, on a CPU and on a GPU, and with Q scaled beforehand."""
 COMPILED = (replace(FLASH, exp_ulp=TORCH_CPU_ULP),)
-"""FlexAttention as torch compiles it for a CPU."""
+"""FlexAttention of 16 bits as torch compiles it for a CPU."""
 MOST_EXCUSED = 8
 """States of torch; a kernel that changes one to something else each time has no end of them."""
 
@@ -113,7 +113,10 @@ class Otherwise:
             return None
         cases = [(prop, case) for case in dict.fromkeys((found.case, found.worst))]
         cases = self._explained[target] + cases
-        usual = self._first(target, (*COMPILED, *USUAL), cases)
+        if one := self._ordinary(target):
+            cases = [*cases, (PROPERTIES["oracle"], str(one))]
+        short = all(Case.parse(case).problem.dtype in SHORT for _, case in cases)
+        usual = self._first(target, (*COMPILED, *USUAL) if short else USUAL, cases)
         if hurried and not usual:
             return None
         known = None if taken.slow and usual else self._known(target)
@@ -124,7 +127,7 @@ class Otherwise:
             arithmetic = self._first(target, [_coarser(known, other) for other in USUAL], cases)
         if arithmetic is None:
             return None
-        self._explained[target] = cases
+        self._explained[target] = list(dict.fromkeys(cases))
         self._changes[target]["arithmetic"] = arithmetic
         return DeclaredOtherwise(
             kernel=kernel.name,
@@ -153,6 +156,13 @@ class Otherwise:
                     declare=f"empty_row={value!r}",
                 )
         return None
+
+    def _ordinary(self, target: str) -> Case | None:
+        """A case that tells an arithmetic from a defect."""
+        try:
+            return self._run(target, ordinary)
+        except (Finding, Interrupted):
+            return None
 
     def _known(self, target: str) -> Arithmetic | None:
         """What the kernel's arithmetic is found to be, if there is time to find it."""

@@ -31,7 +31,7 @@ from verify.records.events import (
 )
 from verify.records.journal import cases
 from verify.registry import Kernel
-from verify.sandbox.capabilities import known
+from verify.sandbox.capabilities import known, options
 from verify.sandbox.process import Interrupted
 from verify.spec.case import Case
 from verify.spec.finding import Finding
@@ -175,10 +175,11 @@ class Run:
     def _spared(
         self, one: Search, rounds: Rounds, searches: list[Search]
     ) -> Iterator[FindingShrunk | DeclaredOtherwise]:
-        """The events of a search whose first case that fails holds in another arithmetic: there is
-        nothing to shrink, and it begins anew.
+        """The events of a search whose first case that fails holds in another arithmetic, where
+        shrinking it would take what time there is: it begins anew. Else a case is shrunk first,
+        since the worst that is seen on the way tells arithmetics from defects.
         """
-        found = one.shrunk()
+        found = one.shrunk() if options(one.kernel, self._of.device).slow else None
         if found and (other := self._right_otherwise(one, found, hurried=True)):
             yield found
             yield other

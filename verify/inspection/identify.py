@@ -111,6 +111,7 @@ QUESTIONS = (
         {"tile": TILES, "splits": (1, 2, 4, 8, 16)},
     ),
 )
+ORDINARY = "b1.h2.q64.k64.d64.{dtype}.full/normal#0"
 COARSE = ("exp_ulp", "tanh_ulp")
 """Errors of functions, of which only the size can be found."""
 OBSERVED = ("tile", "splits")
@@ -236,6 +237,18 @@ def _taken(kernel: Kernel, device: str, case: Case) -> tuple[Case, str | None]:
     if not (same and grouped):
         return case, kernel.unsupported(asked, device) or "takes no such problem"
     return replace(case, problem=problem), None
+
+
+def ordinary(kernel: Kernel, device: str) -> Case | None:
+    """The case most like an ordinary one that the kernel takes: an arithmetic that is not its own
+    may explain a small case, but not this one. None where it takes none of the kind.
+    """
+    narrow = options(kernel, device).taken["dtype"]
+    dtype = next((d for d in ("fp16", "bf16", "fp32") if d in narrow), "")
+    if not dtype:
+        return None
+    case, reason = _taken(kernel, device, Case.parse(ORDINARY.format(dtype=dtype)))
+    return None if reason else case
 
 
 def identified(kernel: Kernel, device: str) -> Arithmetic | None:

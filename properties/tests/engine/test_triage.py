@@ -24,7 +24,7 @@ from verify.engine.otherwise import COMPILED, Otherwise
 from verify.engine.run import Run as WholeRun
 from verify.engine.session import Session
 from verify.errors import VerifyError
-from verify.inspection.identify import TORCH_CPU_ULP, identified
+from verify.inspection.identify import TORCH_CPU_ULP, identified, ordinary
 from verify.properties.catalogue import PROPERTIES
 from verify.properties.tests.support import ATTEND, searched
 from verify.pytest_plugin import Run
@@ -40,7 +40,7 @@ from verify.records.summary import OTHERWISE, declare, exit_code, findings
 from verify.registry import find
 from verify.sandbox.capabilities import learn, options
 from verify.sandbox.process import Interrupted
-from verify.spec.arithmetic import EAGER, FLASH
+from verify.spec.arithmetic import EAGER, FLASH, Arithmetic
 from verify.spec.case import Case
 from verify.spec.finding import Finding
 
@@ -333,6 +333,8 @@ def test_usual_arithmetics_are_tried_though_no_time_is_left(
 ) -> None:
 
     def run(target: str, function: Callable[..., object], *arguments: Any) -> None:
+        if function is ordinary:
+            return
         if function is identified:
             raise Interrupted
         changes = dict(arguments[0])
@@ -386,3 +388,26 @@ def test_an_empty_row_may_be_another_where_calls_take_seconds(
 
     event = Otherwise("cpu", run).explains("mine", kernel, found)
     assert (event.declare if event else "") == says
+
+
+def test_what_a_small_case_leaves_open_an_ordinary_one_decides(file: str) -> None:
+    """A scale 10 % off, on two keys: as if an exponential were coarse."""
+    (kernel,) = find(f"{file}::steep")
+    case = "b1.h1.q1.k2.d1.fp32.full/normal#0"
+    with pytest.raises(Finding) as raised:
+        evaluate(kernel, "cpu", PROPERTIES["oracle"], Case.parse(case))
+    coarse = replace(kernel, arithmetic=Arithmetic(exp_ulp=8192.0))
+    assert evaluate(coarse, "cpu", PROPERTIES["oracle"], Case.parse(case)).outcome is PASSED
+    found = FindingShrunk(
+        kernel="steep",
+        property="oracle",
+        case=case,
+        reason=raised.value.sentence,
+        measured=raised.value.measured,
+        worst=case,
+    )
+
+    def run(target: str, function: Callable[..., object], *arguments: Any) -> object:
+        return function(kernel, "cpu", *arguments)
+
+    assert Otherwise("cpu", run).explains("mine", kernel, found) is None

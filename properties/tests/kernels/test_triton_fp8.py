@@ -13,7 +13,7 @@ import torch
 from verify.bounds.constants import RESOLUTION, UNIT, narrowed
 from verify.bounds.proved import allowance
 from verify.errors import VerifyError
-from verify.oracles import float64, formats
+from verify.oracles import float64, formats, quantised
 from verify.reference.compare import compare
 from verify.registry import Kernel
 from verify.sandbox.call import call
@@ -114,7 +114,7 @@ def test_operands_are_what_was_declared(case: str, how: Quantisation) -> None:
     (x, _, operands), p = made(parsed, how), parsed.problem
     exact, declared, seen = (
         x.exact(DEVICE),
-        formats.dequantised(p, x, how),
+        quantised.dequantised(p, x, how),
         seen_keys(p, x.q.device),
     )
     for name in ("q", "k", "v"):
@@ -205,7 +205,7 @@ def test_the_arithmetic_is_as_exact_as_declared(how: Quantisation, recipe: str) 
     """
     case = Case.parse(f"b1.h2.q128.k300.d64.bf16.full/{recipe}#5")
     x = case.inputs(DEVICE)
-    left = formats.dequantised(case.problem, x, how)
+    left = quantised.dequantised(case.problem, x, how)
     kernel = Kernel(
         "choice",
         lambda q, k, v, *, scale: fp8.attention(q, k, v, scale=scale, how=how),
