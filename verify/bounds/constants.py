@@ -81,6 +81,9 @@ RESOLUTION = 0.03
 DISTINCT, LEVELS = 0.9, 16
 """For roundings to be taken as independent, such a part of a sample of scores must differ, and they
 must spread over so many unit roundoffs of P (else all of P is rounded the same way)."""
+LINEAR = 0.5
+"""Where an honest kernel is off by more than this part of the exact tensor, errors are no sum of
+small independent ones, and their direction is no evidence."""
 ALIKE_PART = 16
 """Exponents that differ by less than this part of a roundoff of P are rounded alike."""
 ORDER = 2

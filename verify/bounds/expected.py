@@ -22,7 +22,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from verify.bounds.constants import FALSE_ALARM, ORDER, RESOLUTION, Allowance
+from verify.bounds.constants import FALSE_ALARM, LINEAR, ORDER, RESOLUTION, Allowance
 from verify.bounds.exact import Exact
 from verify.bounds.metrics import finite
 
@@ -147,8 +147,7 @@ class Expectation:
             at = int(heads.argmax())
             where = f"error in head {at % heads.shape[1]} of batch entry {at // heads.shape[1]}"
             found.append(Surprise(where, heads.max().item(), level))
-        directions = {} if self.leans else self._directions(name)
-        for direction, along in directions.items():
+        for direction, along in self._directions(name, honest).items():
             slack = order * along.abs()
             apart, own = (
                 max(scores(side * along, slack, by_head=name == "dk")[0] for side in (d, -d))
@@ -158,9 +157,12 @@ class Expectation:
             found.append(Surprise(direction, min(apart, own), level))
         return max(found, key=lambda s: s.score / s.level)
 
-    def _directions(self, name: str) -> dict[str, Tensor]:
+    def _directions(self, name: str, honest: Tensor) -> dict[str, Tensor]:
+        """What a lean is looked for along; nothing where honest errors lean, too."""
         exact = _columns(getattr(self.exact, name))
         exact = exact if finite(exact) else exact.masked_fill(~exact.isfinite(), 0.0)
+        if self.leans or honest.square().sum() > LINEAR**2 * exact.square().sum():
+            return {}
         return {"alpha": exact, "bias": torch.ones_like(exact)} | (
             {"tilt": self.tilt()} if name == "out" else {}
         )

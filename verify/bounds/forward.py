@@ -65,6 +65,8 @@ class Rows:
             operands,
         )
         self.score, size, self.overflow = score_error(problem, b, units, arithmetic, operands)
+        if operands is not None:
+            self.overflow = self.overflow + operands.overflow
         rescaled = STEPS * units.work * b.row_max.abs() + (1 + units.tiles) * (
             units.exp + units.work
         )
@@ -144,7 +146,7 @@ class Rows:
         terms[f"P in {units.format['probs']}"] = u_p * mass + flushed
         gamma = units.gamma("accumulate", self.problem.len_k + units.tiles)
         added = mass * (1 + u_p) + flushed
-        terms["sum over keys"] = gamma * added + self._lost(added)
+        terms["sum over keys"] = gamma * added + self._lost(added, hull)
         if self.arithmetic.splits > 1 and units.u["partials"] > units.work:
             part = units.u["partials"] * (mass + total(terms)) + units.floor["partials"]
             part = part + units.overflow("partials", hull + total(terms))
@@ -175,20 +177,20 @@ class Rows:
         below = b.out - torch.where(visible, v, torch.inf).amin(-2)
         return torch.maximum(above, below).clamp(min=0.0)
 
-    def _lost(self, added: Tensor) -> Tensor | float:
+    def _lost(self, added: Tensor, hull: Tensor) -> Tensor | float:
         """What the sum of P V loses near zero; UNBOUNDED where it may overflow before it is divided
-        by the row sum.
+        by the row sum: relative to the maximum so far, the weights of all keys so far may be 1.
         """
-        units, b, len_k = self.units, self.block, self.problem.len_k
+        units, len_k = self.units, self.problem.len_k
         scaled = self.arithmetic.probs_scale
         lost = units.step["accumulate"] * (len_k + units.tiles + STEPS) / min(1.0, scaled)
         largest = LARGEST[units.format["accumulate"]] / scaled
-        normalised = self.arithmetic.normalized_probs
-        most = added.amax().item() * (1 if normalised else len_k) if added.numel() else 0.0
-        if most <= largest:
+        if self.arithmetic.normalized_probs:
+            return lost + unbounded(added > largest)
+        if not hull.numel() or hull.amax().item() * len_k <= largest:
             return lost
-        row_sum = 1.0 if normalised else torch.exp(finite(b.lse) - b.row_max)
-        return lost + unbounded(added * row_sum > largest)
+        sees = self.block.visible.sum(-1, keepdim=True).clamp(min=1)
+        return lost + unbounded(torch.maximum(added, hull * sees) > largest)
 
     def _merge(self) -> Tensor:
         """What the weights exp(lse_i - lse) of splits may be off by: they are not normalised again,

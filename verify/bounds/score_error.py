@@ -37,6 +37,8 @@ class Operands:
     k_pair: tuple[Tensor, Tensor]
     v_mean: Tensor
     """[B,Hk,1,Dv]: what V lacks in P V and is added to the output, or 0"""
+    overflow: Tensor
+    """[B,Hk,1,1,1]: UNBOUNDED where a sum over keys, for a mean, may overflow"""
 
     @classmethod
     def of(cls, problem: Problem, inputs: Inputs, arithmetic: Arithmetic) -> Operands | None:
@@ -56,8 +58,11 @@ class Operands:
             lost = lost + FIT * (moved + lost) if how.fitted and t is x.q else lost
             pairs.append((size, lost + STEPS * UNIT["fp32"] * (size + moved)))
         q, k = (pair[1].expand(t.shape) for pair, t in zip(pairs, (x.q, x.k), strict=True))
+        summed = (t.abs().sum(2).amax(-1) for t in (x.k, x.v))
+        over = unbounded(torch.maximum(*summed) > LARGEST["fp32"])[..., None, None, None]
+        over = over if how.centred or how.balanced else torch.zeros_like(over)
         if how.values == "given":
-            return cls(q, k, torch.zeros_like(x.v), pairs[0], pairs[1], v_mean)
+            return cls(q, k, torch.zeros_like(x.v), pairs[0], pairs[1], v_mean, over)
         moved = (x.v - v_mean).abs()
         by_column, rows = how.values == "columns", 0 if how.values == "head" else how.rows
         lost = (
@@ -68,7 +73,7 @@ class Operands:
             lost = lost + key_mean(lost, seen).double() * (
                 1 + (x.v.shape[2] + STEPS) * UNIT["fp32"]
             )
-        return cls(q, k, lost, pairs[0], pairs[1], v_mean)
+        return cls(q, k, lost, pairs[0], pairs[1], v_mean, over)
 
 
 def score_error(

@@ -181,11 +181,8 @@ class Identity:
 
 def identify(kernel: Kernel, device: str) -> Identity:
     """Ask every question that the kernel's support allows, each with what earlier ones found."""
-    taken = options(kernel, device).taken["dtype"]
-    narrow = next(
-        (d for d in ("bf16", "fp16") if d in taken), "fp32"
-    )  # roundings stand out from what FP32 does
-    fine = next((d for d in ("fp16", "bf16") if d in taken), "fp32")  # what FP32 does shows
+    narrow = _dtype(kernel, device, "bf16", "fp16")  # roundings stand out from what FP32 does
+    fine = _dtype(kernel, device, "fp16", "bf16")  # what FP32 does shows
     found, answers = Arithmetic(), list[Answer]()
     unasked: dict[str, str] = {}
     for question in QUESTIONS:
@@ -220,6 +217,12 @@ def identify(kernel: Kernel, device: str) -> Identity:
     return Identity(kernel, answers, unasked, found)
 
 
+def _dtype(kernel: Kernel, device: str, *wanted: str) -> str:
+    """The first of these that the kernel takes, or fp32."""
+    taken = options(kernel, device).taken.get("dtype", ())
+    return next((dtype for dtype in wanted if dtype in taken), "fp32")
+
+
 def _taken(kernel: Kernel, device: str, case: Case) -> tuple[Case, str | None]:
     """(the case that is most like this one and that the kernel takes, why not if there is none)"""
     asked = case.problem
@@ -232,7 +235,7 @@ def _taken(kernel: Kernel, device: str, case: Case) -> tuple[Case, str | None]:
         asked = asked.but(heads_q=widest[0], heads_kv=widest[1])
     problem = fitted(kernel, device, asked, needs)
     same = problem.dtype == asked.dtype and problem.len_k <= 2 * asked.len_k
-    same = same and bool(problem.softcap) == bool(asked.softcap)
+    same = same and problem.softcap == asked.softcap
     grouped = asked.group == 1 or problem.group > 1
     if not (same and grouped):
         return case, kernel.unsupported(asked, device) or "takes no such problem"
@@ -243,10 +246,7 @@ def ordinary(kernel: Kernel, device: str) -> Case | None:
     """The case most like an ordinary one that the kernel takes: an arithmetic that is not its own
     may explain a small case, but not this one. None where it takes none of the kind.
     """
-    narrow = options(kernel, device).taken["dtype"]
-    dtype = next((d for d in ("fp16", "bf16", "fp32") if d in narrow), "")
-    if not dtype:
-        return None
+    dtype = _dtype(kernel, device, "fp16", "bf16")
     case, reason = _taken(kernel, device, Case.parse(ORDINARY.format(dtype=dtype)))
     return None if reason else case
 

@@ -209,7 +209,7 @@ HOLES: dict[str, tuple[Callable[..., Any], str, str]] = {
     ),
     "overflow of P V": (
         forward.Rows._lost,
-        "return lost + unbounded(added * row_sum > largest)",
+        "return lost + unbounded(torch.maximum(added, hull * sees) > largest)",
         "return lost",
     ),
     "overflow of dP": (
