@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from verify.bounds.constants import LARGEST
+from verify.bounds.constants import LARGEST, STEPS, UNIT
+from verify.bounds.score_error import Operands
 from verify.oracles.formats import rounded
 from verify.spec.arithmetic import Quantisation
 from verify.spec.case import Inputs
@@ -69,6 +70,36 @@ def dequantised(problem: Problem, inputs: Inputs, how: Quantisation) -> Inputs:
     """
     left = quantised(problem, inputs, how)
     return replace(left.inputs, v=left.inputs.v + left.v_mean)
+
+
+def left_over(
+    problem: Problem, inputs: Inputs, how: Quantisation
+) -> tuple[Inputs, Operands] | None:
+    """(the values that such a kernel multiplies, as float64; how far its own may be from these): it
+    divides by its scale in FP32, and what lies at a tie may be rounded to the other side. None
+    where rotations and means come before, which add up in an order of their own.
+    """
+    if how.rotated or how.centred or how.fitted or how.balanced:
+        return None
+    found = quantised(problem, inputs, how)
+    x, left = inputs.exact(inputs.q.device), found.inputs
+    codes = [_coded(t, how) for t in (x.q, x.k)]
+    q, k = (_at_ties(t, scale, how.format) for t, (_, scale) in zip((x.q, x.k), codes, strict=True))
+    if how.values == "given":
+        v = torch.zeros_like(x.v)
+    else:
+        by_rows = how.values == "rows" and bool(how.rows)
+        v = _at_ties(x.v, _coded(x.v, how)[1] if by_rows else found.v_scale, how.format)
+    nothing = v.new_zeros((*v.shape[:2], 1, 1, 1))
+    pairs = (left.q.abs(), q), (left.k.abs(), k)
+    return left, Operands(q, k, v, *pairs, found.v_mean, nothing)
+
+
+def _at_ties(x: Tensor, scale: Tensor, fmt: str) -> Tensor:
+    """How far x, coded and multiplied out in FP32, may be from what it is in float64."""
+    off = 2 * STEPS * UNIT["fp32"]
+    low, high = (rounded(x / scale * factor, fmt) * scale for factor in (1 - off, 1 + off))
+    return (high - low).abs() + off * torch.maximum(low.abs(), high.abs())
 
 
 def _coded(

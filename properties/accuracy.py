@@ -15,9 +15,8 @@ def oracle(kernel: Kernel, case: Case, device: str) -> Verdict:
     has on these inputs, and as large and as even as an honest kernel's of that arithmetic."""
     known = truth(case, device)
     judged = judge(kernel, answer(kernel, known), known, names=("out", "lse"))
-    return Verdict(
-        blind_to=known.blind_to(judged.limits, judged.expected), measured=judged.measured
-    )
+    blind_to = known.blind_to(judged.limits, judged.expected, judged.left)
+    return Verdict(blind_to=blind_to, measured=judged.measured)
 
 
 @holds(core=True, grads=True)

@@ -33,6 +33,7 @@ def allowance(
     blocks: Callable[[], Iterable[Block]],
     arithmetic: Arithmetic,
     uncertainty: dict[str, Tensor] | None = None,
+    operands: Operands | None = None,
 ) -> dict[str, Allowance]:
     """The proved bound for out, lse and, where problem.grads, dq, dk, dv, dbias of a kernel of this
     arithmetic.
@@ -41,12 +42,11 @@ def allowance(
     `uncertainty` where it is known (an interval oracle's); else the float64 oracle's own. That is
     at most the ratio of FP64's unit roundoff to the working format's of the same bound, as long as
     every part of it grows at least linearly with the unit roundoffs; where a row's does not, the
-    bound is evaluated once more, for FP64.
+    bound is evaluated once more, for FP64. `operands`: what the kernel's operands may be off by,
+    where it is not what quantisation takes.
     """
-    units, operands = (
-        Units(problem, arithmetic, exact.out.device.type),
-        Operands.of(problem, inputs, arithmetic),
-    )
+    units = Units(problem, arithmetic, exact.out.device.type)
+    operands = operands or Operands.of(problem, inputs, arithmetic)
     by_row: dict[str, list[Terms]] = {"out": [], "lse": []}
     if problem.grads:
         by_row |= {"dq": []} | ({"dbias": []} if exact.dbias is not None else {})

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from verify.bounds.constants import FALSE_ALARM, Allowance
+from verify.bounds.exact import Exact
 from verify.bounds.expected import DIRECTIONS, Expectation, Surprise
 from verify.bounds.metrics import distance, worst
 from verify.reference.reference import Truth
@@ -26,6 +27,8 @@ class Judged:
 
     limits: dict[str, Allowance]
     expected: Expectation | None
+    left: tuple[Exact, dict[str, Allowance]] | None = None
+    """Of a kernel that quantises: the exact answer of its own codes, and the bounds from that."""
     measured: dict[str, float] = field(default_factory=dict)
 
 
@@ -34,18 +37,20 @@ def judge(kernel: Kernel, output: Output, known: Truth, *, names: tuple[str, ...
     may be, or farther on the whole than an honest kernel of the declared arithmetic.
     """
     arithmetic = kernel.numerics(known.problem, known.device)
-    judged = Judged(known.allowances(arithmetic), known.expectation(arithmetic))
+    left = known.left(arithmetic) if "out" in names else None
+    judged = Judged(known.allowances(arithmetic), known.expectation(arithmetic), left)
     tensors = {
         n: getattr(output, n)
         for n in names
         if getattr(output, n) is not None and getattr(known.exact, n) is not None
     }
     for name, got in tensors.items():
-        want = getattr(known.exact, name)
-        if name == "out" and kernel.empty_row == "nan":
-            want = want.masked_fill((known.exact.lse == -torch.inf).unsqueeze(-1), torch.nan)
         try:
+            want = _wanted(kernel, known.exact, name)
             compare(name, got, want, judged.limits[name], against="exact")
+            if left is not None and name in left[1]:
+                want = _wanted(kernel, left[0], name)
+                compare(name, got, want, left[1][name], against="exact, of its own codes,")
         except Finding as finding:
             raise Finding(
                 finding.sentence + _expected(judged, name, got), measured=finding.measured
@@ -58,6 +63,14 @@ def judge(kernel: Kernel, output: Output, known: Truth, *, names: tuple[str, ...
         if judged.expected is not None:
             _judge_expected(judged, judged.expected, name, got)
     return judged
+
+
+def _wanted(kernel: Kernel, exact: Exact, name: str) -> Tensor:
+    """The exact tensor; NaN in rows of out that the kernel declares to be NaN."""
+    want = getattr(exact, name)
+    if name == "out" and kernel.empty_row == "nan":
+        return want.masked_fill((exact.lse == -torch.inf).unsqueeze(-1), torch.nan)
+    return want
 
 
 def _judge_expected(judged: Judged, expected: Expectation, name: str, got: Tensor) -> None:

@@ -25,7 +25,7 @@ from verify.bounds.exact import Block, Exact, from_keys, ungrouped
 from verify.bounds.expected import Expectation
 from verify.bounds.metrics import distance
 from verify.bounds.proved import allowance
-from verify.oracles import certified, emulator, float64, formats
+from verify.oracles import certified, emulator, float64, formats, quantised
 from verify.records.events import WRONG_OUTPUTS
 from verify.spec.arithmetic import ROUNDED, Arithmetic
 from verify.spec.case import Case, Inputs
@@ -74,6 +74,21 @@ class Truth:
         """How far each tensor of a kernel of this arithmetic may be from the exact answer."""
         return allowance(
             self.problem, self.inputs, self.exact, self.blocks, arithmetic, self.uncertainty
+        )
+
+    def left(self, arithmetic: Arithmetic) -> tuple[Exact, dict[str, Allowance]] | None:
+        """(exact attention of what a kernel that quantises has left of its inputs, how far out and
+        lse of such a kernel may be from that); None where it does not quantise, or in a way that
+        leaves its codes open.
+        """
+        how, problem = arithmetic.quantised, self.problem.but(grads=False)
+        found = quantised.left_over(problem, self.inputs, how) if how else None
+        if found is None:
+            return None
+        inputs, operands = found
+        other = Truth(problem, inputs, float64.exact(problem, inputs))
+        return other.exact, allowance(
+            problem, inputs, other.exact, other.blocks, arithmetic, operands=operands
         )
 
     def expectation(self, arithmetic: Arithmetic) -> Expectation | None:
@@ -186,9 +201,16 @@ class Truth:
             parts.append(ungrouped(from_keys(b.p * (x - (b.p * x).sum(-1, keepdim=True)), b.v)))
         return torch.cat(parts, 2)
 
-    def blind_to(self, limits: Mapping[str, Allowance], expected: Expectation | None) -> list[str]:
+    def blind_to(
+        self,
+        limits: Mapping[str, Allowance],
+        expected: Expectation | None,
+        left: tuple[Exact, dict[str, Allowance]] | None = None,
+    ) -> list[str]:
         """Return those of WRONG_OUTPUTS that this case would let pass."""
-        p, limit = self.problem, limits["out"].limit
+        p = self.problem
+        near = [(self.exact.out, limits["out"].limit)]
+        near += [(left[0].out, left[1]["out"].limit)] if left else []
         flat = p.but(scale=0.0, bias="none", softcap=0.0, grads=False)
         steep = p.but(scale=1.05 * p.softmax_scale, grads=False)
         wrong = (
@@ -197,11 +219,12 @@ class Truth:
             lambda: float64.exact(steep, self.inputs).out,
         )
         outputs = zip(WRONG_OUTPUTS, wrong, strict=True)
-        return [name for name, make in outputs if not self._rejects(make(), limit, expected)]
+        return [name for name, make in outputs if not _rejects(make(), near, expected)]
 
-    def _rejects(self, out: Tensor, limit: Tensor, expected: Expectation | None) -> bool:
-        beyond = bool((distance(out, self.exact.out) > limit).any())
-        return beyond or (expected is not None and expected.surprise("out", out) is not None)
+
+def _rejects(out: Tensor, near: list[tuple[Tensor, Tensor]], expected: Expectation | None) -> bool:
+    beyond = any(bool((distance(out, exact) > limit).any()) for exact, limit in near)
+    return beyond or (expected is not None and expected.surprise("out", out) is not None)
 
 
 def tests(problem: Problem) -> int:

@@ -5,6 +5,7 @@ hold now, and what says nothing must say so.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -188,6 +189,33 @@ def test_scores_that_are_lost_leave_a_mean_of_what_the_row_sees(dtype: str) -> N
 
     assert bool((off(-torch.inf) <= limit).all())
     assert bool((off(-1e4) > limit)[0, 0, 0].any())  # this row sees one key
+
+
+CODED = [
+    Quantisation(),
+    Quantisation("e5m2", 0, values="head"),
+    Quantisation("e4m3", 16, values="columns"),
+    Quantisation("int8", 1, values="given"),
+    Quantisation("int4", 0),
+]
+
+
+@pytest.mark.parametrize("how", CODED, ids=str)
+@pytest.mark.parametrize("recipe", ["normal", "normal(5)", "outliers(0.01,10)", "growing"])
+def test_a_kernel_that_quantises_is_near_the_answer_of_its_own_codes(
+    how: Quantisation, recipe: str
+) -> None:
+    """The bound from the exact answer lets zeros pass here, the other does not."""
+    case = Case.parse(f"b1.h2:1.q24.k40.d16.bf16.causal_lower_right/{recipe}#3")
+    known, arithmetic = truth(case, "cpu"), Arithmetic(quantised=how)
+    left = known.left(arithmetic)
+    assert left is not None
+    exact, limits = left
+    given = emulator.emulate(case.problem, known.inputs, replace(arithmetic, tile=16))
+    for name in ("out", "lse"):
+        error = distance(getattr(given, name), getattr(exact, name))
+        assert bool((error <= limits[name].limit).all()), name
+    assert bool((exact.out.abs() > limits["out"].limit).any())
 
 
 @pytest.mark.parametrize("tile", [1, 2, 4, 8, 16])
