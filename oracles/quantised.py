@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from verify.bounds.constants import LARGEST, STEPS, UNIT
+from verify.bounds.constants import CUT, LARGEST, STEPS, UNIT
 from verify.bounds.score_error import Operands
 from verify.oracles.formats import rounded
 from verify.spec.arithmetic import Quantisation
 from verify.spec.case import Inputs
 from verify.spec.problem import Problem
-from verify.spec.quantization import centres, fit, key_mean, rotation
+from verify.spec.quantization import FIT, centres, fit, key_mean, rotation
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,13 @@ def quantised(problem: Problem, inputs: Inputs, how: Quantisation) -> Quantised:
     k, v = ((t - mean).masked_fill(~seen, 0.0) for t, mean in ((x.k, k_mean), (x.v, v_mean)))
     turn = _turn(problem.dim_qk, x.q.device) if how.rotated else None
     by_rows = how.values == "rows" and bool(how.rows)
-    over = {"rows": (0, 1, 2, 3) if how.rows is None else (2, 3), "head": (2, 3), "columns": (2,)}
     v_scale = v.new_ones(())
     if how.values == "given":
         v8 = v
     elif by_rows:
         v8 = _whole(_coded(v, how))
     else:
-        v_scale = _scales(v, how.format, over[how.values])
+        v_scale = _scale_of_v(v, how)
         v8 = rounded(v / v_scale, how.format) * v_scale
     v_mean = v_mean + key_mean(v - v8, seen).double() if how.balanced else v_mean
     q8, k8 = _coded(x.q, how, turn, fitted=how.fitted), _coded(k, how, turn)
@@ -73,33 +72,82 @@ def dequantised(problem: Problem, inputs: Inputs, how: Quantisation) -> Inputs:
 
 
 def left_over(
-    problem: Problem, inputs: Inputs, how: Quantisation
-) -> tuple[Inputs, Operands] | None:
-    """(the values that such a kernel multiplies, as float64; how far its own may be from these): it
-    divides by its scale in FP32, and what lies at a tie may be rounded to the other side. None
-    where rotations and means come before, which add up in an order of their own.
+    problem: Problem, inputs: Inputs, how: Quantisation, gamma: float
+) -> tuple[Inputs, Operands]:
+    """(the values that such a kernel multiplies, as float64, q and k as wide as they are turned;
+    how far its own may be from these): it turns, centres and divides in FP32, and what lies at a
+    tie may be rounded to the other side. gamma: of the sum of a score.
     """
-    if how.rotated or how.centred or how.fitted or how.balanced:
-        return None
-    found = quantised(problem, inputs, how)
-    x, left = inputs.exact(inputs.q.device), found.inputs
-    codes = [_coded(t, how) for t in (x.q, x.k)]
-    q, k = (_at_ties(t, scale, how.format) for t, (_, scale) in zip((x.q, x.k), codes, strict=True))
-    if how.values == "given":
-        v = torch.zeros_like(x.v)
-    else:
-        by_rows = how.values == "rows" and bool(how.rows)
-        v = _at_ties(x.v, _coded(x.v, how)[1] if by_rows else found.v_scale, how.format)
+    found, x = quantised(problem, inputs, how), inputs.exact(inputs.q.device)
+    seen, _, v_mean = centres(problem, x, how)
+    turn = _turn(problem.dim_qk, x.q.device) if how.rotated else None
+    few, many = (_gamma(n) for n in (problem.dim_qk, problem.len_k))
+    k_off, v_off = (many * key_mean(t.abs(), seen).double() * how.centred for t in (x.k, x.v))
+    v_off = v_off * (how.values != "given")
+    k, v = ((t - m).masked_fill(~seen, 0.0) for t, m in ((x.k, found.k_mean), (x.v, v_mean)))
+    q_err = _moved(x.q, x.q.new_zeros(()), how, turn)
+    k_err = _moved(k, k_off, how, turn)
+    q_size, k_size = ((code * scale).abs() for code, scale in (found.q, found.k))
+    if how.fitted:  # its factor is a quotient of two sums over a row
+        coded, scale = _coded(x.q, how, turn)
+        along = (coded * scale * _turned(x.q, turn)).sum(-1, keepdim=True).abs()
+        turned_off = (q_err * _turned(x.q, turn).abs()).sum(-1, keepdim=True)
+        share = turned_off / along.clamp(min=torch.finfo(along.dtype).tiny)
+        q_err = q_err * (1 + FIT) + q_size * (share + 4 * few).clamp(max=2 * FIT)
+    q_err = q_err + gamma * q_size
+    v_err = torch.zeros_like(v) if how.values == "given" else _moved(v, v_off, how, of_v=True)
+    if how.balanced:
+        v8 = found.inputs.v
+        v_err = v_err + key_mean(v_err + many * (v - v8).abs(), seen).double()
+    v_err = v_err + v_off
     nothing = v.new_zeros((*v.shape[:2], 1, 1, 1))
-    pairs = (left.q.abs(), q), (left.k.abs(), k)
-    return left, Operands(q, k, v, *pairs, found.v_mean, nothing)
+    pairs = (q_size, q_err), (k_size, k_err)
+    operands = Operands(q_err, k_err, v_err, *pairs, found.v_mean, nothing)
+    left = replace(found.inputs, v=found.inputs.v + found.v_mean)
+    if turn is not None:  # in all the columns that it was padded to
+        k_mean = _padded(found.k_mean, turn)
+        left = replace(left, q=_whole(found.q, turn), k=_whole(found.k, turn) + k_mean)
+    return left, operands
 
 
-def _at_ties(x: Tensor, scale: Tensor, fmt: str) -> Tensor:
-    """How far x, coded and multiplied out in FP32, may be from what it is in float64."""
-    off = 2 * STEPS * UNIT["fp32"]
-    low, high = (rounded(x / scale * factor, fmt) * scale for factor in (1 - off, 1 + off))
+def _moved(
+    x: Tensor, moved: Tensor, how: Quantisation, turn: Tensor | None = None, *, of_v: bool = False
+) -> Tensor:
+    """How far x, turned, coded and multiplied out in FP32, may be from what it is in float64; x
+    itself may be off by `moved`.
+    """
+    turned, few = _turned(x, turn), _gamma(x.shape[-1])
+    if not turned.numel():
+        return turned
+    if turn is not None:
+        moved = (x.abs() * few + moved).sum(-1, keepdim=True) / math.sqrt(turned.shape[-1])
+    by_rows = not of_v or (how.values == "rows" and bool(how.rows))
+    scale = _coded(x, how, turn)[1] if by_rows else _scale_of_v(x, how)
+    off = 2 * STEPS * UNIT["fp32"] + moved.amax() / (scale * LARGEST[how.format])
+    doubt = (off * turned.abs() + moved) / scale
+    low, high = (rounded(turned / scale + d, how.format) * scale for d in (-doubt, doubt))
     return (high - low).abs() + off * torch.maximum(low.abs(), high.abs())
+
+
+def _gamma(terms: int) -> float:
+    """Of a sum in FP32 that tensor cores may truncate."""
+    return CUT * (terms + STEPS) * UNIT["fp32"]
+
+
+def _turned(x: Tensor, turn: Tensor | None) -> Tensor:
+    """Padded and turned, if it is."""
+    if turn is None:
+        return x
+    return _padded(x, turn) @ turn
+
+
+def _padded(x: Tensor, turn: Tensor) -> Tensor:
+    return torch.nn.functional.pad(x, (0, turn.shape[0] - x.shape[-1]))
+
+
+def _scale_of_v(v: Tensor, how: Quantisation) -> Tensor:
+    over = {"rows": (0, 1, 2, 3) if how.rows is None else (2, 3), "head": (2, 3), "columns": (2,)}
+    return _scales(v, how.format, over[how.values])
 
 
 def _coded(
@@ -108,8 +156,7 @@ def _coded(
     """x [B,H,n,D], turned, as it is in the 8-bit format, and a float32 scale for each row
     [B,H,n,1].
     """
-    if turn is not None:
-        x = torch.nn.functional.pad(x, (0, turn.shape[0] - x.shape[-1])) @ turn
+    x = _turned(x, turn)
     over = (0, 1, 2, 3) if how.rows is None else (2, 3)
     parts = [
         _scales(part, how.format, over).expand(*part.shape[:3], 1)

@@ -20,6 +20,7 @@ from verify.bounds.constants import (
     UNBOUNDED,
     UNIT,
     Allowance,
+    Units,
 )
 from verify.bounds.exact import Block, Exact, from_keys, ungrouped
 from verify.bounds.expected import Expectation
@@ -30,6 +31,7 @@ from verify.records.events import WRONG_OUTPUTS
 from verify.spec.arithmetic import ROUNDED, Arithmetic
 from verify.spec.case import Case, Inputs
 from verify.spec.problem import Problem
+from verify.spec.quantization import rotation
 
 KEPT = 8
 """Blocks are kept for reuse up to this fraction of the oracle's own block size."""
@@ -77,19 +79,22 @@ class Truth:
         )
 
     def left(self, arithmetic: Arithmetic) -> tuple[Exact, dict[str, Allowance]] | None:
-        """(exact attention of what a kernel that quantises has left of its inputs, how far out and
-        lse of such a kernel may be from that); None where it does not quantise, or in a way that
-        leaves its codes open.
+        """(exact attention of what a kernel that quantises has left of its inputs, how far out of
+        such a kernel may be from that, and lse, if no mean of K has to be added to it); None where
+        it does not quantise.
         """
         how, problem = arithmetic.quantised, self.problem.but(grads=False)
-        found = quantised.left_over(problem, self.inputs, how) if how else None
-        if found is None:
+        if how is None:
             return None
-        inputs, operands = found
+        columns = problem.dim_qk if not how.rotated else rotation(problem.dim_qk).shape[0]
+        gamma = Units(problem, arithmetic, self.device).gamma("scores", columns)
+        inputs, operands = quantised.left_over(problem, self.inputs, how, gamma)
+        problem = problem.but(dim_qk=columns, scale=problem.softmax_scale)
         other = Truth(problem, inputs, float64.exact(problem, inputs))
-        return other.exact, allowance(
+        limits = allowance(
             problem, inputs, other.exact, other.blocks, arithmetic, operands=operands
         )
+        return other.exact, {"out": limits["out"]} if how.centred else limits
 
     def expectation(self, arithmetic: Arithmetic) -> Expectation | None:
         """What honest kernels of this arithmetic are off by here; None where roundings repeat, so
