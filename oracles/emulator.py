@@ -20,7 +20,7 @@ from verify.bounds.constants import spacings
 from verify.bounds.exact import Block, Exact, by_key, from_keys, grouped, to_keys, ungrouped
 from verify.oracles import float64
 from verify.oracles.formats import Form, Nearest
-from verify.oracles.quantised import Quantised, quantised
+from verify.oracles.quantised import Quantised, quantised, widened
 from verify.spec.arithmetic import Arithmetic
 from verify.spec.case import Inputs
 from verify.spec.problem import Problem
@@ -341,10 +341,13 @@ def emulate(
     `rounding`: to nearest by default. `blocks`: the exact softmax of these inputs, if at hand and
     the kernel does not quantise.
     """
-    coded = quantised(problem, inputs, arithmetic.quantised) if arithmetic.quantised else None
-    inputs = coded.inputs if coded else inputs
+    coded, how, shapes = None, arithmetic.quantised, problem.shapes
+    if how:
+        coded = quantised(problem, inputs, how)
+        inputs = coded.inputs
+        if not problem.grads:
+            problem, inputs = widened(problem, coded, how)
     emulator = _Emulator(problem, arithmetic, rounding or Nearest(), inputs.q.device.type, coded)
-    shapes = problem.shapes
     result = {
         name: torch.zeros(shapes[name], dtype=torch.float64, device=inputs.q.device)
         for name in ("out", "lse")

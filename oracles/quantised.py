@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from verify.bounds.constants import CUT, LARGEST, STEPS, UNIT
+from verify.bounds.constants import CUT, LARGEST, STEPS, UNIT, Units
 from verify.bounds.score_error import Operands
 from verify.oracles.formats import rounded
 from verify.spec.arithmetic import Quantisation
@@ -72,11 +72,11 @@ def dequantised(problem: Problem, inputs: Inputs, how: Quantisation) -> Inputs:
 
 
 def left_over(
-    problem: Problem, inputs: Inputs, how: Quantisation, gamma: float
-) -> tuple[Inputs, Operands]:
-    """(the values that such a kernel multiplies, as float64, q and k as wide as they are turned;
-    how far its own may be from these): it turns, centres and divides in FP32, and what lies at a
-    tie may be rounded to the other side. gamma: of the sum of a score.
+    problem: Problem, inputs: Inputs, how: Quantisation, units: Units
+) -> tuple[Problem, Inputs, Operands]:
+    """(the problem and the values, as float64, that such a kernel multiplies; how far its own may
+    be from these): it turns, centres and divides in FP32, and what lies at a tie may be rounded to
+    the other side.
     """
     found, x = quantised(problem, inputs, how), inputs.exact(inputs.q.device)
     seen, _, v_mean = centres(problem, x, how)
@@ -94,7 +94,7 @@ def left_over(
         turned_off = (q_err * _turned(x.q, turn).abs()).sum(-1, keepdim=True)
         share = turned_off / along.clamp(min=torch.finfo(along.dtype).tiny)
         q_err = q_err * (1 + FIT) + q_size * (share + 4 * few).clamp(max=2 * FIT)
-    q_err = q_err + gamma * q_size
+    q_err = q_err + units.gamma("scores", q_size.shape[-1]) * q_size
     v_err = torch.zeros_like(v) if how.values == "given" else _moved(v, v_off, how, of_v=True)
     if how.balanced:
         v8 = found.inputs.v
@@ -103,11 +103,20 @@ def left_over(
     nothing = v.new_zeros((*v.shape[:2], 1, 1, 1))
     pairs = (q_size, q_err), (k_size, k_err)
     operands = Operands(q_err, k_err, v_err, *pairs, found.v_mean, nothing)
-    left = replace(found.inputs, v=found.inputs.v + found.v_mean)
-    if turn is not None:  # in all the columns that it was padded to
-        k_mean = _padded(found.k_mean, turn)
-        left = replace(left, q=_whole(found.q, turn), k=_whole(found.k, turn) + k_mean)
-    return left, operands
+    problem, left = widened(problem, found, how)
+    return problem, replace(left, v=left.v + found.v_mean), operands
+
+
+def widened(problem: Problem, found: Quantised, how: Quantisation) -> tuple[Problem, Inputs]:
+    """The problem of what is multiplied, in all the columns that rows are padded to before they are
+    turned: what rounding leaves in these is multiplied, too.
+    """
+    if not how.rotated:
+        return problem, found.inputs
+    turn = _turn(problem.dim_qk, found.k_mean.device)
+    k = _whole(found.k, turn) + _padded(found.k_mean, turn)
+    wide = problem.but(dim_qk=turn.shape[0], scale=problem.softmax_scale)
+    return wide, replace(found.inputs, q=_whole(found.q, turn), k=k)
 
 
 def _moved(

@@ -31,7 +31,6 @@ from verify.records.events import WRONG_OUTPUTS
 from verify.spec.arithmetic import ROUNDED, Arithmetic
 from verify.spec.case import Case, Inputs
 from verify.spec.problem import Problem
-from verify.spec.quantization import rotation
 
 KEPT = 8
 """Blocks are kept for reuse up to this fraction of the oracle's own block size."""
@@ -86,10 +85,8 @@ class Truth:
         how, problem = arithmetic.quantised, self.problem.but(grads=False)
         if how is None:
             return None
-        columns = problem.dim_qk if not how.rotated else rotation(problem.dim_qk).shape[0]
-        gamma = Units(problem, arithmetic, self.device).gamma("scores", columns)
-        inputs, operands = quantised.left_over(problem, self.inputs, how, gamma)
-        problem = problem.but(dim_qk=columns, scale=problem.softmax_scale)
+        units = Units(problem, arithmetic, self.device)
+        problem, inputs, operands = quantised.left_over(problem, self.inputs, how, units)
         other = Truth(problem, inputs, float64.exact(problem, inputs))
         limits = allowance(
             problem, inputs, other.exact, other.blocks, arithmetic, operands=operands
