@@ -175,7 +175,9 @@ class _Emulator:
         stored = self.store(weights * factor, "probs") / factor
         total = self.row_sum(stored if self.arithmetic.rowsum == "rounded" else weights, later)
         if self.arithmetic.splits > 1 and self.arithmetic.partials != "fp32":
-            out = self.merged(stored, weights, v, later)
+            out = self.merged(
+                stored, weights, v, unit * (s - row_max), unit * (held - row_max), times
+            )
         else:
             out = self.weighted(stored, v, later)
         lse = self.lse(unit * row_max, total)
@@ -188,14 +190,24 @@ class _Emulator:
             slope,
         )
 
-    def merged(self, stored: Tensor, weights: Tensor, v: Tensor, later: Tensor) -> Tensor:
-        """P V, of splits that are divided by their row sums, stored, and multiplied again."""
-        out, later = v.new_zeros(()), later.expand(weights.shape)
-        for part in _shares(weights.shape[-1], self.arithmetic):
-            p, w, scale = stored[..., part], weights[..., part], later[..., part]
-            total = self.row_sum(p if self.arithmetic.rowsum == "rounded" else w, scale)
-            divided = self.weighted(p, v[:, :, part], scale) / total.masked_fill(total == 0, 1.0)
-            out = out + self.store(divided, "partials") * total
+    def merged(
+        self, stored: Tensor, weights: Tensor, v: Tensor, s: Tensor, held: Tensor, times: Tensor
+    ) -> Tensor:
+        """P V, of splits that are divided by their row sums, stored, and multiplied again. s, held:
+        relative to the row's maximum.
+        """
+        out = v.new_zeros(())
+        for part in _shares(s.shape[-1], self.arithmetic):
+            top = s[..., part].amax(-1, keepdim=True)
+            top = top.masked_fill(top == -torch.inf, 0.0)
+            later = self.rounding.rescaled(
+                torch.exp(held[..., part] - top), times[part], self.work, self.arithmetic.exp_ulp
+            )
+            p = stored[..., part]
+            added = p if self.arithmetic.rowsum == "rounded" else weights[..., part]
+            total = self.row_sum(added, later)
+            divided = self.weighted(p, v[:, :, part], later) / total.masked_fill(total == 0, 1.0)
+            out = out + self.store(divided, "partials") * total * torch.exp(top)
         return out
 
     def row_sum(self, weights: Tensor, later: Tensor) -> Tensor:

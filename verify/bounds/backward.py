@@ -79,9 +79,8 @@ def gradients(
         )
     if arithmetic.spill:
         spills = -(-problem.len_k // arithmetic.spill[1])
-        result["dq"]["partial sums stored"] = spills * (
-            units.u["output"] * everything + units.floor["output"]
-        )
+        stored = spills * (units.u["output"] * everything + units.floor["output"])
+        result["dq"]["partial sums stored"] = stored + units.overflow("output", everything)
     units.store(result["dq"], "output", grouped(dq, problem))
 
     moved, mass = scale * to_keys(e_ds, q), scale * to_keys(ds, q)
@@ -94,7 +93,7 @@ def gradients(
     everything = mass + moved + stored
     summed = problem.len_q * problem.group + STEPS
     lost = (units.exp_floor * size.sum((2, 3))[..., None] + step * summed) * (1 + scale)
-    lost = lost + units.overflow("accumulate", everything / min(1.0, scale or 1.0))
+    lost = lost + _overflown(problem, units, arithmetic, everything / min(1.0, scale or 1.0))
     result["dk"] = {"dS": moved, name: stored, "sum over rows": gamma * everything + floor + lost}
     if rows.operands is not None:
         lost = grouped(rows.operands.q[:, :, b.rows], problem)
@@ -122,12 +121,21 @@ def _dv(
     weights = (b.p + e_p).sum((2, 3))[..., None]
     summed = problem.len_q * problem.group + STEPS
     lost = units.exp_floor * weights + units.step["accumulate"] * summed
-    lost = lost + units.overflow("accumulate", everything) + overflow.sum((2, 3))[:, :, None]
+    lost = lost + _overflown(problem, units, arithmetic, everything)
+    lost = lost + overflow.sum((2, 3))[:, :, None]
     return {
         "scores and exponentials": moved,
         name: stored,
         "sum over rows": gamma * everything + floor + lost,
     }
+
+
+def _overflown(problem: Problem, units: Units, arithmetic: Arithmetic, sizes: Tensor) -> Tensor:
+    """UNBOUNDED where a sum over rows, or a part of it that is stored, may overflow."""
+    over = units.overflow("accumulate", sizes)
+    if problem.group > 1:
+        over = over + units.overflow("group_sum", sizes)
+    return over + units.overflow("output", sizes) if arithmetic.spill else over
 
 
 def _row_sum(problem: Problem, units: Units, arithmetic: Arithmetic) -> tuple[float, float]:

@@ -77,7 +77,8 @@ class Rows:
             self.exponent + rescaled if problem.softcap else self.exponent.add_(rescaled)
         )
         if arithmetic.exp == "fused" and problem.len_k:  # the argument may be positive
-            argument = STEPS * units.work * (b.s.abs().amax(-1, keepdim=True) + b.row_max.abs())
+            largest = (b.s.abs() + self.score).amax(-1, keepdim=True)
+            argument = STEPS * units.work * (largest + b.row_max.abs())
             self.overflow = self.overflow + unbounded(argument > CLAMP)
         p_d = self._weights_error()
         spread = p_d.sum(-1, keepdim=True)

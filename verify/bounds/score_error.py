@@ -115,19 +115,16 @@ def score_error(
         (q_size, q_error), (k_size, k_error) = operands.q_pair, operands.k_pair
         q_size, q_error = (grouped(t[:, :, b.rows], problem) for t in (q_size, q_error))
         error = error + (by_key(q_error, k_size) + by_key(q_size + q_error, k_error)) * (1 + gamma)
-    error.mul_(scale * (1 + 2 * u)).add_(b.raw.abs(), alpha=2 * u)
+    twice = u * (2 + u)  # two stores, one after the other
+    error.mul_(scale * (1 + twice)).add_(b.raw.abs(), alpha=twice)
     error.add_(flushed + (2 + scale) * floor)  # before and after the scale
     if problem.softcap:
         error = error + u * (b.raw.abs() + error) + floor * problem.softcap  # s / softcap
-        error = (
-            error
-            + units.tanh * problem.softcap
-            + 2 * u * (b.capped.abs() + error)
-            + 2 * floor * problem.softcap
-        )
+        error = error + units.tanh * problem.softcap
+        error = error + twice * (b.capped.abs() + error) + (2 + u) * floor * problem.softcap
     if b.bias is not None:
         # ALiBi's: slope / scale or slope * log2(e), its product with the distance, the store
         formed = STEPS if problem.bias == "alibi" else 1
-        error = error + (formed * units.work + u) * b.bias.abs() + u * (b.s.abs() + error)
-        error = error + 2 * floor + units.exp_floor
+        error = error + (formed * units.work + u) * b.bias.abs() + floor
+        error = error + u * (b.s.abs() + error) + floor + units.exp_floor
     return error, b.s.abs(), overflow

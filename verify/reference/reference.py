@@ -16,6 +16,7 @@ from torch import Tensor
 from verify.bounds.constants import (
     ALIKE_PART,
     DISTINCT,
+    FLOOR,
     LEVELS,
     UNBOUNDED,
     UNIT,
@@ -102,7 +103,7 @@ class Truth:
             UNIT[arithmetic.format(name, self.problem.dtype)] for name in ("probs", "stored_scores")
         )
         flat = self.spread <= LEVELS * unit or self.relief <= LEVELS * stored
-        if self.problem.dtype == "fp64" or flat or self._repeats(unit):
+        if self.problem.dtype == "fp64" or flat or self._faint or self._repeats(unit):
             return None
         return Expectation(
             self.exact,
@@ -148,6 +149,18 @@ class Truth:
                 parts.append(ungrouped(b.p.take_along_dim(top, -1) * moved))
         unit = UNIT[arithmetic.format("probs", self.problem.dtype)]
         return unit * torch.cat(parts, 2)
+
+    @cached_property
+    def _faint(self) -> bool:
+        """Whether subnormal factors of scores, which may be flushed, are more than a rounding of
+        FP32: emulations do not flush.
+        """
+        q, k = self.inputs.q, self.inputs.k
+        if not (q.numel() and k.numel()):
+            return False
+        largest = max(q.abs().max().item(), k.abs().max().item())
+        lost = FLOOR["fp32"] * self.problem.dim_qk * largest
+        return lost * (1 + abs(self.problem.softmax_scale)) > UNIT["fp32"]
 
     def _repeats(self, unit: float) -> bool:
         """Whether roundings of P repeat, row after row: equal scores are rounded alike, and so are

@@ -238,6 +238,16 @@ HOLES: dict[str, tuple[Callable[..., Any], str, str]] = {
         "min(SHORTEST_TILE, arithmetic.tile or SHORTEST_TILE)",
         "SHORTEST_TILE",
     ),
+    "two stores, one after the other": (
+        score_error.score_error,
+        "error = error + u * (b.s.abs() + error) + floor",
+        "error = error + u * b.s.abs() + floor",
+    ),
+    "a bound of fused exponents": (
+        forward.Rows.__init__,
+        "(b.s.abs() + self.score).amax(-1, keepdim=True)",
+        "b.s.abs().amax(-1, keepdim=True)",
+    ),
     "steps of an accumulator of 16 bits": (
         Units.__init__,
         "max(self.exp_floor, self.floor[name])",

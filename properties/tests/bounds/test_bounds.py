@@ -75,6 +75,14 @@ ATTACKED = {
         "q1.k6.d1.fp32.full.scale=0.0/normal#0",
         Arithmetic(tile=1, exp_ulp=20),
     ),
+    "two stores, one after the other": (
+        "q1.k1.d4:1.bf16.full.bias=qk.scale=0.0/normal#53",
+        Arithmetic(stored_scores="input", rounding="stochastic"),
+    ),
+    "a bound of fused exponents": (
+        "q5.k5.d2.fp32.full.bias=hqk.scale=10000.0/cancelling(1e+09)#0",
+        Arithmetic(scores="fp22", exp="fused"),
+    ),
     "steps of an accumulator of 16 bits": (
         "q1.k5.d1.fp16.full/tiny#0",
         Arithmetic(accumulate="fp16"),

@@ -191,6 +191,15 @@ def test_scores_that_are_lost_leave_a_mean_of_what_the_row_sees(dtype: str) -> N
     assert bool((off(-1e4) > limit)[0, 0, 0].any())  # this row sees one key
 
 
+def test_sums_of_heads_that_are_stored_may_overflow() -> None:
+    """dk of each of two heads is beyond FP16, their sum is not."""
+    case = Case.parse("b1.h2:1.q65.k65.d72.fp16.full.scale=1.0.grads/faint(0.0001)#7")
+    known = truth(case, "cpu")
+    for arithmetic, infinite in ((EAGER, True), (FLASH, False)):
+        limit = known.allowances(arithmetic)["dk"].limit
+        assert bool((limit.isinf() & (known.exact.dk.abs() < 6e4)).any()) is infinite
+
+
 CODED = [
     Quantisation(),
     Quantisation("e5m2", 0, values="head"),

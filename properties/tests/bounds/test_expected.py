@@ -214,3 +214,10 @@ def test_exponents_may_be_relative_to_any_bound_of_the_maximum(
             if expected.surprise("out", out):
                 accused.append((seed, above))
     assert accused == []
+
+
+def test_subnormals_that_are_flushed_are_no_evidence() -> None:
+    """Q of 1e-38 and K of 1e38: a GPU flushes half of Q."""
+    for recipe, judged in (("faint(1e38)", False), ("normal", True)):
+        known = truth(Case.parse(f"b1.h1.q64.k64.d16.fp32.full/{recipe}#0"), "cpu")
+        assert (known.expectation(FLASH) is not None) is judged
