@@ -16,6 +16,7 @@ from verify.bounds.exact import ungrouped
 from verify.bounds.metrics import measure
 from verify.diagnosis.alternatives import alternatives, fitted_scale, other_weights
 from verify.diagnosis.trial import Trial, tried
+from verify.errors import VerifyError
 from verify.oracles import float64
 from verify.spec.arithmetic import ROUNDED
 from verify.spec.finding import Finding
@@ -210,7 +211,11 @@ def _roundings(trial: Trial) -> list[str]:
         {"scaled_query": True}
     ]
     for change in changes:
-        other = replace(trial, kernel=replace(trial.kernel, arithmetic=replace(declared, **change)))
+        try:
+            arithmetic = replace(declared, **change)
+        except VerifyError:  # nobody can declare the two together
+            continue
+        other = replace(trial, kernel=replace(trial.kernel, arithmetic=arithmetic))
         if other.expected is not None and other.right(name, other.got(name)):
             mine, honest = other.expected.rmse(name, other.got(name))
             if max(mine, honest) ** 2 <= ALIKE * min(mine, honest) ** 2:

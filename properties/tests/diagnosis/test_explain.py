@@ -18,6 +18,7 @@ from torch import Tensor
 from verify import registry
 from verify.diagnosis.explain import explain, script
 from verify.registry import Kernel
+from verify.spec.arithmetic import EAGER
 from verify.spec.case import Case
 from verify.spec.problem import Problem
 
@@ -262,6 +263,19 @@ def test_an_error_in_all_elements_is_explained(
     lines = explain(Kernel("narrow", fn, frozenset({"scale"})), "cpu", case, "oracle")
     assert any(line.startswith(f"likely stage: {said}") for line in lines), lines
     assert factor == 1.0 or lines[1].startswith("out: no element is farther off than allowed, but ")
+
+
+def test_formats_that_exclude_each_other_are_not_tried_together() -> None:
+    """P normalised leaves no split with a row sum of its own."""
+
+    def fn(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+        p = torch.softmax(scale * q.float() @ k.float().mT, -1).to(torch.bfloat16).float()
+        return (p @ v.float()).to(q.dtype)
+
+    case = Case.parse("b1.h8.q64.k64.d64.fp16.full/normal#1")
+    kernel = Kernel("narrow", fn, frozenset({"scale"}), arithmetic=EAGER)
+    lines = explain(kernel, "cpu", case, "oracle")
+    assert any("{'probs': 'bf16'" in line for line in lines), lines
 
 
 FILE = """
