@@ -275,7 +275,7 @@ def test_formats_that_exclude_each_other_are_not_tried_together() -> None:
     case = Case.parse("b1.h8.q64.k64.d64.fp16.full/normal#1")
     kernel = Kernel("narrow", fn, frozenset({"scale"}), arithmetic=EAGER)
     lines = explain(kernel, "cpu", case, "oracle")
-    assert any("{'probs': 'bf16'" in line for line in lines), lines
+    assert any(line.startswith("likely stage: a rounding") for line in lines), lines
 
 
 FILE = """
