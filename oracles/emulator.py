@@ -157,7 +157,10 @@ class _Emulator:
         held, times = running_max(s, row_max, self.arithmetic)
         if self.arithmetic.exp == "fused":  # elsewhere a maximum is one of the stored scores
             row_max, held = self.working(row_max), self.working(held)
-        weights, later = self.exp(s - held, unit), torch.exp(unit * (held - row_max))
+        exponents = s - held
+        if self.arithmetic.stored_exponents:
+            exponents = self.store(exponents, "stored_scores")
+        weights, later = self.exp(exponents, unit), torch.exp(unit * (held - row_max))
         later = self.rounding.rescaled(later, times, self.work, self.arithmetic.exp_ulp)
         v = self.operand(b.v, "accumulate")
         factor = self.arithmetic.probs_scale

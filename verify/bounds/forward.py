@@ -76,6 +76,10 @@ class Rows:
         self.exponent = (
             self.exponent + rescaled if problem.softcap else self.exponent.add_(rescaled)
         )
+        if arithmetic.stored_exponents and problem.len_k:
+            apart = b.row_max - b.s + self.score + self.score.amax(-1, keepdim=True)
+            u, floor = units.u["stored_scores"], units.floor["stored_scores"]
+            self.exponent = self.exponent + (u * apart + floor)
         if arithmetic.exp == "fused" and problem.len_k:  # the argument may be positive
             largest = (b.s.abs() + self.score).amax(-1, keepdim=True)
             argument = STEPS * units.work * (largest + b.row_max.abs())

@@ -28,11 +28,12 @@ FREE = frozenset({"tile", "splits", "normalized_probs", "rowsum", "exp", "summat
 
 
 USUAL = tuple(
-    replace(EAGER, delta=delta, scaled_query=scaled)
+    replace(EAGER, delta=delta, scaled_query=scaled, stored_exponents=stored)
+    for stored in (False, True)
     for scaled in (False, True)
     for delta in ("probs", "product")
 )
-"""Eager code, on a CPU and on a GPU, and with Q scaled beforehand."""
+"""Eager code, on a CPU and on a GPU, with Q scaled beforehand, the maximum subtracted apart."""
 COMPILED = (replace(FLASH, exp_ulp=TORCH_CPU_ULP),)
 """FlexAttention of 16 bits as torch compiles it for a CPU."""
 MOST_EXCUSED = 8
@@ -211,6 +212,7 @@ def _coarser(one: Arithmetic, other: Arithmetic) -> Arithmetic:
         **formats,
         exp_ulp=max(one.exp_ulp, other.exp_ulp),
         scaled_query=one.scaled_query or other.scaled_query,
+        stored_exponents=one.stored_exponents or other.stored_exponents,
         spill=one.spill or other.spill,
         delta="out" if "out" in (one.delta, other.delta) else other.delta,
     )

@@ -40,6 +40,7 @@ def arithmetics(draw: Callable[..., Any]) -> Arithmetic:
         scaled_query=one_of(False, False, False, True),
         scores=one_of(*3 * ("fp32",), "tf32", "fp22", *short),
         stored_scores=one_of("fp32", "fp32", "input"),
+        stored_exponents=one_of(False, False, True),
         exp=one_of("natural", "binary", "fused"),
         exp_ulp=one_of(2.0, 2.0, 20.0, 65536.0),
         tile=one_of(0, 16, 1, 3),

@@ -86,6 +86,8 @@ class Arithmetic:
     """S (and dP) after each step: product, scale, softcap, bias; `input` for a kernel that writes
     each to memory in its dtype.
     """
+    stored_exponents: bool = False
+    """True: s - max is a step of its own, stored as S is (`s - s.amax(-1)` before a softmax)."""
     exp: str = "natural"
     """`natural`: exp(s - max); `binary`: exp2(t - max t) of t = s log2(e), the scale and log2(e)
     one factor; `fused`: the same with t unrounded, its product fused with the subtraction of the

@@ -168,6 +168,7 @@ DECLARED = {
     "INT8, smoothed": (Arithmetic(quantised=SAGE), "full"),
     "INT4": (Arithmetic(quantised=Quantisation("int4", 1)), "full"),
     "sums in FP16": (Arithmetic(accumulate="fp16"), "full"),
+    "s - max stored": (replace(EAGER, stored_exponents=True), "full"),
 }
 
 
