@@ -91,8 +91,8 @@ def gradients(
     )
     gamma, floor = _row_sum(problem, units, arithmetic)
     everything = mass + moved + stored
-    summed = problem.len_q * problem.group + STEPS
-    lost = (units.exp_floor * size.sum((2, 3))[..., None] + step * summed) * (1 + scale)
+    rows_added = problem.len_q * problem.group + STEPS
+    lost = (units.exp_floor * size.sum((2, 3))[..., None] + step * rows_added) * (1 + scale)
     lost = lost + _overflown(problem, units, arithmetic, everything / min(1.0, scale or 1.0))
     result["dk"] = {"dS": moved, name: stored, "sum over rows": gamma * everything + floor + lost}
     if rows.operands is not None:
