@@ -307,7 +307,10 @@ class _Emulator:
         in, stored.
         """
         parts = ungrouped(self.store(ds, "dscores"))
-        parts = parts if shape[1] > 1 else parts.sum(1, keepdim=True)
+        if shape[1] == 1:
+            # one bias for heads of different masks has a gradient for each of them first
+            own = self.problem.mask.per_head and parts.shape[1] > 1
+            parts = (self.store(parts, "batch_sum") if own else parts).sum(1, keepdim=True)
         if shape[0] == 1 and parts.shape[0] > 1:
             parts = self.store(parts, "batch_sum").sum(0, keepdim=True)
         return self.store(parts, "output")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from verify.bounds.constants import CUT, LARGEST, STEPS, UNIT, Units
-from verify.bounds.score_error import Operands
+from verify.bounds.score_error import Operands, mean_overflow
 from verify.oracles.formats import rounded
 from verify.spec.arithmetic import Quantisation
 from verify.spec.case import Inputs
@@ -100,9 +100,8 @@ def left_over(
         v8 = found.inputs.v
         v_err = v_err + key_mean(v_err + many * (v - v8).abs(), seen).double()
     v_err = v_err + v_off
-    nothing = v.new_zeros((*v.shape[:2], 1, 1, 1))
     pairs = (q_size, q_err), (k_size, k_err)
-    operands = Operands(q_err, k_err, v_err, *pairs, found.v_mean, nothing)
+    operands = Operands(q_err, k_err, v_err, *pairs, found.v_mean, mean_overflow(x, how))
     problem, left = widened(problem, found, how)
     return problem, replace(left, v=left.v + found.v_mean), operands
 

@@ -67,6 +67,9 @@ class Expectation:
     limits: Callable[[], Mapping[str, Allowance]] | None = None
     """How far each tensor may be off. Where any distance is allowed, since a format may overflow,
     or where much of it is the oracle's own error, no statistics hold either."""
+    shared: bool = False
+    """Whether an error of one key is all rows', as that of its code is: where errors are as large
+    as the answer, one key may be all of it."""
     leans: bool = False
     """Whether honest errors lean to a side, by as much as tiles and splits say: all of them are cut
     towards zero. Then a lean is no evidence."""
@@ -110,6 +113,8 @@ class Expectation:
         only slack, then FP32's.
         """
         mine, honest = self.errors(name, got)
+        if self.shared and self._large(name, honest):
+            return None
         found = self._worst(name, mine, honest, torch.zeros_like(honest))
         if found.score > found.level:
             if self.limits:
@@ -123,6 +128,12 @@ class Expectation:
                 mine, honest = _apart_from(held, mine), _apart_from(held, honest)
             found = self._worst(name, mine, honest, self._order(name))
         return found if found.score > found.level else None
+
+    def _large(self, name: str, honest: Tensor) -> bool:
+        """Whether an honest kernel is off by a large part of the exact tensor."""
+        exact = _columns(getattr(self.exact, name))
+        size = exact.square().nan_to_num(0.0, 0.0, 0.0).sum()
+        return bool(honest.square().sum() > LINEAR**2 * size)
 
     def _order(self, name: str) -> Tensor:
         """How far FP32 in another order may move each element: [B,H,n,C]."""
@@ -161,7 +172,7 @@ class Expectation:
         """What a lean is looked for along; nothing where honest errors lean, too."""
         exact = _columns(getattr(self.exact, name))
         exact = exact if finite(exact) else exact.masked_fill(~exact.isfinite(), 0.0)
-        if self.leans or honest.square().sum() > LINEAR**2 * exact.square().sum():
+        if self.leans or self._large(name, honest):
             return {}
         return {"alpha": exact, "bias": torch.ones_like(exact)} | (
             {"tilt": self.tilt()} if name == "out" else {}

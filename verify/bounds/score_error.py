@@ -17,7 +17,7 @@ from verify.bounds.constants import (
     unbounded,
 )
 from verify.bounds.exact import Block, by_key, grouped
-from verify.spec.arithmetic import Arithmetic
+from verify.spec.arithmetic import Arithmetic, Quantisation
 from verify.spec.case import Inputs
 from verify.spec.problem import Problem
 from verify.spec.quantization import FIT, centres, key_mean, rotation
@@ -58,9 +58,7 @@ class Operands:
             lost = lost + FIT * (moved + lost) if how.fitted and t is x.q else lost
             pairs.append((size, lost + STEPS * UNIT["fp32"] * (size + moved)))
         q, k = (pair[1].expand(t.shape) for pair, t in zip(pairs, (x.q, x.k), strict=True))
-        summed = (t.abs().sum(2).amax(-1) for t in (x.k, x.v))
-        over = unbounded(torch.maximum(*summed) > LARGEST["fp32"])[..., None, None, None]
-        over = over if how.centred or how.balanced else torch.zeros_like(over)
+        over = mean_overflow(x, how)
         if how.values == "given":
             return cls(q, k, torch.zeros_like(x.v), pairs[0], pairs[1], v_mean, over)
         moved = (x.v - v_mean).abs()
@@ -74,6 +72,13 @@ class Operands:
                 1 + (x.v.shape[2] + STEPS) * UNIT["fp32"]
             )
         return cls(q, k, lost, pairs[0], pairs[1], v_mean, over)
+
+
+def mean_overflow(x: Inputs, how: Quantisation) -> Tensor:
+    """UNBOUNDED [B,Hk,1,1,1] where a sum over the keys of a head, for a mean, may overflow."""
+    summed = (t.abs().sum(2).amax(-1) for t in (x.k, x.v))
+    over = unbounded(torch.maximum(*summed) > LARGEST["fp32"])[..., None, None, None]
+    return over if how.centred or how.balanced else torch.zeros_like(over)
 
 
 def score_error(

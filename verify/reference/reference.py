@@ -112,6 +112,7 @@ class Truth:
             tests(self.problem),
             2 * arithmetic.exp_ulp * UNIT["fp32"],
             limits=None if arithmetic.quantised else partial(self.allowances, arithmetic),
+            shared=arithmetic.quantised is not None,
             leans=arithmetic.rounding == "zero",
             held=None if arithmetic.normalized_probs else partial(self._held, arithmetic),
         )
