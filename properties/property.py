@@ -199,12 +199,14 @@ def agree(
 
 
 def doubled(name: str, got: Tensor, once: Tensor, factor: float, against: str) -> bool:
-    """Whether got = factor * once to the last bit, where neither overflows and their last places
-    are normal numbers. `factor` is a power of two.
+    """Whether got = factor * once to the last bit, where nothing on the way overflows, a change of
+    base included, and the last places of FP32 and of the result are normal numbers. `factor` is a
+    power of two.
     """
     form, want = torch.finfo(once.dtype), once.double() * factor
-    inside = (want.abs() <= form.max) & (
-        torch.minimum(want.abs(), once.abs().double()) >= form.tiny / form.eps
+    smallest = max(f.tiny / f.eps for f in (form, torch.finfo(torch.float32)))
+    inside = (want.abs() <= form.max / 4) & (
+        torch.minimum(want.abs(), once.abs().double()) >= smallest
     )
     wrong = inside & (got.double() != want)
     if wrong.any():

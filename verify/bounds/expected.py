@@ -169,10 +169,12 @@ class Expectation:
         return max(found, key=lambda s: s.score / s.level)
 
     def _directions(self, name: str, honest: Tensor) -> dict[str, Tensor]:
-        """What a lean is looked for along; nothing where honest errors lean, too."""
+        """What a lean is looked for along; nothing where honest errors lean, too, as an LSE that
+        has a mean of K in it.
+        """
         exact = _columns(getattr(self.exact, name))
         exact = exact if finite(exact) else exact.masked_fill(~exact.isfinite(), 0.0)
-        if self.leans or self._large(name, honest):
+        if self.leans or (self.shared and name == "lse") or self._large(name, honest):
             return {}
         return {"alpha": exact, "bias": torch.ones_like(exact)} | (
             {"tilt": self.tilt()} if name == "out" else {}
