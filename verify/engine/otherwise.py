@@ -211,6 +211,8 @@ def _coarser(one: Arithmetic, other: Arithmetic) -> Arithmetic:
         other,
         **formats,
         exp_ulp=max(one.exp_ulp, other.exp_ulp),
+        tanh_ulp=max(one.tanh_ulp, other.tanh_ulp),
+        rounding=max(one.rounding, other.rounding),  # nearest, stochastic, zero
         scaled_query=one.scaled_query or other.scaled_query,
         stored_exponents=one.stored_exponents or other.stored_exponents,
         spill=one.spill or other.spill,
