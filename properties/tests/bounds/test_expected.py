@@ -202,8 +202,8 @@ def test_exponents_may_be_relative_to_any_bound_of_the_maximum(
 ) -> None:
     """The largest weight is then rounded, in every row alike: it once was taken for a factor."""
     declared, accused = Arithmetic(rowsum=rowsum), []
-    for seed in range(4):
-        for above in (0.01, 0.7, 3.0):
+    for seed in range(3):
+        for above in (0.01, 0.7):
             case = f"b1.h2.q64.k128.d64.{dtype}.full/{recipe}#{seed}"
             known, expected = known_and_expected(case, declared)
             x, scale = known.inputs, known.problem.softmax_scale

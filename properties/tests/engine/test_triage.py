@@ -369,7 +369,7 @@ def test_an_empty_row_may_be_another_where_calls_take_seconds(
         "    return torch.softmax(s, -1) @ v\n"
     )
     (kernel,) = find(f"{tmp_path / 'mean.py'}::averages")
-    learn(kernel, "cpu", replace(options(kernel, "cpu"), crawls=crawls))
+    learn(kernel, "cpu", replace(options(find("naive")[0], "cpu"), crawls=crawls))
     case = "b1.h1.q2.k1.d1.fp32.causal_lower_right/integers#0"
     with pytest.raises(Finding) as raised:
         evaluate(kernel, "cpu", PROPERTIES["oracle"], Case.parse(case))
@@ -392,6 +392,7 @@ def test_an_empty_row_may_be_another_where_calls_take_seconds(
 def test_what_a_small_case_leaves_open_an_ordinary_one_decides(file: str) -> None:
     """A scale 10 % off, on two keys: as if an exponential were coarse."""
     (kernel,) = find(f"{file}::steep")
+    learn(kernel, "cpu", options(find("naive")[0], "cpu"))
     case = "b1.h1.q1.k2.d1.fp32.full/normal#0"
     with pytest.raises(Finding) as raised:
         evaluate(kernel, "cpu", PROPERTIES["oracle"], Case.parse(case))

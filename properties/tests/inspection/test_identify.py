@@ -19,8 +19,7 @@ PLANTED = (
     Arithmetic(probs="fp32"),
     Arithmetic(scaled_query=True, exp_ulp=8192.0),
     Arithmetic(stored_scores="input", normalized_probs=True),
-    Arithmetic(rounding="zero"),
-    Arithmetic(tanh_ulp=4096.0),
+    Arithmetic(rounding="zero", tanh_ulp=4096.0),
 )
 
 
