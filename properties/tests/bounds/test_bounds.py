@@ -23,7 +23,7 @@ from verify.spec.masks import ways
 from verify.studies.adversary import HOLES, attack, crossings, taken_back
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
 @given(case=cases(ANYTHING, "cpu", GRADIENTS), arithmetic=arithmetics())
 @pytest.mark.slow
 def test_no_honest_emulation_crosses_its_bound(case: Case, arithmetic: Arithmetic) -> None:
@@ -36,7 +36,7 @@ def test_no_honest_emulation_crosses_its_bound(case: Case, arithmetic: Arithmeti
 
 
 @pytest.mark.parametrize("way", ways())
-@settings(max_examples=12, deadline=None, derandomize=True, database=None)
+@settings(max_examples=6, deadline=None, derandomize=True, database=None)
 @given(data=st.data(), arithmetic=arithmetics(), chosen=st.integers(0, 10**6))
 def test_no_rounding_however_malicious_crosses_the_bound(
     way: str, data: st.DataObject, arithmetic: Arithmetic, chosen: int
