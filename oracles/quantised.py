@@ -89,9 +89,9 @@ def left_over(
     k_err = _moved(k, k_off, how, turn)
     q_size, k_size = ((code * scale).abs() for code, scale in (found.q, found.k))
     if how.fitted:  # its factor is a quotient of two sums over a row
-        coded, scale = _coded(x.q, how, turn)
-        along = (coded * scale * _turned(x.q, turn)).sum(-1, keepdim=True).abs()
-        turned_off = (q_err * _turned(x.q, turn).abs()).sum(-1, keepdim=True)
+        turned = _turned(x.q, turn)
+        along = (_whole(_coded(x.q, how, turn)) * turned).sum(-1, keepdim=True).abs()
+        turned_off = (q_err * turned.abs()).sum(-1, keepdim=True)
         share = turned_off / along.clamp(min=torch.finfo(along.dtype).tiny)
         q_err = q_err * (1 + FIT) + q_size * (share + 4 * few).clamp(max=2 * FIT)
     q_err = q_err + units.gamma("scores", q_size.shape[-1]) * q_size
@@ -124,13 +124,15 @@ def _moved(
     """How far x, turned, coded and multiplied out in FP32, may be from what it is in float64; x
     itself may be off by `moved`.
     """
-    turned, few = _turned(x, turn), _gamma(x.shape[-1])
+    turned = _turned(x, turn)
     if not turned.numel():
         return turned
     if turn is not None:
-        moved = (x.abs() * few + moved).sum(-1, keepdim=True) / math.sqrt(turned.shape[-1])
+        moved = (x.abs() * _gamma(x.shape[-1]) + moved).sum(-1, keepdim=True) / math.sqrt(
+            turned.shape[-1]
+        )
     by_rows = not of_v or (how.values == "rows" and bool(how.rows))
-    scale = _coded(x, how, turn)[1] if by_rows else _scale_of_v(x, how)
+    scale = _scale_of_rows(turned, how) if by_rows else _scale_of_v(x, how)
     off = 2 * STEPS * UNIT["fp32"] + moved.amax() / (scale * LARGEST[how.format])
     doubt = (off * turned.abs() + moved) / scale
     low, high = (rounded(turned / scale + d, how.format) * scale for d in (-doubt, doubt))
@@ -153,6 +155,16 @@ def _padded(x: Tensor, turn: Tensor) -> Tensor:
     return torch.nn.functional.pad(x, (0, turn.shape[0] - x.shape[-1]))
 
 
+def _scale_of_rows(x: Tensor, how: Quantisation) -> Tensor:
+    """[B,H,n,1]"""
+    over = (0, 1, 2, 3) if how.rows is None else (2, 3)
+    parts = [
+        _scales(part, how.format, over).expand(*part.shape[:3], 1)
+        for part in x.split(how.rows or max(1, x.shape[2]), 2)
+    ]
+    return torch.cat(parts, 2)
+
+
 def _scale_of_v(v: Tensor, how: Quantisation) -> Tensor:
     over = {"rows": (0, 1, 2, 3) if how.rows is None else (2, 3), "head": (2, 3), "columns": (2,)}
     return _scales(v, how.format, over[how.values])
@@ -165,12 +177,7 @@ def _coded(
     [B,H,n,1].
     """
     x = _turned(x, turn)
-    over = (0, 1, 2, 3) if how.rows is None else (2, 3)
-    parts = [
-        _scales(part, how.format, over).expand(*part.shape[:3], 1)
-        for part in x.split(how.rows or max(1, x.shape[2]), 2)
-    ]
-    scale = torch.cat(parts, 2)
+    scale = _scale_of_rows(x, how)
     coded = rounded(x / scale, how.format)
     return coded, (scale * fit(x / scale, coded)).float().double() if fitted else scale
 

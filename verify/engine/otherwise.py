@@ -108,11 +108,11 @@ class Otherwise:
         if prop.style or not found.measured:
             return None
         taken = options(kernel, self._device)
-        if taken.crawls and (event := self._empty_row(target, found)):
+        cases = [(prop, case) for case in dict.fromkeys((found.case, found.worst))]
+        if taken.crawls and (event := self._empty_row(target, found, cases)):
             return event
         if not isinstance(kernel.arithmetic, Arithmetic):
             return None
-        cases = [(prop, case) for case in dict.fromkeys((found.case, found.worst))]
         cases = self._explained[target] + cases
         if one := self._ordinary(target):
             cases = [*cases, (PROPERTIES["oracle"], str(one))]
@@ -138,17 +138,19 @@ class Otherwise:
             harmless=kernel.arithmetic == FLASH and _differ(arithmetic, FLASH) <= FREE,
         )
 
-    def _empty_row(self, target: str, found: FindingShrunk) -> DeclaredOtherwise | None:
-        """Whether a finding is none where a row that sees no key may be another value. It is asked
-        of kernels whose conventions were not read off, since their calls take seconds.
+    def _empty_row(
+        self, target: str, found: FindingShrunk, cases: list[tuple[Property, str]]
+    ) -> DeclaredOtherwise | None:
+        """Whether a finding, of these cases, is none where a row that sees no key may be another
+        value. It is asked of kernels whose conventions were not read off, since their calls take
+        seconds.
         """
-        about = [(named(found.property), case) for case in (found.case, found.worst)]
         if "empty_row" in self._changes[target] or not all(
-            has_empty_row(Case.parse(case).problem) for _, case in about
+            has_empty_row(Case.parse(case).problem) for _, case in cases
         ):
             return None
         for value in CONVENTIONS["empty_row"][1:]:
-            if self._excused(target, {"empty_row": value}, about):
+            if self._excused(target, {"empty_row": value}, cases):
                 self._changes[target]["empty_row"] = value
                 return DeclaredOtherwise(
                     kernel=found.kernel,

@@ -262,7 +262,9 @@ def test_an_error_in_all_elements_is_explained(
     case = Case.parse("b1.h8.q64.k64.d64.fp16.full/normal#1")
     lines = explain(Kernel("narrow", fn, frozenset({"scale"})), "cpu", case, "oracle")
     assert any(line.startswith(f"likely stage: {said}") for line in lines), lines
-    assert factor == 1.0 or lines[1].startswith("out: no element is farther off than allowed, but ")
+    assert factor == 1.0 or lines[1].startswith(
+        "out: no element is farther off than allowed, but as with another softmax scale: RMSE "
+    )
 
 
 def test_formats_that_exclude_each_other_are_not_tried_together() -> None:

@@ -37,7 +37,7 @@ from verify.records.events import (
 )
 from verify.records.shared import Shared
 from verify.records.summary import OTHERWISE, declare, exit_code, findings
-from verify.registry import find
+from verify.registry import Kernel, find
 from verify.sandbox.capabilities import learn, options
 from verify.sandbox.process import Interrupted
 from verify.spec.arithmetic import EAGER, FLASH, Arithmetic
@@ -263,7 +263,9 @@ def test_right_but_not_as_declared(name: str, code: int, says: str, file: str, r
         pytest.skip("products of half precision are summed otherwise on a GPU")
     events = run_of(f"{file}::{name}", run, "oracle", cases=60, seed=2)
     assert not findings(events)
-    assert says in declare(events).get(name, "")
+    declared = declare(events).get(name, "")
+    assert says in declared
+    assert bool(declared) is bool(says)
     assert exit_code(events, strict=False) == code
 
 
@@ -352,6 +354,25 @@ def test_usual_arithmetics_are_tried_though_no_time_is_left(
     assert otherwise.changes("naive") == (("arithmetic", COMPILED[0]),)
 
 
+def asked(kernel: Kernel, case: str) -> tuple[Otherwise, FindingShrunk]:
+    """What is asked about this kernel, in this process, and the finding that it has in a case."""
+    with pytest.raises(Finding) as raised:
+        evaluate(kernel, "cpu", PROPERTIES["oracle"], Case.parse(case))
+    found = FindingShrunk(
+        kernel=kernel.name,
+        property="oracle",
+        case=case,
+        reason=raised.value.sentence,
+        measured=raised.value.measured,
+        worst=case,
+    )
+
+    def run(target: str, function: Callable[..., object], *arguments: Any) -> object:
+        return function(kernel, "cpu", *arguments)
+
+    return Otherwise("cpu", run), found
+
+
 @pytest.mark.parametrize(("crawls", "says"), [(True, "empty_row='mean'"), (False, "")])
 def test_an_empty_row_may_be_another_where_calls_take_seconds(
     crawls: bool,  # noqa: FBT001 (parametrised)
@@ -371,21 +392,8 @@ def test_an_empty_row_may_be_another_where_calls_take_seconds(
     (kernel,) = find(f"{tmp_path / 'mean.py'}::averages")
     learn(kernel, "cpu", replace(options(find("naive")[0], "cpu"), crawls=crawls))
     case = "b1.h1.q2.k1.d1.fp32.causal_lower_right/integers#0"
-    with pytest.raises(Finding) as raised:
-        evaluate(kernel, "cpu", PROPERTIES["oracle"], Case.parse(case))
-    found = FindingShrunk(
-        kernel="averages",
-        property="oracle",
-        case=case,
-        reason=raised.value.sentence,
-        measured=raised.value.measured,
-        worst=case,
-    )
-
-    def run(target: str, function: Callable[..., object], *arguments: Any) -> object:
-        return function(kernel, "cpu", *arguments)
-
-    event = Otherwise("cpu", run).explains("mine", kernel, found)
+    otherwise, found = asked(kernel, case)
+    event = otherwise.explains("mine", kernel, found)
     assert (event.declare if event else "") == says
 
 
@@ -394,22 +402,8 @@ def test_what_a_small_case_leaves_open_an_ordinary_one_decides(file: str) -> Non
     (kernel,) = find(f"{file}::steep")
     learn(kernel, "cpu", options(find("naive")[0], "cpu"))
     case = "b1.h1.q1.k2.d1.fp32.full/normal#0"
-    with pytest.raises(Finding) as raised:
-        evaluate(kernel, "cpu", PROPERTIES["oracle"], Case.parse(case))
+    otherwise, found = asked(kernel, case)
     coarse = replace(kernel, arithmetic=Arithmetic(exp_ulp=8192.0))
     assert evaluate(coarse, "cpu", PROPERTIES["oracle"], Case.parse(case)).outcome is PASSED
-    found = FindingShrunk(
-        kernel="steep",
-        property="oracle",
-        case=case,
-        reason=raised.value.sentence,
-        measured=raised.value.measured,
-        worst=case,
-    )
-
-    def run(target: str, function: Callable[..., object], *arguments: Any) -> object:
-        return function(kernel, "cpu", *arguments)
-
-    otherwise = Otherwise("cpu", run)
     otherwise._identified["mine"] = coarse.arithmetic
     assert otherwise.explains("mine", kernel, found) is None
