@@ -251,20 +251,21 @@ def test_what_it_runs_into_is_a_finding_with_its_own_line(file: str) -> None:
 @pytest.mark.parametrize(
     ("name", "code", "says"),
     [
-        ("eager", OTHERWISE, "stored_scores='input'"),
-        ("eager", OTHERWISE, "empty_row='nan'"),
-        ("stored-once", OTHERWISE, "stored_scores='input', normalized_probs=True"),
-        ("normalised-first", 0, ""),  # as one whose exponents are relative to a bound of them
-        ("cycles", OTHERWISE, "head_map='cycle'"),
+        ("eager", OTHERWISE, ("stored_scores='input'", "empty_row='nan'")),
+        ("stored-once", OTHERWISE, ("stored_scores='input', normalized_probs=True",)),
+        ("normalised-first", 0, ()),  # as one whose exponents are relative to a bound of them
+        ("cycles", OTHERWISE, ("head_map='cycle'",)),
     ],
 )
-def test_right_but_not_as_declared(name: str, code: int, says: str, file: str, run: Run) -> None:
+def test_right_but_not_as_declared(
+    name: str, code: int, says: tuple[str, ...], file: str, run: Run
+) -> None:
     if run.device != "cpu":
         pytest.skip("products of half precision are summed otherwise on a GPU")
     events = run_of(f"{file}::{name}", run, "oracle", cases=60, seed=2)
     assert not findings(events)
     declared = declare(events).get(name, "")
-    assert says in declared
+    assert [line for line in says if line not in declared] == []
     assert bool(declared) is bool(says)
     assert exit_code(events, strict=False) == code
 
