@@ -16,10 +16,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from verify.bounds.constants import spacings
+from verify.bounds.constants import PROMOTED, spacings
 from verify.bounds.exact import Block, Exact, by_key, from_keys, grouped, to_keys, ungrouped
 from verify.oracles import float64
-from verify.oracles.formats import Form, Nearest
+from verify.oracles.formats import CONTRACTED, Form, Nearest, in_chunks
 from verify.oracles.quantised import Quantised, quantised, widened
 from verify.spec.arithmetic import Arithmetic
 from verify.spec.case import Inputs
@@ -84,9 +84,13 @@ class _Emulator:
 
     def product(self, form: Form, a: Tensor, b: Tensor, field: str) -> Tensor:
         cut = self.arithmetic.truncates(field, self.problem.dtype, self.device)
-        return self.rounding.product(
-            form, a, b, self.arithmetic.format(field, self.problem.dtype), cut=cut
-        )
+        fmt, terms = self.arithmetic.format(field, self.problem.dtype), self.arithmetic.promoted
+        if fmt not in PROMOTED or not 0 < terms < a.shape[CONTRACTED[form][0]]:
+            return self.rounding.product(form, a, b, fmt, cut=cut)
+        parts = [
+            self.rounding.product(form, x, y, fmt, cut=cut) for x, y in in_chunks(form, a, b, terms)
+        ]
+        return self.rounding.total(torch.stack(parts, -1), self.work).squeeze(-1)
 
     def scores(self, b: Block) -> tuple[Tensor, float, Tensor]:
         """(S [B,Hk,G,n,K] in units of the exponential, -inf where hidden; what a unit is in nats;
@@ -98,7 +102,8 @@ class _Emulator:
         exactly = arithmetic.scores == "fp22" and arithmetic.truncates(
             "scores", self.problem.dtype, self.device
         )
-        if self.coded and exactly and not arithmetic.scaled_query:
+        by_row = arithmetic.quantised and not arithmetic.quantised.block
+        if self.coded and exactly and by_row and not arithmetic.scaled_query:
             z = self.coded_scores(b, self.coded)
         else:
             z = self.product(
@@ -286,7 +291,7 @@ class _Emulator:
                 partial = self.product(
                     to_keys, w[:, :, :, part], r[:, :, :, part], "accumulate"
                 ).unsqueeze(2)
-                total = self.store(total + partial, "output")
+                total = self.store(total + self.added(partial), "output")
         return total
 
     def add_keys(self, weights: Tensor, keys: Tensor) -> Tensor:
@@ -296,11 +301,13 @@ class _Emulator:
         total = weights.new_zeros((*weights.shape[:4], keys.shape[-1]))
         for start in range(0, weights.shape[4], max(1, step)):
             part = slice(start, start + step)
-            total = self.store(
-                total + self.product(from_keys, weights[..., part], keys[:, :, part], "accumulate"),
-                "output",
-            )
+            partial = self.product(from_keys, weights[..., part], keys[:, :, part], "accumulate")
+            total = self.store(total + self.added(partial), "output")
         return total
+
+    def added(self, partial: Tensor) -> Tensor:
+        """A part as it is added to a running sum that is stored."""
+        return self.store(partial, "output") if self.arithmetic.atomic else partial
 
     def bias_gradient(self, ds: Tensor, shape: Sequence[int]) -> Tensor:
         """DS [B,Hk,G,n,K] -> rows of dbias [B|1,H|1,n,K]: summed over what the bias is broadcast

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from verify.bounds.constants import LARGEST
 from verify.bounds.exact import by_key, from_keys, to_keys
+from verify.spec.arithmetic import SPLIT
 from verify.spec.case import TORCH_DTYPES
 
 EIGHT_BITS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
@@ -27,7 +28,8 @@ GUARD_BITS = 2
 what gives the bias that kernels show on an H200 on V of one sign (BOUNDS.md, Truncation)."""
 ELEMENTS = 2**26
 """Products that are held at a time where each is cut by itself."""
-_CONTRACTED = {by_key: (-1, -1), from_keys: (-1, -2), to_keys: (-2, -2)}
+CONTRACTED = {by_key: (-1, -1), from_keys: (-1, -2), to_keys: (-2, -2)}
+"""The dimensions of both factors that are summed over."""
 Form = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -51,6 +53,10 @@ def rounded(x: Tensor, fmt: str) -> Tensor:
     """
     if fmt in WHOLE:
         return x.round().clamp(-LARGEST[fmt], LARGEST[fmt])
+    if fmt == "e2m1":  # 0, 1/2, 1, 3/2, 2, 3, 4, 6
+        x = x.clamp(-LARGEST[fmt], LARGEST[fmt])
+        spacing = torch.exp2(_exponent(x.abs().clamp(min=1.0).float()).double() - 1)
+        return (x / spacing).round() * spacing
     if fmt in EIGHT_BITS:
         largest = LARGEST[fmt]
         return x.clamp(-largest, largest).to(torch.float32).to(EIGHT_BITS[fmt]).to(torch.float64)
@@ -125,15 +131,17 @@ class Nearest:
         """
         if fmt == "fp64":
             return form(a, b)
+        if fmt in SPLIT:
+            a, b = in_parts(form, a, b, fmt, self.store)
+            return self.product(form, a, b, "fp32", cut=cut)
         if fmt in ("fp16", "bf16"):
             return _by_steps(form, a, b, fmt)
         if fmt == "fp22" and form is from_keys:
             return _by_products(a, b)
         if cut:
             return _by_instructions(form, a, b, "fp22" if fmt == "fp22" else "fp32")
-        if fmt == "fp22":
-            return truncated(form(a.float(), b.float()).to(torch.float64), fmt)
-        return form(a.float(), b.float()).to(torch.float64)
+        found = form(a.float(), b.float()).to(torch.float64)
+        return truncated(found, fmt) if fmt == "fp22" else found
 
 
 class Jittered(Nearest):
@@ -158,12 +166,38 @@ class Jittered(Nearest):
 
     def product(self, form: Form, a: Tensor, b: Tensor, fmt: str, *, cut: bool) -> Tensor:
         """The product, off as one in another order may be."""
-        if fmt in ("fp64", "fp22"):
+        if fmt in ("fp64", "fp22", *SPLIT):
             return super().product(form, a, b, fmt, cut=cut)
         found = form(a, b)
         return self._random(
-            found, _partial_sums(found, form(a.abs(), b.abs()), a.shape[_CONTRACTED[form][0]])
+            found, _partial_sums(found, form(a.abs(), b.abs()), a.shape[CONTRACTED[form][0]])
         )
+
+
+def in_parts(
+    form: Form, a: Tensor, b: Tensor, fmt: str, store: Callable[[Tensor, str], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Factors whose product by `form` is that of a and b split into parts (SPLIT): the parts that
+    are multiplied, one after the other along the dimension that is summed over.
+    """
+    part, n = SPLIT[fmt]
+    along_a, along_b = CONTRACTED[form]
+    left, right = ([], [])  # type: tuple[list[Tensor], list[Tensor]]
+    for parts, whole in ((left, a), (right, b)):
+        for _ in range(n):
+            parts.append(store(whole - sum(parts), part))
+    # the smallest first
+    pairs = sorted(((i, j) for i in range(n) for j in range(n - i)), key=sum, reverse=True)
+    return (
+        torch.cat([left[i] for i, _ in pairs], along_a),
+        torch.cat([right[j] for _, j in pairs], along_b),
+    )
+
+
+def in_chunks(form: Form, a: Tensor, b: Tensor, length: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Factors of so many products at a time, along the dimension that is summed over."""
+    along_a, along_b = CONTRACTED[form]
+    yield from zip(a.split(length, along_a), b.split(length, along_b), strict=True)
 
 
 def _partial_sums(found: Tensor, sizes: Tensor, terms: int) -> Tensor:
@@ -175,7 +209,7 @@ def _partial_sums(found: Tensor, sizes: Tensor, terms: int) -> Tensor:
 
 def _by_steps(form: Form, a: Tensor, b: Tensor, fmt: str) -> Tensor:
     """An exact sum of MMA_TERMS products at a time, added to an accumulator of 16 bits."""
-    along_a, along_b = _CONTRACTED[form]
+    along_a, along_b = CONTRACTED[form]
     steps = range(0, a.shape[along_a], MMA_TERMS["fp32"])
     total = torch.zeros((), dtype=torch.float64, device=a.device)
     for start in steps:
@@ -191,7 +225,7 @@ def _by_instructions(form: Form, a: Tensor, b: Tensor, fmt: str) -> Tensor:
     half a unit there, towards zero, which is taken off here. Products of 8-bit operands have too
     few bits to lose any unless the accumulator is far larger: _by_products.
     """
-    along_a, along_b = _CONTRACTED[form]
+    along_a, along_b = CONTRACTED[form]
     total, step = torch.zeros((), dtype=torch.float64, device=a.device), MMA_TERMS[fmt]
     for start in range(0, a.shape[along_a], step):
         terms = min(step, a.shape[along_a] - start)

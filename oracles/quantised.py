@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -41,17 +42,12 @@ def quantised(problem: Problem, inputs: Inputs, how: Quantisation) -> Quantised:
     seen, k_mean, v_mean = centres(problem, x, how)
     k, v = ((t - mean).masked_fill(~seen, 0.0) for t, mean in ((x.k, k_mean), (x.v, v_mean)))
     turn = _turn(problem.dim_qk, x.q.device) if how.rotated else None
-    by_rows = how.values == "rows" and bool(how.rows)
-    v_scale = v.new_ones(())
-    if how.values == "given":
-        v8 = v
-    elif by_rows:
-        v8 = _whole(_coded(v, how))
-    else:
-        v_scale = _scale_of_v(v, how)
-        v8 = rounded(v / v_scale, how.format) * v_scale
+    apart = how.values in ("head", "columns") or (how.values == "rows" and not how.rows)
+    scale = v.new_ones(()) if how.values == "given" else _scale_of_v(v, how)
+    v8 = v if how.values == "given" else rounded(v / scale, how.format) * scale
+    v_scale = scale if apart else v.new_ones(())
     v_mean = v_mean + key_mean(v - v8, seen).double() if how.balanced else v_mean
-    q8, k8 = _coded(x.q, how, turn, fitted=how.fitted), _coded(k, how, turn)
+    q8, k8 = _coded_queries(x.q, how, turn), _coded(k, how, turn)
     left = Inputs(
         _whole(q8, turn, x.q.shape[-1]),
         _whole(k8, turn, k.shape[-1]) + k_mean,
@@ -95,6 +91,7 @@ def left_over(
         share = turned_off / along.clamp(min=torch.finfo(along.dtype).tiny)
         q_err = q_err * (1 + FIT) + q_size * (share + 4 * few).clamp(max=2 * FIT)
     q_err = q_err + units.gamma("scores", q_size.shape[-1]) * q_size
+    q_err = torch.zeros_like(q_err) if how.queries == "given" else q_err
     v_err = torch.zeros_like(v) if how.values == "given" else _moved(v, v_off, how, of_v=True)
     if how.balanced:
         v8 = found.inputs.v
@@ -131,11 +128,15 @@ def _moved(
         moved = (x.abs() * _gamma(x.shape[-1]) + moved).sum(-1, keepdim=True) / math.sqrt(
             turned.shape[-1]
         )
-    by_rows = not of_v or (how.values == "rows" and bool(how.rows))
-    scale = _scale_of_rows(turned, how) if by_rows else _scale_of_v(x, how)
+    scale = _scale_of_v(x, how) if of_v else _scale_of_rows(turned, how)
     off = 2 * STEPS * UNIT["fp32"] + moved.amax() / (scale * LARGEST[how.format])
-    doubt = (off * turned.abs() + moved) / scale
-    low, high = (rounded(turned / scale + d, how.format) * scale for d in (-doubt, doubt))
+    scales = [scale]
+    if how.scales != "fp32":  # it may be rounded to its other side, too
+        of = partial(_scale_of_v, x) if of_v else partial(_scale_of_rows, turned)
+        scales += [of(how, times=1 + side * off.amax()) for side in (-1, 1)]
+    doubts = [((off * turned.abs() + moved) / s, s) for s in scales]
+    ends = [rounded(turned / s + d, how.format) * s for doubt, s in doubts for d in (-doubt, doubt)]
+    low, high = torch.stack(ends).amin(0), torch.stack(ends).amax(0)
     return (high - low).abs() + off * torch.maximum(low.abs(), high.abs())
 
 
@@ -155,26 +156,43 @@ def _padded(x: Tensor, turn: Tensor) -> Tensor:
     return torch.nn.functional.pad(x, (0, turn.shape[0] - x.shape[-1]))
 
 
-def _scale_of_rows(x: Tensor, how: Quantisation) -> Tensor:
-    """[B,H,n,1]"""
+def _scale_of_rows(x: Tensor, how: Quantisation, times: Tensor | float = 1.0) -> Tensor:
+    """[B,H,n,1], or of each block of columns [B,H,n,D]. times: of the largest number of each."""
+    if how.block:
+        return _scale_of_blocks(x, how, times)
     over = (0, 1, 2, 3) if how.rows is None else (2, 3)
     parts = [
-        _scales(part, how.format, over).expand(*part.shape[:3], 1)
+        _scales(part, how, over, times).expand(*part.shape[:3], 1)
         for part in x.split(how.rows or max(1, x.shape[2]), 2)
     ]
     return torch.cat(parts, 2)
 
 
-def _scale_of_v(v: Tensor, how: Quantisation) -> Tensor:
+def _scale_of_blocks(x: Tensor, how: Quantisation, times: Tensor | float) -> Tensor:
+    parts = [_scales(p, how, (3,), times, x).expand(p.shape) for p in x.split(how.block, 3)]
+    return torch.cat(parts, 3)
+
+
+def _scale_of_v(v: Tensor, how: Quantisation, times: Tensor | float = 1.0) -> Tensor:
+    if how.values == "blocks":
+        return _scale_of_blocks(v.mT, how, times).mT
+    if how.values == "rows" and how.rows:
+        return _scale_of_rows(v, how, times)
     over = {"rows": (0, 1, 2, 3) if how.rows is None else (2, 3), "head": (2, 3), "columns": (2,)}
-    return _scales(v, how.format, over[how.values])
+    return _scales(v, how, over[how.values], times)
+
+
+def _coded_queries(q: Tensor, how: Quantisation, turn: Tensor | None) -> tuple[Tensor, Tensor]:
+    if how.queries == "given":
+        return q, q.new_ones((*q.shape[:3], 1))
+    return _coded(q, how, turn, fitted=how.fitted)
 
 
 def _coded(
     x: Tensor, how: Quantisation, turn: Tensor | None = None, *, fitted: bool = False
 ) -> tuple[Tensor, Tensor]:
     """x [B,H,n,D], turned, as it is in the 8-bit format, and a float32 scale for each row
-    [B,H,n,1].
+    [B,H,n,1], or for each number.
     """
     x = _turned(x, turn)
     scale = _scale_of_rows(x, how)
@@ -190,11 +208,30 @@ def _whole(
     return x if turn is None else (x @ turn.T)[..., :columns]
 
 
-def _scales(x: Tensor, fmt: str, over: tuple[int, ...]) -> Tensor:
+def _scales(
+    x: Tensor,
+    how: Quantisation,
+    over: tuple[int, ...],
+    times: Tensor | float = 1.0,
+    tensor: Tensor | None = None,
+) -> Tensor:
+    """Of each group of x, all along these dimensions; `tensor`: that x is a part of."""
     if not x.numel():
         return x.new_ones(())
-    scale = (x.abs().amax(over, keepdim=True) / LARGEST[fmt]).float().double()
-    return scale.masked_fill(scale == 0, 1.0)
+    most, largest = x.abs().amax(over, keepdim=True) * times, LARGEST[how.format]
+    scale, instead = (most / largest).float().double(), torch.ones_like(most)
+    if how.scales == "ue8m0":
+        part, power = torch.frexp(scale)
+        scale = torch.where(scale > 0, torch.exp2((power - (part == 0.5).int()).double()), 0.0)
+    elif how.scales == "ue8m0_floor":
+        power = torch.frexp(most).exponent - 1 - math.floor(math.log2(largest))
+        scale = torch.where(most > 0, torch.exp2(power.double()), 0.0)
+    elif how.scales == "e4m3":
+        whole = x if tensor is None else tensor
+        unit = (whole.abs().amax() / (largest * LARGEST["e4m3"])).float().double()
+        unit = unit.masked_fill(unit == 0, 1.0)
+        scale, instead = rounded((scale / unit).float().double(), "e4m3") * unit, instead * unit
+    return torch.where(scale == 0, instead, scale)
 
 
 def _turn(dim: int, device: torch.device) -> Tensor:

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from verify.errors import VerifyError
 from verify.kernels.triton.checks import affordable, as_rules, checked, refusal
-from verify.kernels.triton.fp8_quantize import ROWS, Quantised, quantise
+from verify.kernels.triton.fp8_quantize import FORMATS, ROWS, Quantised, quantise
 from verify.kernels.triton.launch import (
     INTERPRETED,
     RUNTIME,
@@ -206,6 +206,12 @@ def _ready(
         raise VerifyError(
             f"triton-fp8: rows={how.rows}, values={how.values!r}: rows None, 0 or {ROWS}; with "
             f"{ROWS} head or columns"
+        )
+    plain = how.scales == "fp32" and how.queries == "rows" and not how.block
+    if how.format not in FORMATS or how.values == "given" or not plain:
+        raise VerifyError(
+            f"triton-fp8: {how}: takes formats {', '.join(FORMATS)}, FP32 scales of rows, and "
+            "quantises Q, K and V"
         )
     problem = checked("triton-fp8", supports, q, k, v, mask=mask, bias=bias, slopes=slopes)
     launch = Fp8Launch.of(problem, q, mask, bias, slopes, scale, softcap)

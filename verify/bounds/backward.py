@@ -9,6 +9,8 @@ Each carries the error of what it is formed from, its own rounding, and the roun
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from verify.bounds.constants import (
@@ -63,7 +65,8 @@ def gradients(
         stores * units.floor["dscores"] / min(1.0, scale or 1.0, problem.softcap or 1.0),
     )
     name = f"dS in {units.format['dscores']}"
-    over = over + units.row_overflow("dscores", ds, e_ds, max(1.0, scale))
+    for field in ("dscores", "accumulate"):
+        over = over + units.row_overflow(field, ds, e_ds, max(1.0, scale))
     size, step = ds + e_ds, units.step["accumulate"]
 
     moved, mass = scale * from_keys(e_ds, k), scale * from_keys(ds, k)
@@ -78,8 +81,9 @@ def gradients(
             (ds + e_ds) * (1 + u_ds) + floor_ds, rows.operands.k
         )
     if arithmetic.spill:
-        spills = -(-problem.len_k // arithmetic.spill[1])
-        stored = spills * (units.u["output"] * everything + units.floor["output"])
+        spills = -(-problem.len_k // arithmetic.spill[1]) + arithmetic.atomic
+        floor = (1 + arithmetic.atomic) * spills * units.floor["output"]
+        stored = _repeated(units.u["output"], spills) * everything + floor
         result["dq"]["partial sums stored"] = stored + units.overflow("output", everything)
     units.store(result["dq"], "output", grouped(dq, problem))
 
@@ -147,10 +151,14 @@ def _row_sum(problem: Problem, units: Units, arithmetic: Arithmetic) -> tuple[fl
         1 + (-(-problem.len_q // arithmetic.spill[0]) if arithmetic.spill else 0)
     )
     gamma = units.gamma("accumulate", problem.len_q * problem.group) + group
-    gamma += partial * units.u["output"] if arithmetic.spill else 0.0
-    return gamma, partial * max(units.floor["group_sum"], units.floor["output"]) * (
-        1 + abs(problem.softmax_scale)
-    )
+    gamma += _repeated(units.u["output"], partial + arithmetic.atomic) if arithmetic.spill else 0.0
+    floor = (1 + arithmetic.atomic) * max(units.floor["group_sum"], units.floor["output"])
+    return gamma, partial * floor * (1 + abs(problem.softmax_scale))
+
+
+def _repeated(u: float, stores: int) -> float:
+    """What so many stores, one after the other, take of a sum of absolute values."""
+    return math.expm1(stores * math.log1p(u))
 
 
 def _ds_error(

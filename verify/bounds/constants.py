@@ -9,6 +9,7 @@ products, in any order, at most gamma_n = n u / (1 - n u) times the sum of the a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from verify.bounds.exact import Block, by_key
-from verify.spec.arithmetic import ROUNDED, Arithmetic
+from verify.spec.arithmetic import ROUNDED, SPLIT, Arithmetic, Quantisation
 from verify.spec.problem import Problem
 
 UNIT = {
@@ -27,7 +28,7 @@ UNIT = {
     "fp16": 2.0**-11,
     "bf16": 2.0**-8,
 }
-UNIT |= {"e4m3": 2.0**-4, "e5m2": 2.0**-3, "int8": 0.0, "int4": 0.0}
+UNIT |= {"e4m3": 2.0**-4, "e5m2": 2.0**-3, "e2m1": 2.0**-2, "int8": 0.0, "int4": 0.0}
 """Unit roundoff (half the spacing at 1), to nearest; TF32's is the whole spacing: tensor cores may
 cut the operand's low bits.
 """
@@ -39,7 +40,7 @@ FLOOR = {
     "fp16": 2.0**-25,
     "bf16": 2.0**-126,
 }
-FLOOR |= {"e4m3": 2.0**-10, "e5m2": 2.0**-17, "int8": 0.5, "int4": 0.5}
+FLOOR |= {"e4m3": 2.0**-10, "e5m2": 2.0**-17, "e2m1": 0.25, "int8": 0.5, "int4": 0.5}
 """Absolute error of a store near zero: half the smallest subnormal of a short exponent; elsewhere
 subnormals may be flushed. Whole numbers are half a unit apart everywhere.
 """
@@ -51,8 +52,10 @@ LARGEST = {
     "fp16": 65504.0,
     "bf16": 3.38e38,
 }
-LARGEST |= {"e4m3": 448.0, "e5m2": 57344.0, "int8": 127.0, "int4": 7.0}
+LARGEST |= {"e4m3": 448.0, "e5m2": 57344.0, "e2m1": 6.0, "int8": 127.0, "int4": 7.0}
 """A value beyond may overflow the format."""
+for _fmt, (_part, _) in SPLIT.items():  # sums are in FP32, a factor must fit its first part
+    UNIT[_fmt], FLOOR[_fmt], LARGEST[_fmt] = UNIT["fp32"], FLOOR["fp32"], LARGEST[_part]
 CUT = 3
 """A truncated sum of n products errs by this many times n unit roundoffs: each product is cut to
 the largest exponent present (one spacing = two roundoffs), the accumulator at least every fourth
@@ -169,7 +172,10 @@ class Units:
         self.exp = 2 * arithmetic.exp_ulp * self.work  # one ulp is two roundoffs
         self.tanh = 2 * arithmetic.tanh_ulp * self.work
         self.exp_floor = FLOOR["fp64" if problem.dtype == "fp64" else "fp32"]
-        """What may be flushed of an exponential, a product, or an input that is subnormal."""
+        """What may be flushed of an exponential, a product, or an input that is subnormal: of each
+        part, where factors are split."""
+        self.exp_floor *= max(products(self.format[name]) for name in ("scores", "accumulate"))
+        self.promoted = arithmetic.promoted
         self.step = {
             name: max(self.exp_floor, self.floor[name]) for name in ("scores", "accumulate")
         }
@@ -177,14 +183,20 @@ class Units:
         self.stores_scores = self.u["stored_scores"] > self.work
 
     def gamma(self, name: str, terms: int) -> float:
-        """gamma_n of a sum of this many products. In TF32 the two operands are narrowed, the sum is
-        FP32.
+        """gamma_n of a sum of this many products, and what its factors lose. In TF32, and where
+        they are split, the two factors are narrowed, the sum is FP32.
         """
-        tf32 = self.format[name] == "tf32"
-        cut = CUT if self.format[name] == "fp22" else self.cut.get(name, 1)
-        n_u = cut * (terms + STEPS) * (UNIT["fp32"] if tf32 else self.u[name]) + (
-            2 * UNIT["tf32"] if tf32 else 0.0
-        )
+        fmt, lost = self.format[name], 0.0
+        cut = CUT if fmt == "fp22" else self.cut.get(name, 1)
+        n_u = cut * (terms + STEPS) * (UNIT["fp32"] if fmt == "tf32" else self.u[name])
+        if fmt == "tf32":
+            lost = 2 * UNIT["tf32"]
+        elif fmt in SPLIT:
+            lost, grown = split_loss(fmt)
+            n_u = cut * (products(fmt) * terms + STEPS) * UNIT["fp32"] * grown
+        elif fmt in PROMOTED and 0 < self.promoted < terms:
+            n_u = cut * (self.promoted + STEPS) * self.u[name] + (terms + STEPS) * UNIT["fp32"]
+        n_u += lost
         return n_u / (1 - n_u) if n_u < 1 else UNBOUNDED
 
     def overflow(self, name: str, size: Tensor) -> Tensor:
@@ -209,6 +221,12 @@ class Units:
         if not weights.numel() or float(most) <= largest:
             return weights.new_zeros((*weights.shape[:-1], 1))
         return unbounded(by_key(weights, keys).amax(-1, keepdim=True) > largest)
+
+    def split_overflow(self, *factors: Tensor) -> float:
+        """UNBOUNDED where the first part of a factor that is split may overflow, 0 elsewhere."""
+        formats = {self.format[name] for name in ("scores", "accumulate")} & set(SPLIT)
+        largest = max((_amax(t).item() for t in factors if formats and t.numel()), default=0.0)
+        return UNBOUNDED if any(largest > LARGEST[f] for f in formats) else 0.0
 
     def flushed(self, terms: int, weights: Tensor, keys: Tensor) -> float:
         """What a sum of this many products, a score, may lose near zero: in each step, and of
@@ -236,6 +254,27 @@ class Units:
         size = exact.abs() + total(terms)
         rounding = self.u[name] * size + self.floor[name] + self.overflow(name, size)
         terms[f"store in {self.format[name]}"] = rounding
+
+
+PROMOTED = ("fp22", "fp16", "bf16")
+"""Accumulators of which partial sums may be added up in FP32."""
+
+
+def products(fmt: str) -> int:
+    """So many products of parts stand for one of factors."""
+    parts = SPLIT[fmt][1] if fmt in SPLIT else 1
+    return parts * (parts + 1) // 2
+
+
+def split_loss(fmt: str) -> tuple[float, float]:
+    """(what a product of split factors lacks, of itself; what the absolute products of its parts
+    add up to, of its absolute value). With u the parts' roundoff, part i is at most u^i (1 + u) of
+    the factor and n parts leave u^n of it: products i + j = n are (n - 1) u^n, those left over
+    2 u^n, the rest is of higher order.
+    """
+    part, n = SPLIT[fmt]
+    u = UNIT[part]
+    return (n + 1) * u**n * (1 + 2 * u) ** 2, 1 + 8 * u
 
 
 def spacings(arithmetic: Arithmetic, fmt: str) -> int:
@@ -286,16 +325,50 @@ def mapped(terms: Terms, change: Callable[[Tensor], Tensor]) -> Terms:
     return {name: change(part) for name, part in terms.items()}
 
 
-def narrowed(size: Tensor, fmt: str, rows: int | None, *, columns: int = 1) -> Tensor:
+def narrowed(
+    size: Tensor,
+    how: Quantisation,
+    rows: int | None,
+    *,
+    columns: int = 1,
+    block: int = 0,
+) -> Tensor:
     """|what quantisation leaves of x - x|: x of sizes [B,H,n,D] through an 8-bit format, the
-    largest of each group (`rows` of a head share a scale, 0: all, None: the tensor) at the format's
-    largest. For norms of rows of so many columns, which are rotated before: the error's norm.
+    largest of each group (`rows` of a head share a scale, 0: all, None: the tensor; instead, so
+    many columns as `block` says) at the format's largest. For norms of rows of so many columns,
+    which are rotated before: the error's norm.
     """
     if not size.numel():
         return size
-    step = size.shape[2] if not rows else rows
-    groups = [part.amax((2, 3), keepdim=True).expand(part.shape) for part in size.split(step, 2)]
-    largest = size.amax().expand(size.shape) if rows is None else torch.cat(groups, 2)
+    if block:
+        blocks = size.split(block, -1)
+        largest = torch.cat([p.amax(-1, keepdim=True).expand(p.shape) for p in blocks], -1)
+    elif rows is None:
+        largest = size.amax().expand(size.shape)
+    else:
+        groups = size.split(rows or size.shape[2], 2)
+        largest = torch.cat([p.amax((2, 3), keepdim=True).expand(p.shape) for p in groups], 2)
+    fmt = how.format
     steps = (STEPS + CUT * columns * columns**0.5 if columns > 1 else STEPS) * UNIT["fp32"]
+    unit, largest, lost = _by_scales(how, largest, size)
     floor = FLOOR[fmt] / LARGEST[fmt] * largest * columns**0.5
-    return (UNIT[fmt] * size + floor) * (1 + steps) + steps * size
+    return (unit * size + floor + lost) * (1 + steps) + steps * size
+
+
+def _by_scales(
+    how: Quantisation, largest: Tensor, size: Tensor
+) -> tuple[float, Tensor, Tensor | float]:
+    """(relative error of a code, the largest number that the format's largest may stand for, what
+    a saturated one loses): a scale that is a power of two is up to twice as large as it need be, or
+    up to half as large; one in E4M3 is off by its roundoff, or by its smallest number.
+    """
+    fmt, unit = how.format, UNIT[how.format]
+    if how.scales == "ue8m0":
+        return unit, 2 * largest, 0.0
+    if how.scales == "ue8m0_floor":
+        beyond = 2.0 ** (1 + math.floor(math.log2(LARGEST[fmt])))
+        return max(unit, 1 - LARGEST[fmt] / beyond), 2 * largest, 0.0
+    if how.scales == "e4m3":
+        smallest = FLOOR["e4m3"] / LARGEST["e4m3"] * size.amax()
+        return max(unit, UNIT["e4m3"]), (1 + UNIT["e4m3"]) * largest + smallest, smallest
+    return unit, largest, 0.0

@@ -65,6 +65,8 @@ class Rows:
             operands,
         )
         self.score, size, self.overflow = score_error(problem, b, units, arithmetic, operands)
+        longest = max(1.0, abs(problem.softmax_scale)) * b.q
+        self.overflow = self.overflow + units.split_overflow(longest, b.k, b.v, b.do)
         if operands is not None:
             self.overflow = self.overflow + operands.overflow
         rescaled = STEPS * units.work * b.row_max.abs() + (1 + units.tiles) * (

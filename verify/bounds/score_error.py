@@ -54,18 +54,21 @@ class Operands:
                 s.norm(dim=-1, keepdim=True) if how.rotated else s.abs() for s in (t, t - mean)
             )
             columns = rotation(t.shape[-1]).shape[0] if how.rotated else 1
-            lost = narrowed(moved, how.format, how.rows, columns=columns)
+            lost = narrowed(moved, how, how.rows, columns=columns, block=how.block)
             lost = lost + FIT * (moved + lost) if how.fitted and t is x.q else lost
-            pairs.append((size, lost + STEPS * UNIT["fp32"] * (size + moved)))
+            lost = lost + STEPS * UNIT["fp32"] * (size + moved)
+            given = t is x.q and how.queries == "given"
+            pairs.append((size, torch.zeros_like(lost) if given else lost))
         q, k = (pair[1].expand(t.shape) for pair, t in zip(pairs, (x.q, x.k), strict=True))
         over = mean_overflow(x, how)
         if how.values == "given":
             return cls(q, k, torch.zeros_like(x.v), pairs[0], pairs[1], v_mean, over)
         moved = (x.v - v_mean).abs()
-        by_column, rows = how.values == "columns", 0 if how.values == "head" else how.rows
-        lost = (
-            narrowed(moved.mT, how.format, 1).mT if by_column else narrowed(moved, how.format, rows)
-        )
+        if how.values in ("columns", "blocks"):
+            block = how.block if how.values == "blocks" else 0
+            lost = narrowed(moved.mT, how, 1, block=block).mT
+        else:
+            lost = narrowed(moved, how, 0 if how.values == "head" else how.rows)
         lost = lost + STEPS * UNIT["fp32"] * (x.v.abs() + moved)
         if how.balanced:  # a mean of what rounding took; its sum is in FP32
             lost = lost + key_mean(lost, seen).double() * (

@@ -13,7 +13,8 @@ from verify.bounds.constants import UNIT
 from verify.engine.causes import state_changed
 from verify.engine.evaluate import evaluate
 from verify.inspection import conventions
-from verify.inspection.identify import TORCH_CPU_ULP, identified, ordinary
+from verify.inspection.identify import identified, ordinary
+from verify.inspection.questions import TORCH_CPU_ULP
 from verify.properties.catalogue import PROPERTIES, Property, named
 from verify.records.events import DeclaredOtherwise, FindingShrunk
 from verify.registry import CONVENTIONS, Kernel

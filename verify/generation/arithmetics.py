@@ -7,7 +7,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from verify.spec.arithmetic import SHORT, Arithmetic, Quantisation
+from verify.spec.arithmetic import SHORT, SPLIT, Arithmetic, Quantisation
 
 QUANTISED = (
     Quantisation(),
@@ -21,6 +21,11 @@ QUANTISED = (
     Quantisation("e5m2", 3, fitted=True, balanced=True),
     Quantisation("int8", 4, values="given", centred=True),
     Quantisation("int4", 1, values="columns"),
+    Quantisation("e4m3", block=32, scales="ue8m0", values="blocks"),
+    Quantisation("e4m3", block=2, scales="ue8m0_floor", values="columns"),
+    Quantisation("e2m1", block=16, scales="e4m3", values="blocks"),
+    Quantisation("e4m3", 1, queries="given"),
+    Quantisation("int8", 0, queries="given"),
 )
 
 
@@ -31,14 +36,15 @@ def arithmetics(draw: Callable[..., Any]) -> Arithmetic:
     def one_of(*values: Any) -> Any:
         return draw(st.sampled_from(values))
 
-    narrow = one_of("input", "fp32", "bf16", "fp16", "e4m3", "e5m2", "tf32")
+    narrow = one_of("input", "fp32", "bf16", "fp16", "e4m3", "e5m2", "tf32", "e2m1")
     quantised = one_of(None, None, None, None, None, *QUANTISED)
     normalised = one_of(False, True)
     short = () if quantised else SHORT
+    spill = one_of(None, None, (16, 32))
     return Arithmetic(
         quantised=quantised,
         scaled_query=one_of(False, False, False, True),
-        scores=one_of(*3 * ("fp32",), "tf32", "fp22", *short),
+        scores=one_of(*3 * ("fp32",), "tf32", "fp22", *SPLIT, *short),
         stored_scores=one_of("fp32", "fp32", "input"),
         stored_exponents=one_of(False, False, True),
         exp=one_of("natural", "binary", "fused"),
@@ -52,7 +58,8 @@ def arithmetics(draw: Callable[..., Any]) -> Arithmetic:
         probs_scale=256.0 if narrow == "e4m3" else 1.0,
         normalized_probs=normalised,
         rowsum=one_of("unrounded", "rounded"),
-        accumulate=one_of(*5 * ("fp32",), "tf32", "fp22", *short),
+        accumulate=one_of(*5 * ("fp32",), "tf32", "fp22", *SPLIT, *short),
+        promoted=one_of(0, 0, 2, 16),
         summation=one_of("hardware", "truncated"),
         output=one_of("input", "fp32"),
         dscores=one_of("input", "fp32", "bf16"),
@@ -61,5 +68,6 @@ def arithmetics(draw: Callable[..., Any]) -> Arithmetic:
         delta=one_of("out", "probs", "product"),
         group_sum=one_of("fp32", "input"),
         batch_sum=one_of("fp32", "input"),
-        spill=one_of(None, None, (16, 32)),
+        spill=spill,
+        atomic=spill is not None and one_of(False, True),
     )

@@ -20,8 +20,10 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from verify.bounds.constants import ALIKE, CERTAIN
+from verify.bounds.constants import ALIKE, CERTAIN, PROMOTED
 from verify.bounds.exact import Exact
+from verify.errors import VerifyError
+from verify.inspection.questions import COARSE, OBSERVED, QUESTIONS, Question
 from verify.oracles.emulator import emulate
 from verify.oracles.formats import Jittered
 from verify.reference.reference import Truth, truth
@@ -34,88 +36,7 @@ from verify.spec.finding import Finding
 from verify.spec.problem import Problem
 from verify.spec.requirements import Requirements
 
-
-@dataclass(frozen=True)
-class Question:
-    """A case on which candidates differ, the tensors compared, the fields asked for and their
-    candidates, defaults first.
-    """
-
-    case: str
-    tensors: tuple[str, ...]
-    candidates: dict[str, tuple[Any, ...]]
-
-
-FORWARD: dict[str, tuple[Any, ...]] = {
-    "probs": ("input", "fp32", "fp16", "bf16"),
-    "normalized_probs": (False, True),
-    "rowsum": ("unrounded", "rounded"),
-    "stored_scores": ("fp32", "input"),
-    "scaled_query": (False, True),
-}
-BACKWARD: dict[str, tuple[Any, ...]] = {
-    "dscores": ("input", "fp32"),
-    "ds_probs": ("fp32", "input"),
-    "delta": ("out", "probs", "product"),
-    "scaled_dscores": (False, True),
-}
-TORCH_CPU_ULP = 900.0
-"""Units in the last place that torch's exponential of 16 bits on a CPU is off by (pytorch pull
-151441)."""
-SPILLS = (None, (32, 512), (64, 512), (128, 512), (256, 512))
-TILES = (0, 16, 32, 48, 64, 80, 96, 112, 128, 160, 176, 192, 256)
-QUESTIONS = (
-    Question("b1.h8.q128.k16.d128.{narrow}.full/normal#1", ("out",), FORWARD),
-    Question(
-        "b1.h8.q128.k16.d128.{narrow}.full/normal#1",
-        ("out",),
-        {"rounding": ("nearest", "zero")},
-    ),
-    Question(
-        "b1.h8.q128.k64.d128.{fine}.full/normal#2",
-        ("out",),
-        {"summation": ("hardware", "nearest", "truncated")},
-    ),
-    Question(
-        "b1.h8.q128.k64.d128.{fine}.full/normal#3",
-        ("out",),
-        {"exp_ulp": (2.0, 20.0, TORCH_CPU_ULP, 8192.0)},
-    ),
-    Question(
-        "b1.h8.q128.k64.d128.{fine}.full.softcap=1.0/normal#3",
-        ("out",),
-        {"tanh_ulp": (4.0, 4096.0)},
-    ),
-    Question("b1.h4.q512.k64.d128.{narrow}.full.grads/normal#6", ("dk", "dv"), {"spill": SPILLS}),
-    # fewer rows at a time where there are few, as torch has it on a CPU
-    Question("b1.h8.q128.k64.d128.{narrow}.full.grads/normal#7", ("dk", "dv"), {"spill": SPILLS}),
-    Question("b1.h8.q256.k64.d128.{narrow}.full.grads/normal#4", ("dq", "dk", "dv"), BACKWARD),
-    Question(
-        "b1.h8:2.q64.k64.d128.{narrow}.full.grads/normal#5",
-        ("dk", "dv"),
-        {"group_sum": ("fp32", "input")},
-    ),
-    Question(
-        "b1.h8.q128.k32.d128.fp32.full/normal(3)#7",
-        ("out",),
-        {"scores": ("fp32", "tf32"), "accumulate": ("fp32", "tf32")},
-    ),
-    Question(
-        "b1.h8.q128.k32.d64.fp32.full/normal(12)#8",
-        ("out", "lse"),
-        {"exp": ("natural", "binary", "fused")},
-    ),
-    Question(
-        "b1.h8.q128.k512.d128.{narrow}.full/normal#9",
-        ("out",),
-        {"tile": TILES, "splits": (1, 2, 4, 8, 16)},
-    ),
-)
 ORDINARY = "b1.h2.q64.k64.d64.{dtype}.full/normal#0"
-COARSE = ("exp_ulp", "tanh_ulp")
-"""Errors of functions, of which only the size can be found."""
-OBSERVED = ("tile", "splits")
-"""What a kernel chooses by shape: shown for the shape that was tried, not declared."""
 
 
 @dataclass(frozen=True)
@@ -209,7 +130,9 @@ def identify(kernel: Kernel, device: str) -> Identity:
         if coarse := next((name for name in COARSE if name in question.candidates), ""):
             new = [_function(coarse, question, known, output, found)]
         else:
-            new = list(_answers(question, known, output, found))
+            seen = {a.field: a.found for a in answers if a.certain and a.field in OBSERVED}
+            base = replace(found, **seen) if "partials" in question.candidates else found
+            new = list(_answers(question, known, output, base))
         answers += new
         found = replace(
             found, **{a.field: a.found for a in new if a.certain and a.field not in OBSERVED}
@@ -313,18 +236,27 @@ def _distinct(
     """
     result: dict[tuple[Any, ...], Arithmetic] = {}
     for values in itertools.product(*asked.values()):
-        candidate = replace(base, **dict(zip(asked, values, strict=True)))
+        try:
+            candidate = replace(base, **dict(zip(asked, values, strict=True)))
+        except VerifyError:  # what no kernel can be
+            continue
         exact_p = candidate.format("probs", problem.dtype) == "fp32"
         meaning = {f.name: getattr(candidate, f.name) for f in fields(candidate)}
         meaning["summation"] = candidate.truncates("accumulate", problem.dtype, device)
         meaning |= {
             n: candidate.format(n, problem.dtype)
-            for n in ("probs", "dscores", "ds_probs", "stored_scores", "group_sum")
+            for n in ("probs", "dscores", "ds_probs", "stored_scores", "group_sum", "partials")
         }
         if candidate.normalized_probs or exact_p:
             meaning["rowsum"] = ""
         if candidate.normalized_probs and meaning["probs"] == meaning["ds_probs"]:
             meaning["ds_probs"] = "fp32"  # it is already rounded
+        if not {candidate.format(n, problem.dtype) for n in ("scores", "accumulate")} & {*PROMOTED}:
+            meaning["promoted"] = 0
+        if meaning["stored_scores"] == "fp32":
+            meaning["stored_exponents"] = False
+        if candidate.splits == 1:
+            meaning["partials"] = ""
         if meaning["dscores"] == "fp32":
             meaning["scaled_dscores"] = ""
         result.setdefault(tuple(meaning.values()), candidate)

@@ -128,6 +128,7 @@ class Truth:
                 "quantised": None,
                 "scaled_query": False,
                 "spill": None,
+                "atomic": False,
             }
             arithmetic = replace(arithmetic, **wide)
         if kind == "jittered fp32":

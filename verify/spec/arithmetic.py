@@ -8,18 +8,25 @@ from dataclasses import dataclass, fields
 
 from verify.errors import VerifyError
 
-ACCUMULATORS = ("input", "fp64", "fp32", "tf32", "fp22", "fp16", "bf16")
+SPLIT = {"bf16x3": ("bf16", 2), "bf16x6": ("bf16", 3), "tf32x3": ("tf32", 2)}
+"""Products of FP32 on tensor cores: each factor is a sum of so many parts in a narrow format, each
+part what the ones before leave; products of parts i and j are added up in FP32 where i + j is less
+than the number of parts (Triton's `input_precision`; Henry et al. 2019, arXiv 1904.06376)."""
+ACCUMULATORS = ("input", "fp64", "fp32", "tf32", "fp22", "fp16", "bf16", *SPLIT)
 """Formats that products are added up in."""
 SHORT = ("fp16", "bf16")
 """Those of 16 bits."""
-FORMATS = ("input", "fp64", "fp32", "tf32", "fp22", "fp16", "bf16", "e4m3", "e5m2")
+FORMATS = ("input", "fp64", "fp32", "tf32", "fp22", "fp16", "bf16", "e4m3", "e5m2", "e2m1")
 """Names of formats; `input` is the dtype of the problem. fp22: FP32 with 13 stored bits of
 significand, the accumulator of Hopper's FP8 tensor cores (SageAttention2, arXiv 2411.10958, section
 3.2; DeepSeek-V3, arXiv 2412.19437, section 3.3.2).
 """
-CODES = ("e4m3", "e5m2", "int8", "int4")
-"""Formats that inputs are quantised to."""
-NARROW = ("fp16", "bf16", "tf32", "e4m3", "e5m2")
+CODES = ("e4m3", "e5m2", "e2m1", "int8", "int4")
+"""Formats that inputs are quantised to; e2m1: 4 bits, 0 to 6 (OCP MX specification 1.0, section
+5.3.3)."""
+SCALES = ("fp32", "ue8m0", "ue8m0_floor", "e4m3")
+"""Formats of their scales."""
+NARROW = ("fp16", "bf16", "tf32", "e4m3", "e5m2", "e2m1", *SPLIT)
 """Formats of operands that tensor cores multiply."""
 
 
@@ -29,8 +36,10 @@ class Quantisation:
     and rounded to `format`. Keys that no query sees are in no group.
 
     `rows`: how many rows of one head share a scale; 0 a whole head, None the whole tensor.
-    `values`: in V, as `rows` says, or a `head`, or each of its `columns`; `given`: V is multiplied
-    as it comes (SageAttention), and not centred. `rotated`: Q and K are
+    `block`: instead, so many columns of one row share a scale (MXFP8: 32; NVFP4: 16). `values`: in
+    V, as `rows` says, or a `head`, or each of its `columns`, or so many keys of a column as `block`
+    says (`blocks`); `given`: V is multiplied as it comes (SageAttention), and not centred.
+    `queries`: Q likewise, or `given` (a cache of K and V in 8 bits). `rotated`: Q and K are
     first padded to a power of two of columns and multiplied by signs times Hadamard
     (verify/spec/quantization.py). `centred`: K and V are first freed of their mean over the keys of
     a head; V's is added to the output, K's to the LSE (out does not depend on it: SageAttention,
@@ -41,10 +50,17 @@ class Quantisation:
     """
 
     format: str = "e4m3"
-    """e4m3, e5m2, or whole numbers of 8 or 4 bits, int8 (-127 to 127) and int4 (-7 to 7)."""
+    """e4m3, e5m2, e2m1, or whole numbers of 8 or 4 bits, int8 (-127 to 127) and int4 (-7 to 7)."""
     rows: int | None = None
+    block: int = 0
+    scales: str = "fp32"
+    """`fp32`; a power of two, `ue8m0` the next one up, so that nothing saturates (arXiv 2506.08027,
+    section 3), `ue8m0_floor` the one below the largest, which may saturate (OCP MX specification
+    1.0, section 6.3); `e4m3`, itself times the tensor's largest over 448 in FP32 (NVFP4, arXiv
+    2509.25149, appendix B)."""
     rotated: bool = False
     values: str = "rows"
+    queries: str = "rows"
     centred: bool = False
     fitted: bool = False
     balanced: bool = False
@@ -52,10 +68,31 @@ class Quantisation:
     def __post_init__(self) -> None:
         if self.format not in CODES:
             raise VerifyError(f"quantisation format={self.format!r}: one of {', '.join(CODES)}")
-        if self.values not in ("rows", "head", "columns", "given"):
+        if self.values not in ("rows", "head", "columns", "blocks", "given"):
             raise VerifyError(
-                f"quantisation values={self.values!r}: rows, head or columns share a scale of V, "
-                "or it is multiplied as given"
+                f"quantisation values={self.values!r}: rows, head, columns or blocks share a scale "
+                "of V, or it is multiplied as given"
+            )
+        if self.scales not in SCALES:
+            raise VerifyError(f"quantisation scales={self.scales!r}: one of {', '.join(SCALES)}")
+        if self.queries not in ("rows", "given"):
+            raise VerifyError(
+                f"quantisation queries={self.queries!r}: rows share a scale of Q, or it is "
+                "multiplied as given"
+            )
+        if self.queries == "given" and (self.rotated or self.fitted):
+            raise VerifyError(
+                "quantisation queries='given' beside rotated or fitted: Q is not rounded"
+            )
+        if self.block < 0 or (self.block and self.rows is not None):
+            raise VerifyError(
+                f"quantisation block={self.block} beside rows={self.rows}: so many columns of one "
+                "row share a scale, or so many rows"
+            )
+        if (self.values == "blocks" and not self.block) or (self.block and self.values == "rows"):
+            raise VerifyError(
+                f"quantisation values={self.values!r} beside block={self.block}: V has one scale "
+                "for `block` keys of a column where values='blocks', and none by rows beside block"
             )
         if self.values == "given" and self.balanced:
             raise VerifyError(
@@ -126,6 +163,9 @@ class Arithmetic:
     """How products are added: `nearest`; `truncated`, as tensor cores do (Fasi et al. 2021, PeerJ
     Comput. Sci. 7:e330); `hardware`: truncated on a GPU where the operands are narrow, to nearest
     elsewhere."""
+    promoted: int = 0
+    """Products that are added up in fp22, fp16 or bf16 before their sum is added to one in FP32
+    (DeepSeek-V3, arXiv 2412.19437, section 3.3.2: 128); 0: all of them."""
     output: str = "input"
     """out, dq, dk, dv as they are stored."""
     dscores: str = "input"
@@ -150,6 +190,9 @@ class Arithmetic:
     """(query rows, keys) after which the running sums dk, dv and dq are stored in the output format
     and read back; or None.
     """
+    atomic: bool = False
+    """True: what is added to these sums is itself stored in the output format first (16-bit
+    atomics), in any order."""
     deterministic: bool = False
     """True: a second call gives the same bits, forward and backward; judged where it is
     declared.
@@ -179,6 +222,11 @@ class Arithmetic:
                 f"partials={self.partials!r} beside normalized_probs: P is divided by the sum of "
                 "the whole row, so no split has a row sum of its own"
             )
+        if self.atomic and self.spill is None:
+            raise VerifyError(
+                "atomic=True beside spill=None: atomics add partial sums, so say after how many "
+                "(query rows, keys) they are stored"
+            )
         if self.spill is not None and min(self.spill) < 1:
             raise VerifyError(f"spill={self.spill!r}: (query rows, keys), each at least 1, or None")
         numbers = {
@@ -187,11 +235,12 @@ class Arithmetic:
             "probs_scale": self.probs_scale > 0,
             "exp_ulp": self.exp_ulp > 0,
             "tanh_ulp": self.tanh_ulp > 0,
+            "promoted": self.promoted >= 0,
         }
         if wrong := [name for name, fine in numbers.items() if not fine]:
             raise VerifyError(
-                f"{wrong[0]}={getattr(self, wrong[0])!r}: tile from 0, splits from 1, probs_scale, "
-                "exp_ulp and tanh_ulp above 0"
+                f"{wrong[0]}={getattr(self, wrong[0])!r}: tile and promoted from 0, splits from "
+                "1, probs_scale, exp_ulp and tanh_ulp above 0"
             )
 
     def format(self, field: str, dtype: str) -> str:

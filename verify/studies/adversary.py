@@ -36,9 +36,9 @@ from verify.bounds.metrics import distance
 from verify.generation.arithmetics import arithmetics
 from verify.generation.small import small_cases
 from verify.oracles.emulator import emulate
-from verify.oracles.formats import EIGHT_BITS, Form
+from verify.oracles.formats import EIGHT_BITS, Form, in_parts
 from verify.reference.reference import truth
-from verify.spec.arithmetic import Arithmetic
+from verify.spec.arithmetic import SPLIT, Arithmetic
 from verify.spec.case import Case, Inputs
 from verify.spec.masks import ways
 from verify.spec.problem import Problem
@@ -96,7 +96,9 @@ class Adversary:
 
     def product(self, form: Form, a: Tensor, b: Tensor, fmt: str, *, cut: bool) -> Tensor:
         """Every product inside the sum off by gamma, or by what a step loses near zero."""
-        fmt = "fp32" if fmt == "tf32" else fmt
+        if fmt in SPLIT:
+            a, b = in_parts(form, a, b, fmt, self.store)
+        fmt = "fp32" if fmt == "tf32" or fmt in SPLIT else fmt
         u = UNIT[fmt] * (CUT if cut or fmt == "fp22" else 1)
         a, b = (self._flushed(factor, fmt) for factor in (a, b))
         a, b = (
@@ -119,7 +121,7 @@ class Adversary:
 
 def _overflowed(x: Tensor, fmt: str) -> Tensor:
     """What does not fit the format is infinite; the 8-bit formats saturate."""
-    if fmt in EIGHT_BITS:
+    if fmt in EIGHT_BITS or fmt == "e2m1":
         return x
     return torch.where(x.abs() > LARGEST[fmt], torch.inf * x.sign(), x)
 
@@ -281,7 +283,7 @@ class _Over(Exception):
 def tried(
     seed: int, *, seconds: float = math.inf, most: float = math.inf, stop: bool = False
 ) -> tuple[Counter[str], list[Crossing]]:
-    """(attacks by dtype, what crossed the bound) of so much time or so many attacks; stop: at the
+    """(attacks by dtype, or by format of the codes; what crossed the bound) of so much time or so many attacks; stop: at the
     first that crosses it.
     """
     counts: Counter[str] = Counter()
@@ -300,7 +302,8 @@ def tried(
     def search(drawn: tuple[Case, Arithmetic, int]) -> None:
         case, arithmetic, chosen = drawn
         for crossing in crossings(case, arithmetic, chosen):
-            counts[case.problem.dtype] += 1
+            how = arithmetic.quantised
+            counts[how.format if how else case.problem.dtype] += 1
             if crossing:
                 found.append(crossing)
                 break
@@ -329,9 +332,9 @@ def main(
         counts, found = tried(seed, seconds=seconds, stop=bool(hole))
     for crossing in found:
         typer.echo(crossing)
-    by_dtype = ", ".join(f"{n} {dtype}" for dtype, n in sorted(counts.items()))
+    by_format = ", ".join(f"{n} {name}" for name, n in sorted(counts.items()))
     typer.echo(
-        f"seed {seed}: {counts.total()} attacks ({by_dtype}), {len(found)} crossed the bound"
+        f"seed {seed}: {counts.total()} attacks ({by_format}), {len(found)} crossed the bound"
     )
     raise typer.Exit(1 if found else 0)
 

@@ -206,6 +206,10 @@ CODED = [
     Quantisation("e4m3", 16, values="columns"),
     Quantisation("int8", 1, values="given"),
     Quantisation("int4", 0),
+    Quantisation("e4m3", block=8, scales="ue8m0", values="blocks"),
+    Quantisation("e4m3", block=8, scales="ue8m0_floor", values="columns"),
+    Quantisation("e2m1", block=4, scales="e4m3", values="blocks"),
+    Quantisation("e5m2", 1, queries="given"),
     Quantisation("int8", 16, values="given", centred=True),
     Quantisation("e4m3", 16, rotated=True),
     Quantisation(

@@ -24,7 +24,8 @@ from verify.engine.otherwise import COMPILED, Otherwise
 from verify.engine.run import Run as WholeRun
 from verify.engine.session import Session
 from verify.errors import VerifyError
-from verify.inspection.identify import TORCH_CPU_ULP, identified, ordinary
+from verify.inspection.identify import identified, ordinary
+from verify.inspection.questions import TORCH_CPU_ULP
 from verify.properties.catalogue import PROPERTIES
 from verify.properties.tests.support import ATTEND, searched
 from verify.pytest_plugin import Run

@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import pytest
 
-from verify.inspection.identify import OBSERVED, identify
+from verify.inspection.identify import identify
+from verify.inspection.questions import OBSERVED
 from verify.oracles.emulator import emulate
 from verify.registry import Kernel
-from verify.spec.arithmetic import Arithmetic
+from verify.spec.arithmetic import Arithmetic, Quantisation
 from verify.spec.case import TORCH_DTYPES, Inputs
 from verify.spec.problem import Problem
 
@@ -20,6 +21,10 @@ PLANTED = (
     Arithmetic(scaled_query=True, exp_ulp=8192.0),
     Arithmetic(stored_scores="input", normalized_probs=True),
     Arithmetic(rounding="zero", tanh_ulp=4096.0),
+    Arithmetic(quantised=Quantisation("e4m3", 1, queries="given")),
+    Arithmetic(scores="fp16", accumulate="fp16", promoted=64),
+    Arithmetic(scores="bf16x3", accumulate="tf32x3"),
+    Arithmetic(stored_scores="input", stored_exponents=True, normalized_probs=True),
 )
 
 

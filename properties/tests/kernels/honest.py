@@ -2,7 +2,7 @@
 them by ``verify fuzz properties/tests/kernels/honest.py``, or by the same file as ``--kernel`` of
 ``python -m verify.studies.bounds soundness``, which goes on after an alarm.
 
-All are forward only. Products and sums are in FP32 unless a declaration says otherwise.
+All but one are forward only. Products and sums are in FP32 unless a declaration says otherwise.
 """
 
 from __future__ import annotations
@@ -295,3 +295,170 @@ def stored(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None
     s = s if mask is None else s.masked_fill(~mask, -torch.inf)
     p = torch.softmax(s.float(), -1).to(q.dtype).nan_to_num()
     return product(p, v).to(q.dtype).detach()
+
+
+def parts(x: Tensor, n: int) -> list[Tensor]:
+    """x in FP32 as a sum of n numbers in BF16."""
+    found: list[Tensor] = []
+    for _ in range(n):
+        found.append((x - sum(found)).bfloat16().float())
+    return found
+
+
+def split_product(n: int) -> Product:
+    """Of FP32 by BF16 tensor cores: the parts i + j < n, small ones first."""
+
+    def times(a: Tensor, b: Tensor) -> Tensor:
+        left, right = parts(a.float(), n), parts(b.float(), n)
+        out = 0.0 * (left[0] @ right[0])
+        for order in reversed(range(n)):
+            for i in range(order + 1):
+                out = out + left[i] @ right[order - i]
+        return out
+
+    return times
+
+
+def in_parts(n: int, name: str) -> None:
+    """Register a kernel of FP32 whose products are split."""
+    times = split_product(n)
+
+    @kernel(name=name, dtypes=("fp32",), arithmetic=Arithmetic(scores=name, accumulate=name))
+    def run(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None) -> Tensor:
+        k, v = repeated(q, k, v)
+        s = times(q, k.mT) * scale
+        s = s if mask is None else s.masked_fill(~mask, -torch.inf)
+        return online(s, v, times=times)[0].detach()
+
+
+in_parts(2, "bf16x3")
+in_parts(3, "bf16x6")
+
+
+def promoted(p: Tensor, v: Tensor) -> Tensor:
+    """Sixty-four products at a time in an accumulator of FP16, their sums in FP32."""
+    steps = range(0, p.shape[-1], 64)
+    sums = (in_steps(torch.float16)(p[..., n : n + 64], v[..., n : n + 64, :]) for n in steps)
+    return sum(sums, p.new_zeros((*p.shape[:-1], v.shape[-1])))
+
+
+registered(
+    "promoted-fp16-sums",
+    lambda s, v: online(s, v, tile=1 << 30, times=promoted)[0],
+    ("fp16",),
+    accumulate="fp16",
+    promoted=64,
+)
+
+
+def powers(x: Tensor, block: int, largest: float, *, up: bool) -> Tensor:
+    """A scale for so many columns, a power of two, of the shape of x."""
+    wide = torch.nn.functional.pad(x, (0, -x.shape[-1] % block)).unflatten(-1, (-1, block))
+    amax = wide.abs().amax(-1, keepdim=True).double()
+    if up:
+        scale = torch.exp2((amax / largest).log2().ceil())
+    else:
+        scale = torch.exp2(amax.log2().floor() - math.floor(math.log2(largest)))
+    return scale.masked_fill(amax == 0, 1.0).expand(wide.shape).flatten(-2)[..., : x.shape[-1]]
+
+
+def e4m3(x: Tensor) -> Tensor:
+    """Saturates."""
+    return x.clamp(-448.0, 448.0).to(torch.float8_e4m3fn).float()
+
+
+def mxfp8(x: Tensor, *, up: bool) -> Tensor:
+    """x through E4M3, 32 columns to a scale."""
+    scale = powers(x.float(), 32, 448.0, up=up).float()
+    return e4m3(x.float() / scale) * scale if x.shape[-1] else x.float()
+
+
+def nvfp4(x: Tensor) -> Tensor:
+    """x through E2M1: 16 columns to a scale in E4M3, and one of the tensor."""
+    if not x.numel():
+        return x.float()
+    whole = x.float().abs().amax() / (6.0 * 448.0)
+    whole = whole if whole > 0 else whole.new_ones(())
+    wide = torch.nn.functional.pad(x.float(), (0, -x.shape[-1] % 16)).unflatten(-1, (-1, 16))
+    scale = e4m3(wide.abs().amax(-1, keepdim=True) / 6.0 / whole) * whole
+    numbers = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], device=x.device)
+    apart = (wide.abs() / scale.masked_fill(scale == 0, torch.inf)).unsqueeze(-1) - numbers
+    near = numbers[apart.abs().argmin(-1)]
+    return (near * wide.sign() * scale).flatten(-2)[..., : x.shape[-1]]
+
+
+def blocked(name: str, how: Quantisation, code: Function) -> None:
+    """Register a kernel of FP32 sums that codes the rows of Q and K, and the columns of V."""
+
+    @kernel(name=name, dtypes=SHORT, arithmetic=Arithmetic(quantised=how))
+    def run(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+        q8, k8, v8 = code(q), code(k), code(v.mT).mT
+        k8, v8 = repeated(q, k8, v8)
+        s = scores(q8, k8, scale, None)
+        return online(s, v8, store=lambda p: p.to(q.dtype))[0].to(q.dtype).detach()
+
+
+blocked(
+    "mxfp8",
+    Quantisation("e4m3", block=32, scales="ue8m0", values="blocks"),
+    lambda x: mxfp8(x, up=True),
+)
+blocked(
+    "mxfp8-ocp",
+    Quantisation("e4m3", block=32, scales="ue8m0_floor", values="blocks"),
+    lambda x: mxfp8(x, up=False),
+)
+blocked("nvfp4", Quantisation("e2m1", block=16, scales="e4m3", values="blocks"), nvfp4)
+
+CACHE = Quantisation("e4m3", 1, queries="given")
+
+
+@kernel(name="fp8-cache", dtypes=SHORT, arithmetic=Arithmetic(quantised=CACHE))
+def cached(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+    """K and V in FP8 with a scale for each token, Q as it comes."""
+    k8, v8 = repeated(q, *(narrowed(t, 1, 448.0, e4m3) for t in (k, v)))
+    s = scores(q, k8, scale, None)
+    return online(s, v8, store=lambda p: p.to(q.dtype))[0].to(q.dtype).detach()
+
+
+class Atomic(torch.autograd.Function):
+    """dq, dk and dv by atomics of 16 bits: the last tiles arrive first."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+        """And keep what the backward recomputes P from."""
+        s = scores(q, k, scale, mask)
+        out, lse = online(s, v)
+        ctx.save_for_backward(q, k, v, out.to(q.dtype), lse)
+        ctx.scale, ctx.mask = scale, mask
+        return out.to(q.dtype)
+
+    @staticmethod
+    def backward(ctx, do: Tensor) -> tuple[Tensor | None, ...]:
+        """Tiles of 32 rows and 32 keys."""
+        q, k, v, out, lse = ctx.saved_tensors
+        s = scores(q, k, ctx.scale, ctx.mask)
+        lse = lse.masked_fill(lse == -torch.inf, 0.0)
+        p = torch.exp(s - lse.unsqueeze(-1))
+        delta = (do.float() * out.float()).sum(-1, keepdim=True)
+        ds = (p * (do.float() @ v.float().mT - delta)).to(q.dtype).float()
+        p = p.to(q.dtype).float()
+        dq, dk, dv = (torch.zeros_like(t) for t in (q, k, v))
+        for n in reversed(range(0, k.shape[2], 32)):
+            dq += (ctx.scale * (ds[..., n : n + 32] @ k[:, :, n : n + 32].float())).to(q.dtype)
+        for n in reversed(range(0, q.shape[2], 32)):
+            rows = slice(n, n + 32)
+            dk += (ctx.scale * (ds[:, :, rows].mT @ q[:, :, rows].float())).to(q.dtype)
+            dv += (p[:, :, rows].mT @ do[:, :, rows].float()).to(q.dtype)
+        return dq, dk, dv, None, None
+
+
+@kernel(
+    name="atomics-16",
+    dtypes=SHORT,
+    arithmetic=Arithmetic(spill=(32, 32), atomic=True, group_sum="input"),
+)
+def atomics(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None) -> Tensor:
+    """Gradients by 16-bit atomics."""
+    k, v = repeated(q, k, v)
+    return Atomic.apply(q, k, v, scale, mask)

@@ -307,6 +307,9 @@ def test_what_it_cannot_compute_is_said_before_any_launch() -> None:
     half = q.half()
     with pytest.raises(VerifyError, match="rows=64, values='rows': rows None, 0 or 128"):
         fp8.attention(half, half, half, scale=1.0, how=Quantisation("e4m3", 64))
+    for other in (Quantisation("int8"), Quantisation(block=32, values="head")):
+        with pytest.raises(VerifyError, match="takes formats e4m3, e5m2, FP32 scales of rows"):
+            fp8.attention(half, half, half, scale=1.0, how=other)
     with pytest.raises(VerifyError, match=r"triton-fp8: k.shape=\[1, 2, 8, 8\]"):
         fp8.attention(half, half[..., :8], half, scale=1.0)
 
