@@ -283,8 +283,8 @@ class _Over(Exception):
 def tried(
     seed: int, *, seconds: float = math.inf, most: float = math.inf, stop: bool = False
 ) -> tuple[Counter[str], list[Crossing]]:
-    """(attacks by dtype, or by format of the codes; what crossed the bound) of so much time or so many attacks; stop: at the
-    first that crosses it.
+    """(attacks by dtype, or by format of the codes; what crossed the bound) of so much time or so
+    many attacks; stop: at the first that crosses it.
     """
     counts: Counter[str] = Counter()
     found: list[Crossing] = []
