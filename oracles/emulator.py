@@ -263,6 +263,7 @@ class _Emulator:
         cap, scale = self.problem.softcap, self.problem.softmax_scale
         if self.arithmetic.format("stored_scores", self.problem.dtype) in ("fp32", "fp64"):
             inside, outside = (scale, 1.0) if self.arithmetic.scaled_dscores else (1.0, scale)
+            ds = self.working(cap * ds) / cap if cap else ds
             return outside * self.store(inside * ds * slope, "dscores")
         ds = self.store(ds, "dscores")
         if cap:

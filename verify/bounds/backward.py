@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from verify.bounds.constants import (
@@ -37,11 +38,7 @@ def gradients(
     """
     e_p, overflow = _p_error(b, units, arithmetic, rows)
     e_ds, ds = _ds_error(problem, b, units, arithmetic, rows, e_p)
-    do, v = b.do.abs(), b.v.abs()
-    over = overflow + units.sum_overflow("scores", do, v, 2.0)  # dP, delta, dP - delta
-    over = over + units.sum_overflow("stored_scores", do, v)
-    if arithmetic.delta == "product":
-        over = over + units.sum_overflow("inputs", do, v)
+    over = overflow + _row_overflow(problem, b, units, arithmetic, ds + e_ds)
     result: dict[str, Terms] = {"dv": _dv(problem, b, units, arithmetic, e_p, overflow)}
     if problem.bias not in ("none", "alibi"):
         summed = (
@@ -103,6 +100,23 @@ def gradients(
         lost = grouped(rows.operands.q[:, :, b.rows], problem)
         result["dk"]["Q quantised"] = scale * to_keys((ds + e_ds) * (1 + u_ds) + floor_ds, lost)
     return result
+
+
+def _row_overflow(
+    problem: Problem, b: Block, units: Units, arithmetic: Arithmetic, ds: Tensor
+) -> Tensor:
+    """UNBOUNDED for rows in which dP, delta or dP - delta may overflow, or dS, of sizes `ds`, where
+    a softcap multiplies it before its slope does.
+    """
+    do, v = b.do.abs(), b.v.abs()
+    over = units.sum_overflow("scores", do, v, 2.0)
+    over = over + units.sum_overflow("stored_scores", do, v)
+    if arithmetic.delta == "product":
+        over = over + units.sum_overflow("inputs", do, v)
+    if problem.softcap:
+        nothing = torch.zeros_like(ds)
+        over = over + units.row_overflow("dscores", ds, nothing, max(1.0, problem.softcap))
+    return over
 
 
 def _dv(

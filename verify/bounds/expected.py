@@ -123,10 +123,10 @@ class Expectation:
                 known = allowed.terms["oracle"] <= RESOLUTION * allowed.limit
                 bounded = _columns(allowed.limit.isfinite() & known)
                 mine, honest = (torch.where(bounded, x, 0.0) for x in (mine, honest))
+            order = self._order(name)
             if self.held and name == "out":
-                held = self.held()
-                mine, honest = _apart_from(held, mine), _apart_from(held, honest)
-            found = self._worst(name, mine, honest, self._order(name))
+                order = torch.hypot(order, _along(self.held(), mine))
+            found = self._worst(name, mine, honest, order)
         return found if found.score > found.level else None
 
     def _large(self, name: str, honest: Tensor) -> bool:
@@ -181,13 +181,17 @@ class Expectation:
         )
 
 
-def _apart_from(held: Tensor, errors: Tensor) -> Tensor:
-    """Errors [B,H,n,C] without what rounding each row's largest weight explains: its direction is
-    known, its size is at most that of `held`.
+def _along(held: Tensor, errors: Tensor) -> Tensor:
+    """What rounding each row's largest weight explains of errors [B,H,n,C]: its direction is known,
+    its size is at most that of `held`; errors of any other kind lie by chance along it, in one of
+    so many directions as there are columns. It also decides how out is rounded, so that it can't be
+    taken off the errors.
     """
     size = held.square().sum(-1, keepdim=True)
     part = (errors * held).sum(-1, keepdim=True) / size.clamp(min=torch.finfo(size.dtype).tiny)
-    return errors - part.clamp(-1.0, 1.0) * held
+    explained = (part * held).square().sum()
+    share = errors.square().sum() / errors.shape[-1] / explained if explained > 0 else 1.0
+    return part.clamp(-1.0, 1.0) * held * math.sqrt(max(0.0, 1.0 - float(share)))
 
 
 def scores(d: Tensor, margin: Tensor, *, by_head: bool = False) -> tuple[float, Tensor]:

@@ -215,9 +215,14 @@ HOLES: dict[str, tuple[Callable[..., Any], str, str]] = {
         "return lost",
     ),
     "overflow of dP": (
-        backward.gradients,
-        'over = overflow + units.sum_overflow("scores", do, v, 2.0)',
-        "over = overflow",
+        backward._row_overflow,
+        'over = units.sum_overflow("scores", do, v, 2.0)',
+        "over = torch.zeros_like(b.lse)",
+    ),
+    "overflow of softcap * dS": (
+        backward._row_overflow,
+        "if problem.softcap:",
+        "if not ds.numel():",
     ),
     "flushed subnormals": (
         Units.flushed,

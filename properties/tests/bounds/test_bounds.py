@@ -58,6 +58,7 @@ ATTACKED = {
         "q1.k3.d1:2.fp16.full.grads/vast(1e38)#0",
         Arithmetic(scores="fp16", dscores="fp32", output="fp32"),
     ),
+    "overflow of softcap * dS": ("q1.k2.d1.fp32.full.softcap=1000.0.grads/vast(1e37)#0", FLASH),
     "flushed subnormals": ("q1.k2.d1.fp32.full.scale=0.5/faint(1e38)#0", FLASH),
     "S in FP16 before the scale": (
         "q1.k2.d1.fp16.full.scale=1000.0/tiny(2e-4)#1",
