@@ -52,6 +52,8 @@ class _Emulator:
     device: str
     coded: Quantised | None = None
     """The inputs as tensor cores see them, where the kernel quantises"""
+    above: float = 0.0
+    """So much more than the maximum exponents are relative to, in nats"""
 
     @property
     def work(self) -> str:
@@ -162,6 +164,7 @@ class _Emulator:
         held, times = running_max(s, row_max, self.arithmetic)
         if self.arithmetic.exp == "fused":  # elsewhere a maximum is one of the stored scores
             row_max, held = self.working(row_max), self.working(held)
+        held = held + self.above / unit
         exponents = s - held
         if self.arithmetic.stored_exponents:
             exponents = self.store(exponents, "stored_scores")
@@ -360,12 +363,13 @@ def emulate(
     arithmetic: Arithmetic,
     rounding: Rounding | None = None,
     blocks: Iterable[Block] | None = None,
+    above: float = 0.0,
 ) -> Exact:
     """out, lse and, where problem.grads, the gradients that an honest kernel of this arithmetic
     gives.
 
     `rounding`: to nearest by default. `blocks`: the exact softmax of these inputs, if at hand and
-    the kernel does not quantise.
+    the kernel does not quantise. `above`: the maximum, in nats, exponents are relative to.
     """
     coded, how, shapes = None, arithmetic.quantised, problem.shapes
     if how:
@@ -373,7 +377,9 @@ def emulate(
         inputs = coded.inputs
         if not problem.grads:
             problem, inputs = widened(problem, coded, how)
-    emulator = _Emulator(problem, arithmetic, rounding or Nearest(), inputs.q.device.type, coded)
+    emulator = _Emulator(
+        problem, arithmetic, rounding or Nearest(), inputs.q.device.type, coded, above
+    )
     result = {
         name: torch.zeros(shapes[name], dtype=torch.float64, device=inputs.q.device)
         for name in ("out", "lse")

@@ -117,9 +117,9 @@ class Truth:
             held=None if arithmetic.normalized_probs else partial(self._held, arithmetic),
         )
 
-    def _emulate(self, arithmetic: Arithmetic, kind: str) -> Exact:
+    def _emulate(self, arithmetic: Arithmetic, kind: str, above: float = 0.0) -> Exact:
         """`nearest`: every sum to nearest, which is cheaper and nearly always enough; the others:
-        Expectation.fp32.
+        Expectation.fp32. above: the maximum, in nats.
         """
         if kind == "nearest":
             arithmetic = replace(arithmetic, summation="nearest")
@@ -135,7 +135,7 @@ class Truth:
             arithmetic = replace(arithmetic, summation="nearest")
         rounding = formats.Jittered() if kind == "jittered fp32" else formats.Nearest()
         blocks = self.blocks() if arithmetic.quantised is None else None
-        return emulator.emulate(self.problem, self.inputs, arithmetic, rounding, blocks)
+        return emulator.emulate(self.problem, self.inputs, arithmetic, rounding, blocks, above)
 
     def _held(self, arithmetic: Arithmetic) -> Tensor:
         """What rounding each row's largest weight moves out by [B,H,Q,Dv]: of the sum of P V, and

@@ -229,7 +229,9 @@ def test_atomics_of_sixteen_bits_show_where_they_are_not_declared() -> None:
 
 
 @DTYPES
-@pytest.mark.parametrize("recipe", ["normal(5)", "rising(30)", "rising(-30)", "sink"])
+@pytest.mark.parametrize(
+    "recipe", ["normal(0.1)", "normal(5)", "rising(30)", "rising(-30)", "sink"]
+)
 @pytest.mark.parametrize("rowsum", ["unrounded", "rounded"])
 def test_exponents_may_be_relative_to_any_bound_of_the_maximum(
     dtype: str, recipe: str, rowsum: str
@@ -237,7 +239,7 @@ def test_exponents_may_be_relative_to_any_bound_of_the_maximum(
     """The largest weight is then rounded, in every row alike: it once was taken for a factor."""
     declared, accused = Arithmetic(rowsum=rowsum), []
     for seed in range(3):
-        for above in (0.01, 0.7):
+        for above in (0.01, 0.5, 0.7):
             case = f"b1.h2.q64.k128.d64.{dtype}.full/{recipe}#{seed}"
             known, expected = known_and_expected(case, declared)
             x, scale = known.inputs, known.problem.softmax_scale
