@@ -40,6 +40,7 @@ class Rounding(Protocol):
     def directed(self, x: Tensor, fmt: str, how: str) -> Tensor: ...  # noqa: D102
     def function(self, name: str, x: Tensor, fmt: str, ulp: float) -> Tensor: ...  # noqa: D102
     def rescaled(self, x: Tensor, times: Tensor, fmt: str, ulp: float) -> Tensor: ...  # noqa: D102
+    def raised(self, x: Tensor, most: float) -> Tensor: ...  # noqa: D102
     def total(self, x: Tensor, fmt: str) -> Tensor: ...  # noqa: D102
     def product(self, form: Form, a: Tensor, b: Tensor, fmt: str, *, cut: bool) -> Tensor: ...  # noqa: D102
 
@@ -52,8 +53,6 @@ class _Emulator:
     device: str
     coded: Quantised | None = None
     """The inputs as tensor cores see them, where the kernel quantises"""
-    above: float = 0.0
-    """So much more than the maximum exponents are relative to, in nats"""
 
     @property
     def work(self) -> str:
@@ -164,7 +163,7 @@ class _Emulator:
         held, times = running_max(s, row_max, self.arithmetic)
         if self.arithmetic.exp == "fused":  # elsewhere a maximum is one of the stored scores
             row_max, held = self.working(row_max), self.working(held)
-        held = held + self.above / unit
+        held = self.rounding.raised(unit * held, self.arithmetic.maximum) / unit
         exponents = s - held
         if self.arithmetic.stored_exponents:
             exponents = self.store(exponents, "stored_scores")
@@ -363,13 +362,12 @@ def emulate(
     arithmetic: Arithmetic,
     rounding: Rounding | None = None,
     blocks: Iterable[Block] | None = None,
-    above: float = 0.0,
 ) -> Exact:
     """out, lse and, where problem.grads, the gradients that an honest kernel of this arithmetic
     gives.
 
     `rounding`: to nearest by default. `blocks`: the exact softmax of these inputs, if at hand and
-    the kernel does not quantise. `above`: the maximum, in nats, exponents are relative to.
+    the kernel does not quantise.
     """
     coded, how, shapes = None, arithmetic.quantised, problem.shapes
     if how:
@@ -377,9 +375,7 @@ def emulate(
         inputs = coded.inputs
         if not problem.grads:
             problem, inputs = widened(problem, coded, how)
-    emulator = _Emulator(
-        problem, arithmetic, rounding or Nearest(), inputs.q.device.type, coded, above
-    )
+    emulator = _Emulator(problem, arithmetic, rounding or Nearest(), inputs.q.device.type, coded)
     result = {
         name: torch.zeros(shapes[name], dtype=torch.float64, device=inputs.q.device)
         for name in ("out", "lse")

@@ -70,7 +70,8 @@ class Nearest:
 
     repeats = True
 
-    def __init__(self) -> None:
+    def __init__(self, above: float = 0.0) -> None:
+        self.above = above
         self.generators: dict[torch.device, torch.Generator] = {}
 
     def store(self, x: Tensor, fmt: str) -> Tensor:
@@ -118,6 +119,10 @@ class Nearest:
         maximum: what they round is far less than a stored weight's roundoff.
         """
         return x
+
+    def raised(self, x: Tensor, most: float) -> Tensor:
+        """What exponents are relative to, at most so many nats from these maxima."""
+        return x + self.above if most else x
 
     def total(self, x: Tensor, fmt: str) -> Tensor:
         """The sum along the last dimension, kept."""

@@ -55,7 +55,7 @@ class Surprise:
 @dataclass(frozen=True)
 class Expectation:
     """Honest errors on one case. `emulate(kind, above)` gives the emulations, when needed, with
-    exponents relative to so much more than the maximum; `tilt` d out / d log(scale).
+    exponents relative to so many nats more than the maximum; `tilt` d out / d log(scale).
     """
 
     exact: Exact
@@ -78,6 +78,8 @@ class Expectation:
     leans: bool = False
     """Whether honest errors lean to a side, by as much as tiles and splits say: all of them are cut
     towards zero. Then a lean is no evidence."""
+    maximum: float = 0.0
+    """Nats by which what exponents are relative to may be off from the largest score."""
     held: Callable[[], Tensor] | None = None
     """How far out is moved by rounding each row's largest weight [B,H,n,C]. The emulation does not
     round it, since it is 1; where exponents are relative to an upper bound of the maximum, it is
@@ -132,7 +134,8 @@ class Expectation:
             if self.held and name == "out":
                 order = torch.hypot(order, _along(self.held(), mine))
             found = self._worst(name, mine, honest, order)
-            for above in ABOVE if found.score > found.level and self.held and name == "out" else ():
+            raised = self.maximum and name == "out" and found.score > found.level
+            for above in ABOVE if raised else ():
                 other = _columns(self.emulate("nearest", above).out) - _columns(self.exact.out)
                 other = torch.where(mine == 0, 0.0, other.nan_to_num(0.0, 0.0, 0.0))
                 found = min(found, self._worst(name, mine, other, order), key=_excess)

@@ -69,9 +69,10 @@ class Rows:
         self.overflow = self.overflow + units.split_overflow(longest, b.k, b.v, b.do)
         if operands is not None:
             self.overflow = self.overflow + operands.overflow
-        rescaled = STEPS * units.work * b.row_max.abs() + (1 + units.tiles) * (
-            units.exp + units.work
-        )
+        self.raised = math.exp(arithmetic.maximum)
+        """What the weights may be multiplied or divided by, before they are divided by their sum."""
+        rescaled = STEPS * units.work * (b.row_max.abs() + arithmetic.maximum)
+        rescaled = rescaled + (1 + units.tiles) * (units.exp + units.work)
         self.exponent = (
             self.score.add(size, alpha=STEPS * units.work) if size is not None else self.score
         )
@@ -84,7 +85,7 @@ class Rows:
             self.exponent = self.exponent + (u * apart + floor)
         if arithmetic.exp == "fused" and problem.len_k:  # the argument may be positive
             largest = (b.s.abs() + self.score).amax(-1, keepdim=True)
-            argument = STEPS * units.work * (largest + b.row_max.abs())
+            argument = STEPS * units.work * (largest + b.row_max.abs()) + arithmetic.maximum
             self.overflow = self.overflow + unbounded(argument > CLAMP)
         p_d = self._weights_error()
         spread = p_d.sum(-1, keepdim=True)
@@ -92,12 +93,12 @@ class Rows:
         """Whether the bound of some row does not grow in proportion to the unit roundoff."""
         held = torch.exp(b.row_max - finite(b.lse))  # 1 / row sum of exp(s - max)
         held = torch.ones_like(held) if arithmetic.normalized_probs else held
-        flushed = max(units.floor["probs"] / arithmetic.probs_scale, units.exp_floor)
+        flushed = max(units.floor["probs"] / arithmetic.probs_scale, units.exp_floor) * self.raised
         self.flushed = flushed * (held * reciprocal(1 - spread)).clamp(
             max=1.0
         )  # of each P, over the row sum, at least 1
         self.overflow = self.overflow + units.overflow(
-            "probs", torch.full_like(b.lse, arithmetic.probs_scale)
+            "probs", torch.full_like(b.lse, arithmetic.probs_scale * self.raised)
         )
         sees = b.visible.sum(-1, keepdim=True)
         rounded = (
@@ -190,7 +191,9 @@ class Rows:
         """
         units, len_k = self.units, self.problem.len_k
         scaled = self.arithmetic.probs_scale
-        lost = units.step["accumulate"] * (len_k + units.tiles + STEPS) / min(1.0, scaled)
+        steps = units.step["accumulate"] * (len_k + units.tiles + STEPS)
+        lost = steps * self.raised / min(1.0, scaled)
+        scaled = scaled * self.raised
         largest = LARGEST[units.format["accumulate"]] / scaled
         if self.arithmetic.normalized_probs:
             return lost + unbounded(added > largest)
@@ -204,7 +207,8 @@ class Rows:
         so out may leave V's hull.
         """
         lse = finite(self.block.lse).abs()
-        argument = STEPS * self.units.work * (lse + self.block.row_max.abs() + 1) + self.units.exp
+        largest = self.block.row_max.abs() + self.arithmetic.maximum
+        argument = STEPS * self.units.work * (lse + largest + 1) + self.units.exp
         return torch.expm1(argument.clamp(max=CLAMP)) + unbounded(argument > CLAMP)
 
     def _short(self) -> bool:
@@ -216,8 +220,9 @@ class Rows:
     def _lse(self, spread: Tensor) -> Terms:
         lse = finite(self.block.lse)
         moved = -torch.log1p(-spread.clamp(max=1 - UNIT["fp64"])) + unbounded(spread >= 1)
+        largest = self.block.row_max.abs() + self.arithmetic.maximum
         return {
             "scores and exponentials": moved + self.overflow,
             "row sum": -torch.log1p(-self.eta) + unbounded(self.eta >= 1 - UNIT["fp64"]),
-            "logarithm": STEPS * self.units.work * (lse.abs() + 2 * self.block.row_max.abs() + 1),
+            "logarithm": STEPS * self.units.work * (lse.abs() + 2 * largest + 1),
         }

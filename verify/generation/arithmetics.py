@@ -50,6 +50,7 @@ def arithmetics(draw: Callable[..., Any]) -> Arithmetic:
         exp=one_of("natural", "binary", "fused"),
         exp_ulp=one_of(2.0, 2.0, 20.0, 65536.0),
         tile=one_of(0, 16, 1, 3),
+        maximum=one_of(0.0, 0.0, 0.0, 0.7, 5.5),
         splits=one_of(1, 1, 2, 3),
         partials="fp32" if normalised else one_of("fp32", "fp32", "input", "fp16"),
         rounding=one_of(*3 * ("nearest",), "zero", "stochastic"),

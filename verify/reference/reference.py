@@ -114,12 +114,13 @@ class Truth:
             limits=None if arithmetic.quantised else partial(self.allowances, arithmetic),
             shared=arithmetic.quantised is not None,
             leans=arithmetic.rounding == "zero" or _ties(arithmetic.quantised),
+            maximum=arithmetic.maximum,
             held=None if arithmetic.normalized_probs else partial(self._held, arithmetic),
         )
 
     def _emulate(self, arithmetic: Arithmetic, kind: str, above: float = 0.0) -> Exact:
         """`nearest`: every sum to nearest, which is cheaper and nearly always enough; the others:
-        Expectation.fp32. above: the maximum, in nats.
+        Expectation.fp32. above: what exponents are relative to, above the maximum.
         """
         if kind == "nearest":
             arithmetic = replace(arithmetic, summation="nearest")
@@ -133,9 +134,9 @@ class Truth:
             arithmetic = replace(arithmetic, **wide)
         if kind == "jittered fp32":
             arithmetic = replace(arithmetic, summation="nearest")
-        rounding = formats.Jittered() if kind == "jittered fp32" else formats.Nearest()
+        rounding = formats.Jittered() if kind == "jittered fp32" else formats.Nearest(above)
         blocks = self.blocks() if arithmetic.quantised is None else None
-        return emulator.emulate(self.problem, self.inputs, arithmetic, rounding, blocks, above)
+        return emulator.emulate(self.problem, self.inputs, arithmetic, rounding, blocks)
 
     def _held(self, arithmetic: Arithmetic) -> Tensor:
         """What rounding each row's largest weight moves out by [B,H,Q,Dv]: of the sum of P V, and

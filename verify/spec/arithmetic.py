@@ -26,6 +26,8 @@ CODES = ("e4m3", "e5m2", "e2m1", "int8", "int4")
 5.3.3)."""
 SCALES = ("fp32", "ue8m0", "ue8m0_floor", "e4m3")
 """Formats of their scales."""
+FARTHEST = 16.0
+"""Nats: beyond, flushed exponentials of FP32 would be seen in the row sum."""
 NARROW = ("fp16", "bf16", "tf32", "e4m3", "e5m2", "e2m1", *SPLIT)
 """Formats of operands that tensor cores multiply."""
 
@@ -138,6 +140,10 @@ class Arithmetic:
     formed from exp; 4096: CUDA's tanh.approx (PTX ISA, tanh: 2^-11)."""
     tile: int = 0
     """Keys between two updates of the running maximum; 0: the maximum of the whole row."""
+    maximum: float = 0.0
+    """Nats by which what exponents are relative to may lie above or below the largest score so far:
+    a bound of it, or a maximum that is followed late (FlashAttention-4, conditional rescaling: 8 ln
+    2)."""
     splits: int = 1
     """Parts of the keys, of whole tiles, that are attended to apart and merged through their LSE in
     FP32 (FlashDecoding).
@@ -236,11 +242,12 @@ class Arithmetic:
             "exp_ulp": self.exp_ulp > 0,
             "tanh_ulp": self.tanh_ulp > 0,
             "promoted": self.promoted >= 0,
+            "maximum": 0 <= self.maximum <= FARTHEST,
         }
         if wrong := [name for name, fine in numbers.items() if not fine]:
             raise VerifyError(
                 f"{wrong[0]}={getattr(self, wrong[0])!r}: tile and promoted from 0, splits from "
-                "1, probs_scale, exp_ulp and tanh_ulp above 0"
+                f"1, probs_scale, exp_ulp and tanh_ulp above 0, maximum from 0 to {FARTHEST}"
             )
 
     def format(self, field: str, dtype: str) -> str:

@@ -89,6 +89,10 @@ class Adversary:
         unit = (2 * ulp + 1) * UNIT[fmt]
         return self._moved(x, (times * math.log1p(unit)).expm1() * x)
 
+    def raised(self, x: Tensor, most: float) -> Tensor:
+        """As far off as is declared; towards overflow, where it can't be told."""
+        return self._moved(x, torch.full_like(x, most)) if most else x
+
     def total(self, x: Tensor, fmt: str) -> Tensor:
         """Every term of the sum off by gamma."""
         moved = self._moved(x, _gamma(x.shape[-1], UNIT[fmt]) * x.abs())

@@ -228,16 +228,23 @@ def test_atomics_of_sixteen_bits_show_where_they_are_not_declared() -> None:
     assert any(plain.surprise(name, getattr(given, name)) for name in ("dq", "dk", "dv"))
 
 
-@DTYPES
 @pytest.mark.parametrize(
-    "recipe", ["normal(0.1)", "normal(5)", "rising(30)", "rising(-30)", "sink"]
+    ("dtype", "recipe"),
+    [
+        ("fp16", "normal(0.1)"),
+        ("bf16", "normal(5)"),
+        ("fp16", "rising(30)"),
+        ("bf16", "rising(-30)"),
+        ("fp16", "sink"),
+        ("bf16", "sink"),
+    ],
 )
 @pytest.mark.parametrize("rowsum", ["unrounded", "rounded"])
 def test_exponents_may_be_relative_to_any_bound_of_the_maximum(
     dtype: str, recipe: str, rowsum: str
 ) -> None:
     """The largest weight is then rounded, in every row alike: it once was taken for a factor."""
-    declared, accused = Arithmetic(rowsum=rowsum), []
+    declared, accused = Arithmetic(rowsum=rowsum, maximum=0.7), []
     for seed in range(3):
         for above in (0.01, 0.5, 0.7):
             case = f"b1.h2.q64.k128.d64.{dtype}.full/{recipe}#{seed}"

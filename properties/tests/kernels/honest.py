@@ -184,9 +184,31 @@ registered("even-then-odd", reordered, (*SHORT, "fp32"))
 registered("kahan", compensated, (*SHORT, "fp32"))
 registered("pairwise", lambda s, v: online(s, v, tile=1 << 30, times=pairwise)[0], (*SHORT, "fp32"))
 registered("two-passes", two_passes, SHORT, normalized_probs=True)
-registered("fa4", lambda s, v: online(s, v, exp=cubic, late=8 / LOG2E)[0], SHORT, exp_ulp=900.0)
-registered("late-maximum", lambda s, v: online(s, v, late=4.0, tile=16)[0], (*SHORT, "fp32"))
-registered("above-maximum", lambda s, v: online(s, v, above=0.7)[0], ("bf16", "fp32"))
+registered(
+    "fa4",
+    lambda s, v: online(s, v, exp=cubic, late=8 / LOG2E)[0],
+    SHORT,
+    exp_ulp=900.0,
+    maximum=8 / LOG2E,
+)
+registered(
+    "late-maximum",
+    lambda s, v: online(s, v, late=4.0, tile=16)[0],
+    (*SHORT, "fp32"),
+    maximum=4.0,
+)
+registered(
+    "above-maximum",
+    lambda s, v: online(s, v, above=0.7)[0],
+    (*SHORT, "fp32"),
+    maximum=0.7,
+)
+registered(
+    "a-third-above-maximum",
+    lambda s, v: online(s, v, above=0.3)[0],
+    (*SHORT, "fp32"),
+    maximum=0.3,
+)
 registered("splits", lambda s, v: split(s, v, lambda out: out), (*SHORT, "fp32"), splits=4)
 registered("splits-16", in_input, SHORT, splits=4, partials="input")
 registered("rounded-sum", lambda s, v: online(s, v, rounded_sum=True)[0], SHORT, rowsum="rounded")
