@@ -94,7 +94,7 @@ SPLIT_KEYS = KnownIssue(
     "out is several times too large where scores exceed 2^24: the keys are split, the LSE of a "
     "part no longer holds the logarithm"
     " of its row sum, and the parts' weights add up to their number (torch 2.11)",
-    lambda p, device: device == "cuda" and p.len_k > 128,
+    lambda p, device: device == "cuda" and p.len_k > 64,
     inputs=("constant",),
 )
 SWALLOWS_NAN = KnownIssue(

@@ -132,7 +132,11 @@ class Expectation:
                 mine, honest = (torch.where(bounded, x, 0.0) for x in (mine, honest))
             order = self._order(name)
             if self.held and name == "out":
-                order = torch.hypot(order, _along(self.held(), mine))
+                held = self.held()
+                if self.maximum:
+                    order = torch.hypot(order, _explained(held, mine))
+                else:
+                    mine, honest = (x - _along(held, x) for x in (mine, honest))
             found = self._worst(name, mine, honest, order)
             raised = self.maximum and name == "out" and found.score > found.level
             for above in ABOVE if raised else ():
@@ -199,15 +203,22 @@ def _excess(found: Surprise) -> float:
 
 def _along(held: Tensor, errors: Tensor) -> Tensor:
     """What rounding each row's largest weight explains of errors [B,H,n,C]: its direction is known,
-    its size is at most that of `held`; errors of any other kind lie by chance along it, in one of
-    so many directions as there are columns. It also decides how out is rounded, so that it can't be
-    taken off the errors.
+    its size is at most that of `held`.
     """
     size = held.square().sum(-1, keepdim=True)
     part = (errors * held).sum(-1, keepdim=True) / size.clamp(min=torch.finfo(size.dtype).tiny)
-    explained = (part * held).square().sum()
+    return part.clamp(-1.0, 1.0) * held
+
+
+def _explained(held: Tensor, errors: Tensor) -> Tensor:
+    """The same, as the slack that it takes where it decides how out is rounded, too, so that it
+    can't be taken off the errors. Errors of any other kind lie by chance along it, in one of so
+    many directions as there are columns.
+    """
+    part = _along(held, errors)
+    explained = part.square().sum()
     share = errors.square().sum() / errors.shape[-1] / explained if explained > 0 else 1.0
-    return part.clamp(-1.0, 1.0) * held * math.sqrt(max(0.0, 1.0 - float(share)))
+    return part * math.sqrt(max(0.0, 1.0 - float(share)))
 
 
 def scores(d: Tensor, margin: Tensor, *, by_head: bool = False) -> tuple[float, Tensor]:

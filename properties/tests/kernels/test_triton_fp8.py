@@ -127,11 +127,11 @@ def test_operands_are_what_was_declared(case: str, how: Quantisation) -> None:
             turn = rotation(dim).to(DEVICE)[:dim] / rotation(dim).shape[0] ** 0.5
         left = by_rows(operands, name, t.shape[2])[..., : turn.shape[1]]
         if name == "v" and how.values == "columns":
-            limit = narrowed(t.abs().mT, how.format, 1).mT
+            limit = narrowed(t.abs().mT, how, 1).mT
         else:
             limit = narrowed(
                 (t @ turn).abs(),
-                how.format,
+                how,
                 0 if name == "v" and how.values == "head" else how.rows,
             )
         if name == "q" and how.fitted:
