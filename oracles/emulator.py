@@ -168,7 +168,10 @@ class _Emulator:
         if self.arithmetic.stored_exponents:
             exponents = self.store(exponents, "stored_scores")
         weights, later = self.exp(exponents, unit), torch.exp(unit * (held - row_max))
-        later = self.rounding.rescaled(later, times, self.work, self.arithmetic.exp_ulp)
+        grown = self.rounding.rescaled(
+            torch.ones_like(later), times, self.work, self.arithmetic.exp_ulp
+        )
+        later = later * grown
         v = self.operand(b.v, "accumulate")
         factor = self.arithmetic.probs_scale
         if self.arithmetic.normalized_probs:
@@ -185,8 +188,8 @@ class _Emulator:
         stored = self.store(weights * factor, "probs") / factor
         total = self.row_sum(stored if self.arithmetic.rowsum == "rounded" else weights, later)
         if self.arithmetic.splits > 1 and self.arithmetic.partials != "fp32":
-            out = self.merged(
-                stored, weights, v, unit * (s - row_max), unit * (held - row_max), times
+            out, total = self.merged(
+                stored, weights, v, unit * (s - row_max), unit * (held - row_max), grown
             )
         else:
             out = self.weighted(stored, v, later)
@@ -201,24 +204,24 @@ class _Emulator:
         )
 
     def merged(
-        self, stored: Tensor, weights: Tensor, v: Tensor, s: Tensor, held: Tensor, times: Tensor
-    ) -> Tensor:
-        """P V, of splits that are divided by their row sums, stored, and multiplied again. s, held:
-        relative to the row's maximum.
+        self, stored: Tensor, weights: Tensor, v: Tensor, s: Tensor, held: Tensor, grown: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """P V, of splits that are divided by their row sums, stored, and multiplied again; and the
+        sum of these. s, held: relative to the row's maximum; grown: what rescalings err by.
         """
-        out = v.new_zeros(())
+        out = whole = v.new_zeros(())
         for part in _shares(s.shape[-1], self.arithmetic):
             top = s[..., part].amax(-1, keepdim=True)
             top = top.masked_fill(top == -torch.inf, 0.0)
-            later = self.rounding.rescaled(
-                torch.exp(held[..., part] - top), times[part], self.work, self.arithmetic.exp_ulp
-            )
-            p = stored[..., part]
-            added = p if self.arithmetic.rowsum == "rounded" else weights[..., part]
+            later = torch.exp(held[..., part] - top) * grown[..., part]
+            p, unrounded = stored[..., part], weights[..., part]
+            later = torch.where((p == 0) & (unrounded == 0), 0.0, later)  # no maximum so far
+            added = p if self.arithmetic.rowsum == "rounded" else unrounded
             total = self.row_sum(added, later)
             divided = self.weighted(p, v[:, :, part], later) / total.masked_fill(total == 0, 1.0)
             out = out + self.store(divided, "partials") * total * torch.exp(top)
-        return out
+            whole = whole + total * torch.exp(top)
+        return out, whole
 
     def row_sum(self, weights: Tensor, later: Tensor) -> Tensor:
         """Of rounded weights as tensor cores add them up, where they would truncate."""

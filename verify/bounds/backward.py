@@ -105,18 +105,16 @@ def gradients(
 def _row_overflow(
     problem: Problem, b: Block, units: Units, arithmetic: Arithmetic, ds: Tensor
 ) -> Tensor:
-    """UNBOUNDED for rows in which dP, delta or dP - delta may overflow, or dS, of sizes `ds`, where
-    a softcap multiplies it before its slope does.
+    """UNBOUNDED for rows in which dP, delta or dP - delta may overflow, or dS, of sizes `ds`, which
+    a softcap multiplies before its slope does.
     """
     do, v = b.do.abs(), b.v.abs()
     over = units.sum_overflow("scores", do, v, 2.0)
     over = over + units.sum_overflow("stored_scores", do, v)
     if arithmetic.delta == "product":
         over = over + units.sum_overflow("inputs", do, v)
-    if problem.softcap:
-        nothing = torch.zeros_like(ds)
-        over = over + units.row_overflow("dscores", ds, nothing, max(1.0, problem.softcap))
-    return over
+    nothing, cap = torch.zeros_like(ds), max(1.0, problem.softcap)
+    return over + units.row_overflow("dscores", ds, nothing, cap)
 
 
 def _dv(

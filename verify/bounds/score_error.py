@@ -98,7 +98,12 @@ def score_error(
         units.floor["stored_scores"],
     )
     gamma, q, k = units.gamma("scores", problem.dim_qk), b.q.abs(), b.k.abs()
-    overflow = units.score_overflow(b, q, k, scale)
+    largest_q, largest_k = q, k
+    if operands is not None:
+        (q_size, q_error), (k_size, k_error) = operands.q_pair, operands.k_pair
+        q_size, q_error = (grouped(t[:, :, b.rows], problem) for t in (q_size, q_error))
+        largest_q, largest_k = q_size + q_error, k_size + k_error
+    overflow = units.score_overflow(b, largest_q, largest_k, scale)
     flushed = (1 + scale) * units.flushed(problem.dim_qk, q, k)
     if not (
         units.stores_scores
@@ -114,14 +119,12 @@ def score_error(
     error = size * gamma
     if arithmetic.scaled_query:
         largest = LARGEST[problem.dtype]
-        overflow = overflow + unbounded(scale * q.amax(-1, keepdim=True) > largest)
+        overflow = overflow + unbounded(scale * largest_q.amax(-1, keepdim=True) > largest)
         floor_q = units.floor["inputs"] / (scale or UNBOUNDED)
         error = error + (units.u["inputs"] * size + floor_q * k.sum(-1)[:, :, None, None, :]) * (
             1 + gamma
         )
     if operands is not None:
-        (q_size, q_error), (k_size, k_error) = operands.q_pair, operands.k_pair
-        q_size, q_error = (grouped(t[:, :, b.rows], problem) for t in (q_size, q_error))
         error = error + (by_key(q_error, k_size) + by_key(q_size + q_error, k_error)) * (1 + gamma)
     twice = u * (2 + u)  # two stores, one after the other
     error.mul_(scale * (1 + twice)).add_(b.raw.abs(), alpha=twice)

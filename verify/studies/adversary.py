@@ -225,8 +225,18 @@ HOLES: dict[str, tuple[Callable[..., Any], str, str]] = {
     ),
     "overflow of softcap * dS": (
         backward._row_overflow,
-        "if problem.softcap:",
-        "if not ds.numel():",
+        "max(1.0, problem.softcap)",
+        "1.0",
+    ),
+    "overflow of dS on the way to dbias": (
+        backward._row_overflow,
+        'return over + units.row_overflow("dscores", ds, nothing, cap)',
+        "return over",
+    ),
+    "codes that are larger than what they stand for": (
+        score_error.score_error,
+        "largest_q, largest_k = q_size + q_error, k_size + k_error",
+        "pass",
     ),
     "flushed subnormals": (
         Units.flushed,
@@ -241,8 +251,8 @@ HOLES: dict[str, tuple[Callable[..., Any], str, str]] = {
     ),
     "overflow of a scaled query": (
         score_error.score_error,
-        "scale * q.amax(-1, keepdim=True) > largest",
-        "q.amax(-1, keepdim=True) > UNBOUNDED",
+        "scale * largest_q.amax(-1, keepdim=True) > largest",
+        "largest_q.amax(-1, keepdim=True) > UNBOUNDED",
     ),
     "tiles below sixteen": (
         Units.__init__,

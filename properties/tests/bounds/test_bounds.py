@@ -17,7 +17,7 @@ from verify.generation.strategies import cases
 from verify.oracles import emulator, formats
 from verify.properties.tests.support import ANYTHING, GRADIENTS
 from verify.reference.reference import truth
-from verify.spec.arithmetic import FLASH, Arithmetic
+from verify.spec.arithmetic import FLASH, Arithmetic, Quantisation
 from verify.spec.case import Case
 from verify.spec.masks import ways
 from verify.studies.adversary import HOLES, attack, crossings, taken_back
@@ -59,6 +59,17 @@ ATTACKED = {
         Arithmetic(scores="fp16", dscores="fp32", output="fp32"),
     ),
     "overflow of softcap * dS": ("q1.k2.d1.fp32.full.softcap=1000.0.grads/vast(1e37)#0", FLASH),
+    "overflow of dS on the way to dbias": (
+        "q1.k2.d1.fp16.full.bias=qk.grads/vast(1e38)#39",
+        Arithmetic(probs="e2m1", normalized_probs=True, output="fp32"),
+    ),
+    "codes that are larger than what they stand for": (
+        "q3.k4.d1:2.fp16.full.scale=0.0/cancelling(1e9)#48",
+        Arithmetic(
+            quantised=Quantisation("e4m3", block=32, scales="ue8m0", values="blocks"),
+            stored_scores="input",
+        ),
+    ),
     "flushed subnormals": ("q1.k2.d1.fp32.full.scale=0.5/faint(1e38)#0", FLASH),
     "S in FP16 before the scale": (
         "q1.k2.d1.fp16.full.scale=1000.0/tiny(2e-4)#1",
