@@ -209,7 +209,8 @@ class _Emulator:
         """P V, of splits that are divided by their row sums, stored, and multiplied again; and the
         sum of these. s, held: relative to the row's maximum; grown: what rescalings err by.
         """
-        out = whole = v.new_zeros(())
+        whole = s.new_zeros((*s.shape[:-1], 1))
+        out = s.new_zeros((*s.shape[:-1], v.shape[-1]))
         for part in _shares(s.shape[-1], self.arithmetic):
             top = s[..., part].amax(-1, keepdim=True)
             top = top.masked_fill(top == -torch.inf, 0.0)
