@@ -225,23 +225,23 @@ class Kernel:
             more = {"dropout": dropout} if told else {}
             if reason := self.supports(problem, device, **more):
                 return reason
-        found_out = FOUND_OUT.get((self, device))
+        found_out = FOUND_OUT.get((self, device)) if FOUND_OUT else None
         return found_out(problem) if found_out else None
 
     def _unexpressed(self, problem: Problem, dropout: float) -> str | None:
         """Why its dtypes and keywords do not have this problem."""
+        if problem.dtype not in self.dtypes:
+            return f"takes {', '.join(self.dtypes)}"
         by_rule = "problem" in self.takes and problem.mask_as == "rule"
-        needs = [
+        masked = problem.mask.names != FULL.names
+        for keyword, needed in (
             ("bias", problem.bias in ("bhqk", "hqk", "qk") or problem.mask_is_bias),
             ("slopes", problem.bias == "alibi"),
-            ("mask", problem.mask.names != {"full"} and not (problem.mask_is_bias or by_rule)),
+            ("mask", masked and not (problem.mask_is_bias or by_rule)),
             ("softcap", problem.softcap != 0),
             ("dropout", dropout != 0),
             ("scale", problem.scale is not None),
-        ]
-        if problem.dtype not in self.dtypes:
-            return f"takes {', '.join(self.dtypes)}"
-        for keyword, needed in needs:
+        ):
             if needed and keyword not in self.takes:
                 return f"takes no `{keyword}`"
         return None

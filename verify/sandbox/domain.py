@@ -9,6 +9,7 @@ as far towards a wanted problem as the kernel goes along, so that options which 
 
 from __future__ import annotations
 
+import functools
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -112,11 +113,13 @@ def changed(problem: Problem, *changes: Change) -> Problem | None:
     """The problem with these fields changed; None where that is no problem. A mask of single batch
     entries is given as many as there are.
     """
-    fields = {name: value for change in changes for name, value in change.items()}
+    fields = dict(changes[0])
+    for change in changes[1:]:
+        fields.update(change)
     batch, mask = fields.get("batch", problem.batch), fields.get("mask", problem.mask)
-    if mask.batch_sizes() - {batch}:
+    if mask.batch_sizes - {batch}:
         fields["mask"] = mask.of_entries(lambda a: [a[n % len(a)] for n in range(batch)])
-    if fields.get("mask_as", problem.mask_as) != "rule" and mask == FULL:
+    if mask.names == FULL.names and fields.get("mask_as", problem.mask_as) != "rule":
         fields["mask_as"] = "rule"
     try:
         return problem.but(**fields)
@@ -155,6 +158,7 @@ def _asked(start: Problem, refuses: Refuses, most: int) -> Iterator[Problem]:
     yield from _distinct(changed(start, *map(rng.choice, values)) for _ in range(most))
 
 
+@functools.lru_cache(maxsize=1024)
 def _kind(reason: str | None) -> str | None:
     """A refusal without its numbers: what it names may be the value that was asked about."""
     return None if reason is None else re.sub(r"\d+", "#", reason)
@@ -162,6 +166,9 @@ def _kind(reason: str | None) -> str | None:
 
 def _distinct(problems: Iterable[Problem | None]) -> Iterator[Problem]:
     yield from dict.fromkeys(problem for problem in problems if problem is not None)
+
+
+NO_PROBLEM = "no such problem"
 
 
 def anchor_with(
@@ -177,29 +184,28 @@ def anchor_with(
     others = [
         c for name in along for c in asked[name] if not (c.keys() & change.keys() or _none(c))
     ]
-    for steps in _steps(base, change, others, refuses, reason):
-        problem = changed(base, change, *steps)
-        if problem is not None and refuses(problem) is None:
+    nearer: list[Change] = []
+    for other in others:
+        problem = changed(base, change, other)
+        found = NO_PROBLEM if problem is None else refuses(problem)
+        if found is None:
             return problem
+        if problem is not None and _kind(found) != reason:
+            nearer.append(other)
+    for n, other in enumerate(nearer):
+        before = nearer[:n]
+        for another in others:
+            if other.keys() & another.keys() or another in before:
+                continue
+            problem = changed(base, change, other, another)
+            if problem is not None and refuses(problem) is None:
+                return problem
     return None
 
 
 def _none(change: Change) -> bool:
     """Whether there are no queries or no keys then: what does nothing takes such a problem."""
     return 0 in (change.get("len_q"), change.get("len_k"))
-
-
-def _steps(
-    base: Problem, change: Change, others: list[Change], refuses: Refuses, reason: str | None
-) -> Iterator[tuple[Change, ...]]:
-    nearer = []
-    for other in others:
-        yield (other,)
-        problem = changed(base, change, other)
-        if problem is not None and _kind(refuses(problem)) != reason:
-            nearer.append(other)
-    for other in nearer:
-        yield from ((other, another) for another in others if not other.keys() & another.keys())
 
 
 def nearest(wanted: Problem, anchors: Iterable[Problem], refuses: Refuses) -> Problem:

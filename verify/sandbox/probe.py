@@ -65,11 +65,13 @@ class _Asked:
 
     def __call__(self, problem: Problem) -> str | None:
         """Why it does not take the problem: declared, or raised; not what it does worse."""
-        if problem in self._known:
-            return self._known[problem]
         reason = self.declared(problem)
-        if reason or self._left is None:
+        if reason:
             return reason
+        if self._known and problem in self._known:
+            return self._known[problem]
+        if self._left is None:
+            return None
         if not self._left:
             return NOT_ASKED
         self._left -= 1
@@ -166,7 +168,7 @@ def _values(
             anchor = domain.anchor_with(start, change, asks, along)
             if anchor is None:
                 one = changed(base, change)
-                reasons[label(value)] = (asks(one) if one else None) or "no such problem"
+                reasons[label(value)] = (asks(one) if one else None) or domain.NO_PROBLEM
             else:
                 kept.append(value)
                 found.append(anchor)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from hypothesis import strategies as st
@@ -355,7 +356,7 @@ class Mask:
         kept = tuple(p for p in self.parts + other.parts if p[0] != "full")
         return Mask(tuple(dict.fromkeys(kept)) or Mask().parts)
 
-    @property
+    @cached_property
     def names(self) -> frozenset[str]:
         """The kinds of mask in the conjunction."""
         return frozenset(name for name, _ in self.parts)
@@ -373,7 +374,7 @@ class Mask:
     @property
     def per_batch(self) -> bool:
         """Whether the arguments speak of single batch entries."""
-        return bool(self.batch_sizes())
+        return bool(self.batch_sizes)
 
     @property
     def per_head(self) -> bool:
@@ -385,6 +386,7 @@ class Mask:
         """Whether it looks at the query's position."""
         return self.anchors != {"keys"}
 
+    @cached_property
     def batch_sizes(self) -> set[int]:
         """The batch sizes that the arguments speak of: one for each part with one per entry."""
         return {len(args) for name, args in self.parts if KINDS[name].per_batch}

@@ -15,11 +15,9 @@ from verify.spec.case import TORCH_DTYPES, Inputs
 from verify.spec.problem import Problem
 
 PLANTED = (
-    Arithmetic(),
     Arithmetic(rowsum="rounded", summation="truncated"),
     Arithmetic(probs="fp32"),
     Arithmetic(scaled_query=True, exp_ulp=8192.0),
-    Arithmetic(stored_scores="input", normalized_probs=True),
     Arithmetic(rounding="zero", tanh_ulp=4096.0),
     Arithmetic(quantised=Quantisation("e4m3", 1, queries="given")),
     Arithmetic(scores="fp16", accumulate="fp16", promoted=64),
